@@ -1,0 +1,1 @@
+"""Save, load, pack, export and verify."""

@@ -1,0 +1,1 @@
+"""Modules used by more than one room."""

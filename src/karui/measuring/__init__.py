@@ -1,0 +1,1 @@
+"""Parameters, multiply-adds, bytes, time, memory and accuracy, measured."""

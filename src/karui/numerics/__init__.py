@@ -1,0 +1,1 @@
+"""Tensors only: decompositions, transforms, packing, entropy coding, proximal operators, fast kernels."""

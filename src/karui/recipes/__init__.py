@@ -1,0 +1,1 @@
+"""Pipelines of techniques, planned before anything runs."""

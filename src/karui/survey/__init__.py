@@ -1,0 +1,1 @@
+"""The catalogue: 80 papers and the techniques that implement them."""

@@ -1,0 +1,95 @@
+"""The protocol: a technique is its settings, with one verb."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+
+from karui.errors import NeedError, require
+
+if TYPE_CHECKING:
+    from karui.model import Model
+    from karui.technique.bench import Bench
+    from karui.technique.card import Card
+
+
+@runtime_checkable
+class Technique(Protocol):
+    """A frozen dataclass of settings with one method.
+
+    Every technique of the catalogue also carries its `Card` as the class attribute `card` (see `technique`); a pipeline
+    (`Then`) is a technique without one.
+    """
+
+    def apply(self, model: Model | None, bench: Bench) -> Model:
+        """The lighter model; the given one stays as it is. A builder takes None where `bench` tells the task."""
+        ...
+
+
+T = TypeVar("T", bound=type)
+
+
+def technique(card: Card) -> Callable[[T], T]:
+    """Class decorator: put the card on a settings dataclass, and let `apply` refuse what lacks the card's needs.
+
+    Raises:
+        SettingError: the class is no frozen dataclass, or the card's identity names a setting that is not there.
+    """
+
+    def decorate(cls: T) -> T:
+        params = getattr(cls, "__dataclass_params__", None)
+        require(params is not None and params.frozen, f"{cls.__name__} must be a frozen dataclass of its settings")
+        names = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted((set(card.identity or {}) | set(card.quick)) - names)
+        require(not unknown, f"card '{card.slug}': {unknown} are not settings of {cls.__name__}")
+        cls.card = card  # pyright: ignore[reportAttributeAccessIssue]
+        apply = cls.apply  # pyright: ignore[reportAttributeAccessIssue]
+
+        @functools.wraps(apply)
+        def checked(self: Technique, model: Model | None, bench: Bench) -> Model:
+            missing = lacking(self, model, bench)
+            if missing:
+                raise NeedError(*missing[0])
+            return apply(self, model, bench)
+
+        cls.apply = checked  # pyright: ignore[reportAttributeAccessIssue]
+        return cls
+
+    return decorate
+
+
+def card_of(step: Technique) -> Card | None:
+    """The card of a technique of the catalogue; None for a pipeline."""
+    return getattr(step, "card", None)
+
+
+def lacking(step: Technique, model: Model | None, bench: Bench) -> list[tuple[str, str]]:
+    """What the technique, or any step of a pipeline, needs and was not given: (message, remedy) pairs."""
+    missing, present = [], model is not None
+    for part in getattr(step, "steps", (step,)):
+        card = card_of(part)
+        if card is None:
+            present = True
+            continue
+        missing += _lacks(card, present, model, bench)
+        present = True
+    return missing
+
+
+def _lacks(card: Card, present: bool, model: Model | None, bench: Bench) -> list[tuple[str, str]]:
+    missing = []
+    if not present and card.kind not in ("build", "reader"):
+        missing.append((f"'{card.slug}' needs a model to work on.", "Give one, or put a technique that builds first."))
+    if bench.train is None and {"calibration", "labels", "training"} & set(card.needs):
+        what = "training data" if "training" in card.needs else "calibration data"
+        missing.append((f"'{card.slug}' needs {what}.", "Give Bench(train=...), or --data on the command line."))
+    if "labels" in card.needs and model is not None and model.task is None:
+        missing.append(
+            (
+                f"'{card.slug}' needs labels, and the model has no task to judge them by.",
+                "Give Model(..., task=karui.Classification()), or another task.",
+            )
+        )
+    return missing

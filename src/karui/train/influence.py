@@ -1,0 +1,106 @@
+"""Influence: what a technique does while a model trains, in four parts that default to nothing; and Together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step of a training, as an influence sees it.
+
+    Settings:
+        module: the network being trained (the loop's own copy).
+        inputs: the batch's inputs, a tuple, after augmentation.
+        targets: the batch's targets.
+        outputs: what the module gave.
+        taps: values of the layers that the influence asked for by path.
+        step, steps: this step and the number of all, from 0.
+        epoch, epochs: this pass over the data and the number of all, from 0.
+    """
+
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    targets: Any
+    outputs: Any
+    taps: Mapping[str, Any] = field(default_factory=dict)
+    step: int = 0
+    steps: int = 1
+    epoch: int = 0
+    epochs: int = 1
+
+
+class Influence:
+    """What acts on one training: subclass it and give the parts that do something. Each defaults to nothing.
+
+    State that a resumed training must find again lives in the module (buffers, parametrisations, helper layers), so
+    that a checkpoint holds it; an influence itself is a value, and may serve several trainings.
+    """
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Paths of the layers whose outputs `objective` wants to see."""
+        return ()
+
+    def attach(self, module: nn.Module) -> None:
+        """Before the first step: reparametrise, add gates or helper layers, in place."""
+
+    def objective(self, loss: Tensor, moment: Moment) -> Tensor:
+        """The loss of this step, made from the task's loss (or from what the influences before made of it)."""
+        del moment
+        return loss
+
+    def constraints(self, module: nn.Module, moment: Moment) -> None:
+        """After each step: project, clip, shrink, in place and without gradient."""
+
+    def finish(self, module: nn.Module) -> nn.Module:
+        """After the last step: harden, and remove what `attach` added."""
+        return module
+
+
+@dataclass(frozen=True, init=False)
+class Together(Influence):
+    """Several influences in one training, each part in the order given (`finish` in the opposite one).
+
+    Example:
+        >>> Together(Influence(), Influence()).taps
+        ()
+    """
+
+    parts: tuple[Influence, ...]
+
+    def __init__(self, *parts: Influence) -> None:
+        object.__setattr__(self, "parts", parts)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The paths that any part asks for, once each."""
+        return tuple(dict.fromkeys(path for part in self.parts for path in part.taps))
+
+    def attach(self, module: nn.Module) -> None:
+        """Each part's, in order."""
+        for part in self.parts:
+            part.attach(module)
+
+    def objective(self, loss: Tensor, moment: Moment) -> Tensor:
+        """Each part's, in order: the next one is given the loss that the one before made."""
+        for part in self.parts:
+            loss = part.objective(loss, moment)
+        return loss
+
+    def constraints(self, module: nn.Module, moment: Moment) -> None:
+        """Each part's, in order."""
+        for part in self.parts:
+            part.constraints(module, moment)
+
+    def finish(self, module: nn.Module) -> nn.Module:
+        """Each part's, last first, as scaffolding comes off."""
+        for part in reversed(self.parts):
+            module = part.finish(module)
+        return module
