@@ -55,7 +55,9 @@ def test_departures_are_read_as_paragraphs() -> None:
 
 
 def test_settings_of_a_docstring() -> None:
-    told = index._told("X.\n\nSettings:\n    ratio: share\n        of filters.\n    epochs: passes.\n\nRaises:\n    x: y")
+    told = index._told(
+        "X.\n\nSettings:\n    ratio: share\n        of filters.\n    epochs: passes.\n\nRaises:\n    x: y"
+    )
     assert told == {"ratio": "share of filters.", "epochs": "passes."}
 
 

@@ -218,7 +218,7 @@ def test_wrong_settings_are_told_kindly(entry: Entry) -> None:
         Recipe.from_values({"step": [{"technique": entry.slug, "no_such_setting": 1}]})
     for field in dataclasses.fields(cls):
         kind = str(field.type)
-        if kind.split(" |")[0] in ("int", "float"):
+        if kind.split(" |", maxsplit=1)[0] in ("int", "float"):
             with pytest.raises(SettingError) as caught:
                 quick(entry, **{field.name: -1 if kind.startswith("int") else float("nan")})
             assert field.name in caught.value.message, f"the error must name the setting: {caught.value.message}"

@@ -66,7 +66,9 @@ class Classification:
     def __post_init__(self) -> None:
         require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}; give a share in [0, 1)")
 
-    def loss(self, outputs: Float[Tensor, "batch classes *positions"], targets: Int[Tensor, "batch *positions"]) -> Tensor:
+    def loss(
+        self, outputs: Float[Tensor, "batch classes *positions"], targets: Int[Tensor, "batch *positions"]
+    ) -> Tensor:
         """Cross-entropy, averaged over the batch (and positions)."""
         index = -100 if self.ignore is None else self.ignore
         return functional.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing, ignore_index=index)
@@ -99,7 +101,9 @@ class Regression:
         """Mean squared error over the batch."""
         return functional.mse_loss(outputs, targets)
 
-    def scores(self, outputs: Float[Tensor, "batch ..."], targets: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch"]:
+    def scores(
+        self, outputs: Float[Tensor, "batch ..."], targets: Float[Tensor, "batch ..."]
+    ) -> Float[Tensor, "batch"]:
         """Mean squared error of each sample."""
         return (outputs - targets).square().flatten(1).mean(1)
 
