@@ -35,19 +35,38 @@ _DOOR = {
     "plan": "karui.model",
     "KaruiError": "karui.errors",
 }
-_ROOMS = (
-    "architectures", "lowrank", "distill", "quantize", "search", "sparsify", "structured", "convolution",
-    "artifact", "data", "errors", "index", "layers", "measuring", "model", "numerics", "recipes", "report", "survey", "technique", "train",
-)  # fmt: skip
+_FLOORS = (
+    "architectures",
+    "artifact",
+    "convolution",
+    "data",
+    "distill",
+    "errors",
+    "index",
+    "layers",
+    "lowrank",
+    "measuring",
+    "model",
+    "numerics",
+    "quantize",
+    "recipes",
+    "report",
+    "search",
+    "sparsify",
+    "structured",
+    "survey",
+    "technique",
+    "train",
+)
 
 
 def __getattr__(name: str) -> Any:
     if name in _DOOR:
         return getattr(importlib.import_module(_DOOR[name]), name)
-    if name in _ROOMS:
+    if name in _FLOORS:
         return importlib.import_module(f"karui.{name}")
     raise AttributeError(f"module 'karui' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted((*globals(), *_DOOR, *_ROOMS))
+    return sorted((*globals(), *_DOOR, *_FLOORS))
