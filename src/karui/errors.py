@@ -60,10 +60,14 @@ def require(condition: bool, message: str, hint: str = "", error: type[KaruiErro
         raise error(message, hint)
 
 
-def did_you_mean(word: str, choices: list[str], what: str, error: type[KaruiError] = UsageError) -> NoReturn:
-    """Raise `error` for an unknown `word`, naming the closest of the `choices`."""
+def did_you_mean(
+    word: str, choices: list[str], what: str, error: type[KaruiError] = UsageError, listing: str = ""
+) -> NoReturn:
+    """Raise `error` for an unknown `word`, naming the closest of the `choices`; if none is close, `listing` or all."""
     import difflib
 
     close = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(sorted(choices)) or 'none'}."
+    hint = (
+        f"Did you mean {' or '.join(close)}?" if close else listing or f"Known: {', '.join(sorted(choices)) or 'none'}."
+    )
     raise error(f"{what} '{word}' is not known.", hint)
