@@ -18,6 +18,16 @@ from typing import Any
 
 ROOMS = ("architectures", "lowrank", "distill", "quantize", "search", "sparsify", "structured", "convolution", "survey")
 DEPARTURE = "DEPARTURE:"
+KINDS: dict[str, str] = {
+    "build": "builds a network from nothing but the task",
+    "replace": "replaces layers of a trained network",
+    "cut": "scores units and cuts them out",
+    "influence": "acts while a network trains",
+    "data": "makes data, then trains on it",
+    "trainings": "runs several trainings",
+    "forward": "computes the same network in another way",
+    "reader": "reads results; changes no network",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

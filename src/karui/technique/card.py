@@ -7,21 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from karui.errors import require
+from karui.index import KINDS
+
+__all__ = ["KINDS", "Card", "Kind", "Need", "Quantity"]
 
 Need = Literal["calibration", "labels", "training", "teacher"]
 Kind = Literal["build", "replace", "cut", "influence", "data", "trainings", "forward", "reader"]
 Quantity = Literal["parameters", "macs", "bytes", "time", "memory"]
-
-KINDS: dict[str, str] = {
-    "build": "builds a network from nothing but the task",
-    "replace": "replaces layers of a trained network",
-    "cut": "scores units and cuts them out",
-    "influence": "acts while a network trains",
-    "data": "makes data, then trains on it",
-    "trainings": "runs several trainings",
-    "forward": "computes the same network in another way",
-    "reader": "reads results; changes no network",
-}
 
 
 @dataclass(frozen=True, kw_only=True)

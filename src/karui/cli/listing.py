@@ -1,0 +1,117 @@
+"""`karui list` and `karui show`: the catalogue, read without importing a technique."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from karui.cli import screen
+from karui.errors import did_you_mean
+from karui.index import KINDS
+from karui.survey import CHAPTERS, Row, catalogue, coverage, find, find_technique
+from karui.survey.papers import papers
+
+if TYPE_CHECKING:
+    from karui.index import Entry
+
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command("list")(list_)
+    app.command()(show)
+
+
+def list_(
+    chapter: Annotated[
+        str | None, typer.Option("--chapter", "-c", help=f"One chapter only: {', '.join(CHAPTERS)}.")
+    ] = None,
+    json: JSON = False,
+) -> None:
+    """The 80 papers of the survey and their techniques."""
+    if chapter is not None and chapter not in CHAPTERS:
+        did_you_mean(chapter, list(CHAPTERS), "Chapter")
+    rows = [row for row in catalogue() if chapter in (None, row.chapter)]
+    if json:
+        screen.out_json([row.to_json() for row in rows])
+        return
+    for name, title in CHAPTERS.items():
+        mine = [row for row in rows if row.chapter == name]
+        if mine:
+            screen.show(_chapter(f"{title} ({name})", mine))
+    screen.out(f"{coverage().share} have a technique. More on one: karui show SLUG (or its number)")
+
+
+def _chapter(title: str, rows: list[Row]) -> Any:
+    made = screen.table("no.", "technique", "paper", title=title, right=("no.",))
+    made.expand, made.columns[2].ratio = True, 1
+    made.columns[0].width = len("no.")
+    made.columns[1].width = max(len(slug) for paper in papers() for slug in paper.slugs)
+    for row in rows:
+        made.add_row(str(row.survey), row.slug if row.technique else "(not yet)", row.title)
+    return made
+
+
+def show(
+    slug: Annotated[str, typer.Argument(help="A technique's slug, or a paper's number.", metavar="SLUG|NUMBER")],
+    json: JSON = False,
+) -> None:
+    """One card: the paper, when it pays and when not, its settings."""
+    rows = find(slug)
+    told = [_told(row) for row in rows]
+    if json:
+        screen.out_json(told if len(told) > 1 else told[0])
+        return
+    for row in rows:
+        _print(row, find_technique(row.slug) if row.technique else None)
+
+
+def _told(row: Row) -> dict[str, Any]:
+    if row.technique is None:
+        return row.to_json()
+    entry = find_technique(row.slug)
+    names = ("reduces", "exact", "pays", "costs", "identity")
+    return {
+        **row.to_json(),
+        **{name: entry.card[name] for name in names if name in entry.card},
+        "text": entry.text,
+        "departures": list(entry.departures),
+        "settings": [{"name": s.name, "type": s.type, "default": s.default, "text": s.text} for s in entry.settings],
+    }
+
+
+def _print(row: Row, entry: Entry | None) -> None:
+    card = {} if entry is None else entry.card
+    where = f", arxiv.org/abs/{row.arxiv}" if row.arxiv else ""
+    facts = {
+        "paper": f"{row.authors}: {row.title}. {row.venue} {row.year}{where}",
+        "in short": row.gist,
+        "chapter": f"{CHAPTERS[row.chapter]} ({row.chapter})",
+        "how": KINDS[row.kind],
+        "needs": ", ".join(row.needs) or "nothing beside the model",
+        "reduces": ", ".join(card.get("reduces", ())),
+        "pays": card.get("pays", ""),
+        "does not pay": card.get("costs", ""),
+        "departs": " / ".join(entry.departures) if entry else "",
+        "class": row.technique or "There is no technique for this paper yet.",
+    }
+    made = screen.table("", "", title=f"{row.survey}. {row.slug}", wrap=("",))
+    made.show_header = False
+    made.columns[0].no_wrap = True
+    for name, text in facts.items():
+        if text:
+            made.add_row(name, text)
+    screen.show(made)
+    if entry is not None:
+        _print_settings(entry)
+
+
+def _print_settings(entry: Entry) -> None:
+    made = screen.table("setting", "type", "default", "what", title="Settings", wrap=("type", "default", "what"))
+    for setting in entry.settings:
+        made.add_row(setting.name, setting.type, setting.default, setting.text)
+    screen.show(made)
+    example = next((f":{s.name}={s.default}" for s in entry.settings if s.default[:1].isdigit()), "")
+    screen.out(f"Use it: karui compress MODEL --data DATA --recipe {entry.slug}{example} --out DIR")

@@ -1,0 +1,129 @@
+"""What a person sees: results on stdout, everything else on stderr, and numbers as people read them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from karui.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
+WIDTH = 80
+# typer carries its own copy of click since 0.2x and used the package before: the class is reached through typer's.
+ParserError: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+
+
+class MisuseError(UsageError):
+    """The command line itself was used wrongly."""
+
+
+def out(text: str) -> None:
+    """A line of the result."""
+    sys.stdout.write(f"{text}\n")
+
+
+def say(text: str) -> None:
+    """A line about the work, which is not part of the result."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def out_json(value: Any) -> None:
+    """The result as JSON; stdout then holds nothing else."""
+    out(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def complain(message: str, hint: str = "", code: int = 2) -> int:
+    """Tell an error, and its traceback where `--debug` asks for it; the exit code."""
+    if DEBUG.get() and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    say(f"error: {' '.join(message.split())}")
+    if hint:
+        say(f"hint: {' '.join(hint.split())}")
+    return code
+
+
+def usage(error: Any) -> tuple[str, str]:
+    """Message and remedy of an error of the command line's parser."""
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else "karui"
+    message = error.format_message()
+    return (message if message.endswith((".", "?")) else f"{message}."), f"See: {where} --help"
+
+
+def show(table: Table) -> None:
+    """Print a table: as wide as a terminal is, and 80 columns where there is none."""
+    from rich.console import Console
+
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, width=WIDTH, color_system=None)
+    console.print(table)
+
+
+def table(*columns: str, title: str | None = None, right: tuple[str, ...] = (), wrap: tuple[str, ...] = ()) -> Table:
+    """A table of the house: light lines; numbers to the right; a long text is cut unless its column may wrap."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, title_style="bold")
+    for name in columns:
+        made.add_column(
+            name,
+            justify="right" if name in right else "left",
+            overflow="fold" if name in wrap else "ellipsis",
+            no_wrap=name not in wrap,
+        )
+    return made
+
+
+def size(number: float) -> str:
+    """Bytes for a person.
+
+    Example:
+        >>> size(900), size(15_300), size(3_400_000)
+        ('900 B', '14.9 KiB', '3.24 MiB')
+    """
+    for unit, digits in (("B", 0), ("KiB", 1), ("MiB", 2)):
+        if abs(number) < 1024:
+            return f"{number:.{digits}f} {unit}"
+        number /= 1024
+    return f"{number:.2f} GiB"
+
+
+def amount(number: float) -> str:
+    """A count for a person.
+
+    Example:
+        >>> amount(812), amount(269_722), amount(40_550_000)
+        ('812', '269.7 k', '40.55 M')
+    """
+    for unit, digits in (("", 0), (" k", 1), (" M", 2)):
+        if abs(number) < 1000:
+            return f"{number:.{digits}f}{unit}"
+        number /= 1000
+    return f"{number:.2f} G"
+
+
+def duration(seconds: float) -> str:
+    """A time for a person.
+
+    Example:
+        >>> duration(0.0000042), duration(0.0123), duration(3.5), duration(150)
+        ('4.2 µs', '12.3 ms', '3.50 s', '2 min 30 s')
+    """
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} µs"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 100:
+        return f"{seconds:.2f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60)} s"
