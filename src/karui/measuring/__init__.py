@@ -1,1 +1,30 @@
 """Parameters, multiply-adds, bytes, time, memory and accuracy, measured."""
+
+from karui.measuring.accuracy import Score as Score
+from karui.measuring.accuracy import evaluate as evaluate
+from karui.measuring.accuracy import sample_scores as sample_scores
+from karui.measuring.clock import Clock as Clock
+from karui.measuring.clock import Ratio as Ratio
+from karui.measuring.clock import Timing as Timing
+from karui.measuring.clock import Timings as Timings
+from karui.measuring.clock import time_ratio as time_ratio
+from karui.measuring.count import Counts as Counts
+from karui.measuring.count import LayerCount as LayerCount
+from karui.measuring.count import count as count
+from karui.measuring.engines import Engine as Engine
+from karui.measuring.engines import OnnxRuntime as OnnxRuntime
+from karui.measuring.engines import OpenVino as OpenVino
+from karui.measuring.engines import Torch as Torch
+from karui.measuring.engines import known_engine as known_engine
+from karui.measuring.machine import Machine as Machine
+from karui.measuring.machine import this_machine as this_machine
+from karui.measuring.measure import Change as Change
+from karui.measuring.measure import Comparison as Comparison
+from karui.measuring.measure import Measurement as Measurement
+from karui.measuring.measure import compare as compare
+from karui.measuring.measure import measure_model as measure_model
+from karui.measuring.measure import ratios_between as ratios_between
+from karui.measuring.memory import Memory as Memory
+from karui.measuring.memory import peak_memory as peak_memory
+from karui.measuring.onnx import OnnxForm as OnnxForm
+from karui.measuring.onnx import onnx_form as onnx_form

@@ -1,0 +1,307 @@
+"""Time, measured so that two models can be compared: interleaved, repeated, and never without the spread.
+
+A shared machine drifts by more than most compressions gain. So the contestants take turns, round by round, in one run,
+in an order that flips each round; a ratio is taken over the rounds they share, with a 95 % bootstrap interval, and a
+ratio whose interval includes 1 is no difference.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from karui.errors import KaruiError, UsageError, require
+from karui.measuring import values
+from karui.measuring.engines import Engine, OnnxRuntime, Run, Torch
+from karui.measuring.inference import batch_of, inference
+from karui.measuring.machine import threads_here
+from karui.measuring.values import seconds_text
+from karui.model import Model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SAMPLE = 0.002
+"""Seconds that one sample lasts at least: short calls are repeated within it, as a clock's own cost must not show."""
+FEWEST = 5
+"""Rounds that are run even where the time budget is used up: below, an interval means nothing."""
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of one inference.
+
+    Settings:
+        contestant: which model.
+        engine, threads, batch: how it was run; the time is that of the whole batch.
+        median: the median over the rounds.
+        low, high: the 25 and 75 % quantiles.
+        samples: each round's time, in order (rounds are shared with the other contestants).
+    """
+
+    contestant: str
+    engine: str
+    threads: int
+    batch: int
+    median: float
+    low: float
+    high: float
+    samples: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"{seconds_text(self.median)} [{seconds_text(self.low)}, {seconds_text(self.high)}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """How many times faster (smaller, lighter) the second of two is: dense over light; above 1 is a gain.
+
+    Settings:
+        quantity: what is compared: "time", "bytes", "macs", "parameters", "memory".
+        value: the ratio (of medians, for a time).
+        low, high: its 95 % interval; both equal `value` where the quantity is exact.
+        engine, threads, batch: for a time, how it was run.
+    """
+
+    quantity: str
+    value: float
+    low: float
+    high: float
+    engine: str = ""
+    threads: int = 0
+    batch: int = 0
+
+    @property
+    def verdict(self) -> str:
+        """The ratio in words, with its interval; a slower model is called slower."""
+        gain, loss = ("faster", "slower") if self.quantity == "time" else ("smaller", "larger")
+        if self.low == self.high:
+            if self.value == 1:
+                return "equal"
+            return f"{self.value:.2f}x {gain}" if self.value > 1 else f"{_inverse(self.value):.2f}x {loss}"
+        if not self.low > 1 and not self.high < 1:
+            return f"no measurable difference (95 % interval {self.low:.2f} to {self.high:.2f})"
+        if self.value > 1:
+            return f"{self.value:.2f}x {gain} (95 % interval {self.low:.2f} to {self.high:.2f})"
+        low, high = _inverse(self.high), _inverse(self.low)
+        return f"{_inverse(self.value):.2f}x {loss} (95 % interval {low:.2f} to {high:.2f})"
+
+    def __str__(self) -> str:
+        where = f" ({self.engine}, batch {self.batch}, {_threads(self.threads)})" if self.engine else ""
+        return f"{self.quantity}{where}: {self.verdict}"
+
+
+def _inverse(value: float) -> float:
+    return 1 / value if value else float("inf")
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """All times of one run, and what could not be measured (a reason each)."""
+
+    times: tuple[Timing, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def of(self, contestant: str) -> tuple[Timing, ...]:
+        """One contestant's times."""
+        return tuple(t for t in self.times if t.contestant == contestant)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return values.to_json(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """How time is measured.
+
+    Settings:
+        batches: batch sizes.
+        threads: numbers of threads; more than the machine has are left out, with a note.
+        engines: what runs the models; one that is not installed is left out, with a note.
+        rounds: samples of each combination; at least 5.
+        warmup: calls before the first round, at least 1.
+        seconds: budget for one run; rounds end early (after 5) where it is used up.
+        cpu_time: count the processor time of this process (all its threads together) instead of the time on the wall;
+            for one thread on a busy machine.
+
+    Example:
+        >>> clock = Clock(batches=(1,), threads=(1,), engines=(Torch(),), rounds=5)
+        >>> net = Model(torch.nn.Linear(4, 2), example=(torch.zeros(1, 4),))
+        >>> [t.median > 0 for t in clock.time({"net": net}).times]
+        [True]
+    """
+
+    batches: tuple[int, ...] = (1, 64)
+    threads: tuple[int, ...] = (1, 2)
+    engines: tuple[Engine, ...] = (OnnxRuntime(), Torch())
+    rounds: int = 15
+    warmup: int = 2
+    seconds: float = 60.0
+    cpu_time: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batches", "threads"):
+            given = getattr(self, name)
+            require(
+                len(given) > 0 and all(isinstance(v, int) and v > 0 for v in given),
+                f"{name} is {given}; give whole numbers above 0, for example (1, 64)",
+            )
+        require(self.rounds >= FEWEST, f"rounds is {self.rounds}; give at least {FEWEST}, or the spread means nothing")
+        require(self.warmup >= 1, f"warmup is {self.warmup}; give at least 1, as a first call is never typical")
+        require(self.seconds > 0, f"seconds is {self.seconds}; give a time above 0")
+
+    def time(self, contestants: Mapping[str, Model | bytes], *, progress: bool = False) -> Timings:
+        """Time the contestants against one another. An ONNX file (its bytes) may stand beside models.
+
+        Raises:
+            UsageError: no contestant is a model, so that no inputs are known.
+        """
+        examples = [c.example for c in contestants.values() if isinstance(c, Model)]
+        require(len(examples) > 0, "There is no model to time.", "Give at least one Model.", UsageError)
+        notes: list[str] = []
+        threads = self._threads(notes)
+        engines = self._engines(notes)
+        plans = [(engine, count, batch) for engine in engines for count in threads for batch in self.batches]
+        times: list[Timing] = []
+        share = self.seconds / max(len(plans), 1)
+        with _quiet_machine(contestants), _progress(len(plans), progress) as step:
+            for engine, count, batch in plans:
+                step(f"{engine.name}, batch {batch}, {_threads(count)}")
+                calls, failed = self._prepared(contestants, engine, count, batch, examples[0])
+                notes += failed
+                for name, samples in self._rounds(calls, share).items():
+                    low, median, high = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
+                    times.append(
+                        Timing(
+                            contestant=name, engine=engine.name, threads=count, batch=batch,
+                            median=median, low=low, high=high, samples=tuple(samples),
+                        )
+                    )  # fmt: skip
+        return Timings(times=tuple(times), notes=tuple(dict.fromkeys(notes)))
+
+    def _threads(self, notes: list[str]) -> list[int]:
+        here = threads_here()
+        notes += [f"{_threads(count)} not measured: the machine has {here}" for count in self.threads if count > here]
+        return [count for count in self.threads if count <= here] or [here]
+
+    def _engines(self, notes: list[str]) -> list[Engine]:
+        usable = []
+        for engine in self.engines:
+            reason = engine.missing()
+            if reason:
+                notes.append(f"{engine.name} not measured: {reason}")
+            else:
+                usable.append(engine)
+        return usable
+
+    def _prepared(
+        self,
+        contestants: Mapping[str, Model | bytes],
+        engine: Engine,
+        threads: int,
+        batch: int,
+        example: tuple[Any, ...],
+    ) -> tuple[dict[str, Callable[[], Any]], list[str]]:
+        """Each contestant's call; one that the engine cannot run is left out, with a note."""
+        notes: list[str] = []
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, contestant in contestants.items():
+            inputs = batch_of(contestant.example if isinstance(contestant, Model) else example, batch)
+            try:
+                call = _bound(engine.prepare(contestant, threads), inputs)
+                for _ in range(self.warmup):
+                    call()
+            except (KaruiError, RuntimeError, ValueError, TypeError) as error:
+                notes.append(f"{engine.name} not measured for {name}: {str(error).partition(chr(10))[0]}")
+                continue
+            calls[name] = call
+        return calls, notes
+
+    def _rounds(self, calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+        """Seconds of a call, for each contestant and round."""
+        now = time.process_time if self.cpu_time else time.perf_counter
+        repeats = {name: _repeats(call) for name, call in calls.items()}
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        order, end = list(calls), time.perf_counter() + seconds
+        for number in range(self.rounds):
+            if number >= FEWEST and time.perf_counter() > end:
+                break
+            for name in order if number % 2 == 0 else reversed(order):
+                call = calls[name]
+                call()  # the one before has filled the caches and set the threads
+                start = now()
+                for _ in range(repeats[name]):
+                    call()
+                samples[name].append((now() - start) / repeats[name])
+        return samples
+
+
+def _bound(run: Run, inputs: tuple[Any, ...]) -> Callable[[], Any]:
+    return lambda: run(inputs)
+
+
+def _repeats(call: Callable[[], Any]) -> int:
+    start = time.perf_counter()
+    call()
+    return max(1, min(1000, int(SAMPLE / max(time.perf_counter() - start, 1e-7))))
+
+
+@contextmanager
+def _quiet_machine(contestants: Mapping[str, Model | bytes]) -> Iterator[None]:
+    """Every module in evaluation mode; torch's number of threads as it was afterwards."""
+    from contextlib import ExitStack
+
+    before = torch.get_num_threads()
+    with ExitStack() as stack:
+        for contestant in contestants.values():
+            if isinstance(contestant, Model):
+                stack.enter_context(inference(contestant.module))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+@contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
+    from rich.progress import Progress
+
+    with Progress(disable=not shown, transient=True) as bar:
+        task = bar.add_task("time", total=total + 1)
+        yield lambda text: bar.update(task, description=f"time: {text}", advance=1)
+
+
+def time_ratio(dense: Timing, light: Timing) -> Ratio:
+    """The ratio of two contestants' medians, with a 95 % bootstrap interval over the rounds they shared.
+
+    Raises:
+        UsageError: the two were not timed side by side.
+    """
+    require(
+        (dense.engine, dense.threads, dense.batch, len(dense.samples))
+        == (light.engine, light.threads, light.batch, len(light.samples)),
+        "Two times can be compared only if they were taken in one run, in the same way.",
+        "Give both models to one Clock.time(...).",
+        UsageError,
+    )
+    a, b = np.array(dense.samples), np.array(light.samples)
+    picks = np.random.default_rng(0).integers(len(a), size=(RESAMPLES, len(a)))
+    drawn = np.median(a[picks], axis=1) / np.median(b[picks], axis=1)
+    low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
+    value = dense.median / light.median
+    return Ratio(
+        quantity="time", value=value, low=min(low, value), high=max(high, value),
+        engine=dense.engine, threads=dense.threads, batch=dense.batch,
+    )  # fmt: skip

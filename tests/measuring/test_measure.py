@@ -1,0 +1,105 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from karui.measuring import (
+    Change,
+    Clock,
+    Comparison,
+    Measurement,
+    OnnxRuntime,
+    Torch,
+    compare,
+    measure_model,
+)
+from karui.model import Classification, Model
+
+CLOCK = Clock(batches=(1, 4), threads=(1,), rounds=5, engines=(OnnxRuntime(), Torch()))
+
+
+def net(width):
+    torch.manual_seed(width)
+    module = nn.Sequential(nn.Linear(20, width), nn.ReLU(), nn.Linear(width, 3))
+    return Model(module, example=(torch.zeros(1, 20),), task=Classification())
+
+
+@pytest.fixture(scope="module")
+def test_data():
+    return TensorDataset(torch.randn(40, 20), torch.randint(3, (40,)))
+
+
+@pytest.fixture(scope="module")
+def comparison(test_data):
+    return compare(net(400), net(40), test=test_data, clock=CLOCK)
+
+
+def test_a_measurement_has_every_quantity(test_data):
+    measured = measure_model(net(40), test=test_data, clock=CLOCK)
+    assert measured.parameters == 20 * 40 + 40 + 40 * 3 + 3
+    assert measured.macs == 20 * 40 + 40 * 3
+    assert measured.tensor_bytes == 4 * measured.parameters
+    assert measured.onnx_bytes > measured.tensor_bytes
+    assert measured.score.count == 40
+    assert {(t.engine, t.batch) for t in measured.times} == {(e, b) for e in ("onnxruntime", "torch") for b in (1, 4)}
+    assert {(m.engine, m.batch) for m in measured.memory} == {(e, b) for e in ("onnxruntime", "torch") for b in (1, 4)}
+    assert measured.machine.threads >= 1
+    assert measured.machine.versions["torch"] == torch.__version__
+    assert measured.time("torch", 4).batch == 4
+    assert measured.time("torch", 5) is None
+
+
+def test_ratios_are_dense_over_light(comparison):
+    dense, light = comparison.dense, comparison.light
+    assert comparison.ratio("parameters").value == pytest.approx(dense.parameters / light.parameters)
+    assert comparison.ratio("macs").value == 10
+    assert comparison.ratio("bytes of the ONNX file").value > 5
+    assert comparison.ratio("time", "torch", 4, 1) is not None
+    assert light.ratios == comparison.ratios
+    assert dense.ratios == ()
+
+
+def test_beside_the_dense_model_the_light_measurement_carries_the_ratios(test_data):
+    measured = measure_model(net(40), test=test_data, clock=CLOCK, against=net(80))
+    assert next(r for r in measured.ratios if r.quantity == "macs").value == 2
+
+
+def test_json_round_trip(comparison):
+    saved = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
+    assert Comparison.from_json(saved) == comparison
+    assert Measurement.from_json(saved["light"]) == comparison.light
+
+
+def test_the_text_never_prints_a_time_ratio_without_its_spread(comparison):
+    lines = [line for line in str(comparison).splitlines() if line.startswith("time")]
+    assert lines
+    assert all("95 % interval" in line for line in lines)
+    assert all("[" in line for line in str(comparison.light).splitlines() if line.startswith("time"))
+
+
+def test_the_change_of_the_metric_is_paired(test_data):
+    same = compare(net(40), net(40), test=test_data, clock=CLOCK).change
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    assert "no measurable difference" in same.verdict
+
+
+def test_verdict_of_a_change():
+    worse = Change(value=-0.02, low=-0.03, high=-0.01, metric="accuracy")
+    assert worse.verdict == "-2.00 (95 % interval -3.00 to -1.00) accuracy points, worse"
+    better = Change(value=-2, low=-3, high=-1, metric="squared error", higher_is_better=False)
+    assert better.verdict == "-2.00 (95 % interval -3.00 to -1.00) squared error, better"
+
+
+def test_what_cannot_be_measured_is_told():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.sum() > 0 else x - 1
+
+    measured = measure_model(Model(Branching(), example=(torch.ones(1, 3),)), clock=CLOCK)
+    assert measured.onnx_bytes is None
+    assert measured.score is None
+    assert {t.engine for t in measured.times} == {"torch"}
+    assert any("cannot be exported to ONNX" in note for note in measured.notes)
+    assert all("\n" not in note for note in measured.notes)
