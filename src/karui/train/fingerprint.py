@@ -1,0 +1,131 @@
+"""A fingerprint of everything that decides a training: equal content, equal name, in every process."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import re
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from karui.model import Model
+
+
+def fingerprint(*parts: Any) -> str:
+    """A name for what the parts say.
+
+    Tensors and modules count by their values; data sets without tensors by length, first and last sample; functions
+    by their code and what they enclose; other objects by their class and attributes.
+
+    Example:
+        >>> fingerprint({"epochs": 3}, torch.ones(2)) == fingerprint({"epochs": 3}, torch.ones(2))
+        True
+        >>> fingerprint(torch.ones(2)) == fingerprint(torch.zeros(2))
+        False
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        _feed(digest, part, ())
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any, above: tuple[int, ...]) -> None:
+    """Add a value to the digest; `above` are the objects it lies in, which are not entered twice."""
+    if isinstance(value, bytes):
+        digest.update(len(value).to_bytes(8, "big") + value)
+    elif id(value) not in above:
+        digest.update(type(value).__qualname__.encode() + b"(")
+        for part in _parts(value):
+            _feed(digest, part, (*above, id(value)))
+        digest.update(b")")
+
+
+@functools.singledispatch
+def _parts(value: Any) -> Iterable[Any]:
+    """What a value consists of, down to bytes. Addresses are left out, as they differ from process to process."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [part for field in dataclasses.fields(value) for part in (field.name, getattr(value, field.name))]
+    if not isinstance(value, type) and getattr(value, "__dict__", None):
+        return [part for pair in vars(value).items() for part in pair]
+    return (re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode(),)
+
+
+@_parts.register
+def _(value: Tensor) -> Iterable[Any]:
+    plain = value.detach().cpu().contiguous()
+    return str((plain.dtype, tuple(plain.shape))).encode(), plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@_parts.register
+def _(value: np.ndarray) -> Iterable[Any]:
+    return str((value.dtype, value.shape)).encode(), value.tobytes()
+
+
+@_parts.register
+def _(value: nn.Module) -> Iterable[Any]:
+    return repr(value).encode(), dict(value.named_parameters()), dict(value.named_buffers())
+
+
+@_parts.register
+def _(value: Model) -> Iterable[Any]:
+    return value.module, value.task
+
+
+@_parts.register
+def _(value: TensorDataset) -> Iterable[Any]:
+    return value.tensors
+
+
+@_parts.register
+def _(value: Dataset) -> Iterable[Any]:
+    samples = len(value)  # pyright: ignore[reportArgumentType]  (sized, as a training needs it)
+    return samples, *((value[0], value[samples - 1]) if samples else ())
+
+
+@_parts.register
+def _(value: Mapping) -> Iterable[Any]:
+    return [part for pair in value.items() for part in pair]
+
+
+@_parts.register(list)
+@_parts.register(tuple)
+def _(value: Iterable[Any]) -> Iterable[Any]:
+    return value
+
+
+@_parts.register(set)
+@_parts.register(frozenset)
+def _(value: Iterable[Any]) -> Iterable[Any]:
+    return sorted(value, key=repr)
+
+
+@_parts.register
+def _(value: types.FunctionType) -> Iterable[Any]:
+    return (
+        value.__qualname__,
+        value.__code__,
+        value.__defaults__,
+        [cell.cell_contents for cell in value.__closure__ or ()],
+    )
+
+
+@_parts.register
+def _(value: types.CodeType) -> Iterable[Any]:
+    return value.co_code, value.co_names, value.co_consts
+
+
+@_parts.register
+def _(value: types.MethodType) -> Iterable[Any]:
+    return value.__func__, value.__self__
+
+
+@_parts.register
+def _(value: functools.partial) -> Iterable[Any]:
+    return value.func, value.args, value.keywords

@@ -1,0 +1,74 @@
+"""The computation of one update as a module, so that wrappers (precision, processes) see all of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from karui.errors import NeedError, SettingError, TrainingError, did_you_mean, require
+from karui.model import Task
+from karui.train.influence import Influence, Moment
+from karui.train.turn import Turn
+
+
+class Forward(nn.Module):
+    """From a batch to the loss of a turn, under an influence.
+
+    Gradients are averaged between processes by wrapping a module's forward: a loss that calls parts of the network, or
+    an influence with layers of its own, must happen inside of it. `moment` is the last one, for the constraints.
+    """
+
+    def __init__(self, module: nn.Module, turns: tuple[Turn, ...], task: Task | None, influence: Influence) -> None:
+        super().__init__()
+        self.module = module
+        self.turns = turns
+        self.task = task
+        self.influence = influence
+        self.moment: Moment | None = None
+        self._seen: dict[str, Any] = {}
+        self._hooks = [self._tap(path) for path in influence.taps]
+        needs_task = [turn.name for turn in turns if turn.objective is None]
+        require(
+            task is not None or not needs_task,
+            "The model has no task, so there is no loss to train with.",
+            "Give Model(..., task=karui.Classification()), or another task.",
+            NeedError,
+        )
+
+    def forward(self, number: int, inputs: tuple[Any, ...], targets: Any, position: dict[str, int]) -> Tensor:
+        """The loss of turn `number`; `position` tells the step and the epoch."""
+        objective = self.turns[number].objective
+        if objective is None:
+            assert self.task is not None  # noqa: S101  (checked when this was made)
+            outputs = self.module(*inputs)
+            loss = self.task.loss(outputs, targets)
+        else:
+            outputs, loss = objective(self.module, inputs, targets)
+        self.moment = Moment(
+            module=self.module, inputs=inputs, targets=targets, outputs=outputs, taps=self._seen, **position
+        )
+        loss = self.influence.objective(loss, self.moment)
+        require(
+            isinstance(loss, Tensor) and loss.ndim == 0,
+            f"The loss of turn '{self.turns[number].name}' is "
+            f"{f'of shape {tuple(loss.shape)}' if isinstance(loss, Tensor) else f'a {type(loss).__name__}'}.",
+            "Give one number, for example the mean over the batch.",
+            TrainingError,
+        )
+        return loss
+
+    def release(self) -> None:
+        """Take the taps off again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _tap(self, path: str) -> Any:
+        layers = dict(self.module.named_modules())
+        if path not in layers:
+            did_you_mean(path, [name for name in layers if name], "tapped layer", SettingError)
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            self._seen[path] = output
+
+        return layers[path].register_forward_hook(keep)
