@@ -74,7 +74,8 @@ def test_techniques_lie_in_their_papers_chapter():
     by_number = {paper.survey: paper for paper in papers()}
     for found in techniques():
         paper = by_number[found.card["survey"]]
-        assert found.slug in paper.slugs, found.path
+        second = found.slug.startswith(tuple(f"{slug}_" for slug in paper.slugs))  # a second technique of one paper
+        assert found.slug in paper.slugs or second, found.path
         assert found.room == paper.chapter, found.path
         assert found.card["title"] == paper.title, found.path
 

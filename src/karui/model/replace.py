@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib
@@ -279,7 +280,8 @@ def _check_shapes(before: Model, after: Model, paths: list[str]) -> None:
 
 def _shapes(model: Model, paths: list[str]) -> dict[str, Any]:
     modes = [(layer, layer.training) for layer in model.module.modules()]
-    model.module.eval()
+    with contextlib.suppress(NotImplementedError):  # a captured program refuses to be asked
+        model.module.eval()
     try:
         with torch.no_grad(), taps(model.module, paths) as seen:
             model.module(*model.example)
