@@ -24,7 +24,7 @@ from karui.errors import KaruiError, NeedError, SettingError
 from karui.index import Entry, techniques
 from karui.measuring import count
 from karui.model import Classification, Model, resolve
-from karui.recipes import Recipe, read_recipe
+from karui.recipes import Recipe, read_recipe, recipe_from_values
 from karui.technique import Bench, Technique
 from karui.train import Adam, Constant, Training
 
@@ -215,7 +215,7 @@ def test_needs_are_refused_before_work_starts(entry: Entry, model: Model, monkey
 def test_wrong_settings_are_told_kindly(entry: Entry) -> None:
     cls = entry.load()
     with pytest.raises(KaruiError, match="step 1"):
-        Recipe.from_values({"step": [{"technique": entry.slug, "no_such_setting": 1}]})
+        recipe_from_values({"step": [{"technique": entry.slug, "no_such_setting": 1}]})
     for field in dataclasses.fields(cls):
         kind = str(field.type)
         if kind.split(" |", maxsplit=1)[0] in ("int", "float"):

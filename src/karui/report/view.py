@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from karui.measuring import Comparison, Measurement, Ratio, Score, bytes_text, count_text, seconds_text
+from karui.measuring import Comparison, Measurement, Ratio, Score
+from karui.measuring.values import bytes_text, count_text
 
 HEADLINE = ("onnxruntime", 1, 1)
 
@@ -81,7 +82,7 @@ def score_text(score: Score | None) -> str:
 
 
 def tone(ratio: Ratio) -> str:
-    """ "good" for a gain, "bad" for a loss, "" where no difference could be measured."""
+    """The colour of a ratio: "good" for a gain, "bad" for a loss, "" where no difference could be measured."""
     if ratio.low > 1:
         return "good"
     return "bad" if ratio.high < 1 else ""
@@ -133,8 +134,8 @@ def _row(label: str, quantity: str, dense: int | None, light: int | None, text: 
     if dense is None and light is None:
         return None
     ratio = None if dense is None or light is None else _share(quantity, dense, light)
-    told = ["–" if value is None else text(value) for value in (dense, light)]
-    return Row(label, *told, ratio.verdict if ratio else "", tone(ratio) if ratio else "")
+    before, after = ("–" if value is None else text(value) for value in (dense, light))
+    return Row(label, before, after, ratio.verdict if ratio else "", tone(ratio) if ratio else "")
 
 
 def _share(quantity: str, dense: int, light: int) -> Ratio | None:
@@ -152,19 +153,16 @@ def times(both: Comparison) -> list[TimeRow]:
         where = (ratio.engine, ratio.batch, ratio.threads)
         dense, light = both.dense.time(*where), both.light.time(*where)
         if dense is not None and light is not None:
-            told = [_time(t.median, t.low, t.high) for t in (dense, light)]
-            rows.append(TimeRow(*where, *told, ratio.verdict, tone(ratio)))
+            rows.append(TimeRow(*where, str(dense), str(light), ratio.verdict, tone(ratio)))
     return rows
-
-
-def _time(median: float, low: float, high: float) -> str:
-    return f"{seconds_text(median)} [{seconds_text(low)}, {seconds_text(high)}]"
 
 
 def asked(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the person wanted: model, data, recipe, seed, command."""
     told = run.get("asked", {})
-    rows = [(name.capitalize(), _plain(value)) for name, value in told.items() if name != "recipe" and value is not None]
+    rows = [
+        (name.capitalize(), _plain(value)) for name, value in told.items() if name != "recipe" and value is not None
+    ]
     for number, step in enumerate(told.get("recipe") or [], 1):
         rows.append((f"Step {number}", f"{step['technique']} {_plain(step.get('settings') or {})}".strip()))
     return rows
@@ -217,3 +215,34 @@ def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name}={_plain(item)}" for name, item in value.items())
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def cuts(plan: Mapping[str, Any]) -> list[Named]:
+    """The groups of the plan that can be cut."""
+    rows = []
+    for group in plan.get("groups") or []:
+        members = group.get("members") or []
+        tensors = list(dict.fromkeys(m["tensor"] if isinstance(m, Mapping) else str(m) for m in members))
+        told = "exact" if group.get("exact", True) else f"exact up to normalisation: {group.get('reason', '')}"
+        if tensors:
+            told += f"; touches {', '.join(tensors[:6])}{' …' if len(tensors) > 6 else ''}"
+        rows.append(Named(group["name"], str(group.get("size", "")), told))
+    return rows
+
+
+def refused(plan: Mapping[str, Any]) -> list[Named]:
+    """What the plan leaves whole, with the reason."""
+    return [Named(row["name"], str(row.get("size", "")), row.get("reason", "")) for row in plan.get("locked") or []]
+
+
+def verification(told: Mapping[str, Any] | None) -> str:
+    """One sentence about the check of the ONNX file."""
+    if not told:
+        return ""
+    batches = ", ".join(str(batch) for batch in told.get("batches") or [])
+    where = f" at batch sizes {batches}" if batches else ""
+    worst = told.get("difference")
+    size = f" (largest difference {worst:.1e})" if isinstance(worst, float) else ""
+    if told.get("passed"):
+        return f"The ONNX file gives the same outputs as the loaded model{where}{size}."
+    return f"The ONNX file does NOT give the same outputs as the loaded model{where}{size}; do not deploy it."

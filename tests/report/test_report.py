@@ -1,0 +1,196 @@
+"""The page of a run says what the record says, works offline, and fits a phone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from karui.errors import ArtifactError, UsageError
+from karui.measuring import Comparison, Counts, LayerCount, Measurement, Ratio, Score, Timing
+from karui.report import read_run, view, write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def measurement(scale: float, accuracy: float) -> Measurement:
+    layers = (
+        LayerCount(path="body.conv1", kind="Conv2d", parameters=int(900 * scale), nonzero=9, macs=int(9e5 * scale)),
+    )
+    times = tuple(
+        Timing(
+            contestant="x", engine="onnxruntime", threads=1, batch=batch, median=batch * 1e-3 * scale,
+            low=batch * 0.9e-3 * scale, high=batch * 1.1e-3 * scale, samples=(),
+        )
+        for batch in (1, 64)
+    )  # fmt: skip
+    return Measurement(
+        counts=Counts(parameters=int(1000 * scale), nonzero=9, macs=int(1e6 * scale), layers=layers),
+        tensor_bytes=int(4000 * scale),
+        onnx_bytes=int(8000 * scale),
+        times=times,
+        score=Score(value=accuracy, low=accuracy - 0.01, high=accuracy + 0.01, count=597, metric="accuracy"),
+    )
+
+
+def record(speed: float = 2.0) -> dict[str, Any]:
+    dense, light = measurement(1.0, 0.97), measurement(1 / speed, 0.96)
+    ratios = tuple(
+        Ratio(
+            quantity="time",
+            value=speed,
+            low=speed * 0.95,
+            high=speed * 1.05,
+            engine="onnxruntime",
+            threads=1,
+            batch=batch,
+        )
+        for batch in (1, 64)
+    )
+    rows = {
+        which: [{"path": "body.conv1", "bytes": size, "seconds": size * 1e-6}, {"path": "<b>head</b>", "bytes": 40}]
+        for which, size in (("dense", 3600), ("light", 1800))
+    }
+    return {
+        **Comparison(dense=dense, light=light, ratios=ratios).to_json(),
+        "karui": "0.1.0",
+        "asked": {
+            "model": "net.py:build</script>",
+            "data": "digits",
+            "recipe": [{"technique": "l1_filter_pruning", "settings": {"ratio": 0.5}}],
+            "seed": 0,
+        },
+        "verdict": ["Twice as fast."],
+        "steps": [
+            {
+                "technique": "l1_filter_pruning",
+                "settings": {"ratio": 0.5},
+                "seconds": 3.25,
+                "parameters": 500,
+                "validation": light.score.to_json() if light.score else None,
+            }
+        ],
+        "plan": {
+            "groups": [{"name": "body.conv1", "size": 16, "exact": True, "members": [{"tensor": "body.conv1.weight"}]}],
+            "locked": [{"name": "head", "size": 10, "reason": "its units are the model's output"}],
+        },
+        "lineage": [{"kind": "note", "text": "trained for 3 epochs"}],
+        "layers": rows,
+        "files": {"model.onnx": 8000},
+        "example": [{"shape": [1, 1, 8, 8], "dtype": "float32"}],
+    }
+
+
+def write(folder: Path, run: dict[str, Any]) -> str:
+    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+def without_scripts(page: str) -> str:
+    return re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+
+
+def test_the_page_says_what_the_record_says(tmp_path: Path) -> None:
+    text = without_scripts(write(tmp_path, record()))
+    for told in (
+        "2.00x faster",
+        "95 % interval 1.90 to 2.10",
+        "97.0 % [96.0, 98.0]",
+        "l1_filter_pruning",
+        "its units are the model&#39;s output",
+        "trained for 3 epochs",
+        "karui.load(",
+        "onnxruntime.InferenceSession",
+        "(1, 1, 8, 8)",
+    ):
+        assert told in text, told
+
+
+def test_a_slower_model_is_called_slower(tmp_path: Path) -> None:
+    text = without_scripts(write(tmp_path, record(speed=0.5)))
+    assert "2.00x slower" in text
+    assert "faster" not in text
+
+
+def test_names_from_outside_are_escaped(tmp_path: Path) -> None:
+    page = write(tmp_path, record())
+    assert "build</script>" not in page
+    assert "<b>head</b>" not in page
+
+
+def test_no_difference_has_no_tone() -> None:
+    assert view.tone(Ratio(quantity="time", value=1.1, low=0.9, high=1.3)) == ""
+    assert view.tone(Ratio(quantity="time", value=1.1, low=1.05, high=1.3)) == "good"
+    assert view.tone(Ratio(quantity="time", value=0.5, low=0.4, high=0.6)) == "bad"
+
+
+def test_a_record_without_test_data_or_times_still_makes_a_page(tmp_path: Path) -> None:
+    run = record()
+    for which in ("dense", "light"):
+        run[which]["score"], run[which]["times"] = None, []
+    run["ratios"], run["layers"] = [], {}
+    text = write(tmp_path, run)
+    assert "Accuracy against time" not in text
+    assert "Multiply-adds" in text
+
+
+def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no run\.json"):
+        read_run(tmp_path)
+    (tmp_path / "run.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="damaged"):
+        write_report(tmp_path)
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    with pytest.raises((ArtifactError, UsageError)):
+        write_report(tmp_path)
+
+
+PROBE = """<script>
+const errors = [];
+addEventListener("error", event => errors.push(event.message));
+addEventListener("load", () => setTimeout(() => {
+  const told = {
+    overflow: document.documentElement.scrollWidth - window.innerWidth,
+    plots: document.querySelectorAll(".plot .main-svg").length,
+    fetched: performance.getEntriesByType("resource").map(entry => entry.name),
+    errors: errors,
+  };
+  document.body.innerHTML = "<pre id=probe>" + JSON.stringify(told) + "</pre>";
+}, 300));
+</script></head>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian package: chromium)")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_in_a_browser_it_draws_offline_and_fits_the_screen(tmp_path: Path, width: int) -> None:
+    page = write(tmp_path, record()).replace("</head>", PROBE, 1)
+    # Headless Chromium has a least window width; a frame has none, so the page is looked at through one.
+    (tmp_path / "probe.html").write_text(page, encoding="utf-8")
+    frame = (
+        f'<iframe id=f src=probe.html style="width:{width}px;height:800px;border:0"></iframe><script>'
+        "setTimeout(() => { const page = document.getElementById('f').contentDocument;"
+        "document.title = page.getElementById('probe').textContent; }, 2500)</script>"
+    )
+    (tmp_path / "frame.html").write_text(frame, encoding="utf-8")
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync",
+            "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=9000",
+            "--dump-dom", (tmp_path / "frame.html").as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    found = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert found, done.stderr[-2000:]
+    told = json.loads(found.group(1))
+    assert told["errors"] == []
+    assert told["fetched"] == []
+    assert told["plots"] >= 3
+    assert told["overflow"] <= 0
