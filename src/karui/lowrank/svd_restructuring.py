@@ -1,0 +1,221 @@
+"""SVD restructuring: Xue, Li, Gong 2013, "Restructuring of Deep Neural Network Acoustic Models with Singular Value
+Decomposition", Interspeech (survey 11).
+
+The weight of a trained linear layer has a steep spectrum. Keep its leading singular directions, write the layer as two
+linear layers with a narrow, purely linear bottleneck between them, do so for all layers at once, the output layer too,
+and fine-tune the restructured network with both factors free.
+
+It pays for wide linear layers (multilayer perceptrons, the heads of older convolutional networks, the projections of
+transformers) when there is data to fine-tune on: light compression needs none, heavy compression does. It does not pay
+for small layers, whose factors are larger than they are (they are left and reported), nor for convolutions that see
+space, which have better decompositions (Tucker-2, survey 12).
+
+Paper -> here: `A` (m x n) -> the weight, `k` -> rank, `U_k` -> the second layer, `Sigma_k V_k^T` -> the first one.
+
+DEPARTURE: pointwise convolutions are restructured too, since each is a linear layer at every position; the paper has
+linear layers only.
+
+DEPARTURE: the paper sets a rank for each layer from its spectrum; a budget for the whole network, met by one
+common share of the spectrum, is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from karui.errors import SettingError, require
+from karui.layers.factored import factor_conv, factor_linear
+from karui.lowrank._common import (
+    Choice,
+    Seen,
+    carry_out,
+    fine_tune,
+    require_data,
+    scan,
+    tracked,
+    unless_larger,
+)
+from karui.numerics.svd import Energy, Fixed, RankPolicy, factored_size, truncated_svd
+from karui.numerics.unfold import split_groups
+from karui.technique import Bench, Card, technique
+
+if TYPE_CHECKING:
+    from karui.model import Model
+
+_BISECTIONS = 40
+
+
+@technique(
+    Card(
+        survey=11,
+        slug="svd_restructuring",
+        title="Restructuring of Deep Neural Network Acoustic Models with Singular Value Decomposition",
+        kind="replace",
+        reduces=("parameters", "macs", "bytes"),
+        identity={"energy": 1.0, "epochs": 0},
+        quick={"energy": 0.6, "epochs": 1},
+        pays="wide linear layers, with data to fine-tune on when much is cut",
+        costs="small layers, and networks that spend their time in convolutions",
+    )
+)
+@dataclass(frozen=True, kw_only=True)
+class SvdRestructuring:
+    """Write every linear layer as two, through its leading singular directions, and fine-tune.
+
+    Settings:
+        energy: share of the sum of singular values that a layer keeps (the paper's measure), in (0, 1].
+        squared: take the share of the sum of their squares instead.
+        rank: the same rank for every layer, instead of a share; None keeps to `energy`.
+        budget: share of the network's parameters to keep, in (0, 1]; every layer then gets the same share of its
+            spectrum, the largest that fits. None keeps to `energy`.
+        ranks: ranks of single layers, as (path, rank) pairs; they go before the other settings.
+        pointwise: whether convolutions with a kernel of one position are restructured too.
+        balanced: give each factor the roots of the singular values, instead of all to the first factor.
+        skip: paths of layers to leave.
+        epochs: passes over the data for fine-tuning; 0 leaves the factors as they are.
+        learning_rate: of the fine-tuning; about the last one of the dense training. None takes the bench's.
+
+    Needs: nothing; training data and a task if `epochs` is not 0.
+
+    Raises:
+        SettingError: a setting is out of range, names no layer, or the budget cannot be met.
+        NeedError: there is nothing to fine-tune on.
+
+    Relations: `Tucker2` (12) is for convolutions and finds its ranks itself.
+
+    Example:
+        >>> import karui
+        >>> model = karui.Model(nn.Linear(64, 64), example=(torch.zeros(1, 64),))
+        >>> SvdRestructuring(rank=8, epochs=0).apply(model, karui.Bench()).parameters
+        1088
+    """
+
+    energy: float = 0.8
+    squared: bool = False
+    rank: int | None = None
+    budget: float | None = None
+    ranks: tuple[tuple[str, int], ...] = ()
+    pointwise: bool = True
+    balanced: bool = False
+    skip: tuple[str, ...] = ()
+    epochs: int = 5
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        pairs = self.ranks.items() if isinstance(self.ranks, dict) else self.ranks
+        object.__setattr__(self, "ranks", tuple((path, rank) for path, rank in pairs))
+        object.__setattr__(self, "skip", tuple(self.skip))
+        require(0 < self.energy <= 1, f"energy is {self.energy}; give a share in (0, 1], for example 0.8")
+        require(self.rank is None or self.rank >= 1, f"rank is {self.rank}; give a number from 1, for example 32")
+        within = self.budget is None or 0 < self.budget <= 1
+        require(within, f"budget is {self.budget}; give a share of the parameters in (0, 1], for example 0.2")
+        require(self.rank is None or self.budget is None, "rank and budget are both given; give one of them")
+        for path, rank in self.ranks:
+            require(rank >= 1, f"ranks has {rank} for '{path}'; give a number from 1")
+        require(self.epochs >= 0, f"epochs is {self.epochs}; give 0 or more")
+        positive = self.learning_rate is None or self.learning_rate > 0
+        require(positive, f"learning_rate is {self.learning_rate}; give a positive number, for example 0.001")
+
+    def apply(self, model: Model | None, bench: Bench) -> Model:
+        """The restructured model, fine-tuned."""
+        assert model is not None  # noqa: S101  (the card's kind asks for one)
+        require_data("svd_restructuring", model, bench, self.epochs)
+        choices, layers = [], {}
+        for choice in tracked(self.choose(model), "factor", shown=bench.progress):
+            new, error = (None, None) if not choice.replaced else self._build(model, choice)
+            choices.append(replace(choice, error=error))
+            if new is not None:
+                layers[choice.path] = new
+        restructured = carry_out(model, choices, layers, "SVD restructuring", {"squared": self.squared})
+        if not layers:
+            return restructured
+        return fine_tune(restructured, bench, self.epochs, self.learning_rate, "fine-tune the restructured network")
+
+    def remarks(self, model: Model) -> tuple[str, ...]:
+        """What would be done with each layer, and why."""
+        return tuple(choice.describe() for choice in self.choose(model))
+
+    def choose(self, model: Model) -> tuple[Choice, ...]:
+        """The rank of each layer, or the reason why it is left."""
+        seen, left = scan(model, self._objection, self.skip)
+        spectra = [(one, [torch.linalg.svdvals(block) for block in blocks(one.layer)]) for one in seen]
+        own = dict(self.ranks)
+        unknown = [path for path in own if path not in {one.path for one in seen}]
+        known = {choice.path: choice.reason for choice in left}
+        why = known.get(unknown[0], "there is no such layer") if unknown else ""
+        require(not unknown, f"ranks names '{unknown[0] if unknown else ''}', which cannot be factored: {why}")
+        fixed = {path: Fixed(rank) for path, rank in own.items()}
+        policy = self._policy(model, spectra, fixed)
+        return (*(_choice(one, values, fixed.get(one.path, policy)) for one, values in spectra), *left)
+
+    def _objection(self, layer: Any) -> str:
+        if isinstance(layer, nn.Linear):
+            return ""
+        if any(taps != 1 for taps in layer.kernel_size):
+            return f"{type(layer).__name__} with kernel {' x '.join(map(str, layer.kernel_size))} sees space"
+        return "" if self.pointwise else "pointwise convolutions are left (pointwise=False)"
+
+    def _policy(self, model: Model, spectra: list[tuple[Seen, list[Tensor]]], fixed: dict[str, Fixed]) -> RankPolicy:
+        if self.rank is not None:
+            return Fixed(self.rank)
+        if self.budget is None:
+            return Energy(self.energy, squared=self.squared)
+        room = self.budget * model.parameters
+
+        def total(share: float) -> int:
+            policy = Energy(share, squared=self.squared)
+            chosen = [_choice(one, values, fixed.get(one.path, policy)) for one, values in spectra]
+            return model.parameters - sum(c.parameters[0] - c.parameters[1] for c in chosen if c.replaced)
+
+        low, high = 1e-9, 1.0
+        least = total(low) / model.parameters
+        told = f"budget is {self.budget}; rank 1 everywhere still keeps {least:.3f} of the network"
+        require(least <= self.budget, told, "Give a larger budget.", SettingError)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if total(middle) <= room else (low, middle)
+        return Energy(high if total(high) <= room else low, squared=self.squared)
+
+    def _build(self, model: Model, choice: Choice) -> tuple[nn.Module, float]:
+        layer: Any = model.module.get_submodule(choice.path)
+        parts = [truncated_svd(block, choice.ranks[0]) for block in blocks(layer)]
+        left, right = (
+            torch.stack(factors) for factors in zip(*(p.factors(balanced=self.balanced) for p in parts), strict=True)
+        )
+        lost = sum(float(part.discarded.square().sum()) for part in parts)
+        error = (lost / max(float(layer.weight.detach().double().square().sum()), 1e-300)) ** 0.5
+        if isinstance(layer, nn.Linear):
+            return factor_linear(layer, left[0], right[0]), error
+        ones = [1] * len(layer.kernel_size)
+        return factor_conv(layer, right.reshape(*right.shape, *ones), outer=left), error
+
+
+def blocks(layer: Any) -> Iterator[Float[Tensor, "rows columns"]]:
+    """The weight of a linear layer or pointwise convolution as one matrix for each group, in float64."""
+    weight = layer.weight.detach().double()
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    yield from split_groups(weight, groups).flatten(2)
+
+
+def _choice(one: Seen, spectra: list[Tensor], policy: RankPolicy) -> Choice:
+    """Groups share a rank, since they share a layer: the largest that any of them asks for."""
+    layer, groups = one.layer, len(spectra)
+    rows, columns = layer.weight.shape[0] // groups, layer.weight.shape[1]
+    rank = max(policy(values, (rows, columns)) for values in spectra)
+    dense, factored = groups * rows * columns, groups * factored_size((rows, columns), rank)
+    bias = layer.weight.shape[0] if layer.bias is not None else 0
+    places = one.calls * one.outputs
+    choice = Choice(
+        one.path,
+        ranks=(rank,),
+        full=(min(rows, columns),),
+        parameters=(dense + bias, factored + bias),
+        macs=(dense * places, factored * places),
+    )
+    return unless_larger(choice)
