@@ -33,11 +33,11 @@ class Task(Protocol):
         """Whether a larger metric is a better model."""
         ...
 
-    def loss(self, outputs: Any, targets: Any) -> Tensor:
+    def loss(self, outputs: Any, targets: Any, /) -> Tensor:
         """The training loss of a batch."""
         ...
 
-    def scores(self, outputs: Any, targets: Any) -> Tensor:
+    def scores(self, outputs: Any, targets: Any, /) -> Tensor:
         """The metric's value for each sample of a batch, shape `[batch]`."""
         ...
 

@@ -1,0 +1,353 @@
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from karui.artifact import load, save, stored_bytes, verify
+from karui.artifact.files import sealed
+from karui.artifact.save import named_tensors
+from karui.errors import ArtifactError, KaruiError, UsageError
+from karui.measuring import count
+from karui.model import Classification, CustomTask, Model, Note, replace_layers, resolve
+
+NETS = Path(__file__).with_name("nets.py")
+
+
+def made(seed=0, width=6):
+    """A model from its factory in a file, with weights and buffers that no factory would give it."""
+    origin = resolve(f"{NETS}:small", {"width": width})
+    torch.manual_seed(seed)
+    net = origin.replay(None, ())
+    with torch.no_grad():
+        for tensor in named_tensors(net).values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn_like(tensor).abs() * 0.5)
+    example = (torch.randn(2, 2, 5, 5),)
+    return Model(net.eval(), example=example, task=Classification(ignore=9), lineage=(origin,))
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        return model.module(x)
+
+
+def same(a, b):
+    ours, theirs = named_tensors(a.module), named_tensors(b.module)
+    return list(ours) == list(theirs) and all(torch.equal(t, theirs[name]) for name, t in ours.items())
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    model = made()
+    folder = tmp_path_factory.mktemp("artifact") / "model"
+    return model, save(model, folder, measurements=count(model), settings={"seed": 3})
+
+
+def test_what_is_saved_comes_back(artifact):
+    model, saved = artifact
+    back = load(saved.folder)
+    assert same(model, back)
+    assert torch.equal(outputs(model, torch.ones(7, 2, 5, 5)), outputs(back, torch.ones(7, 2, 5, 5)))
+    assert (back.task, back.lineage) == (model.task, model.lineage)
+    assert torch.equal(back.example[0], model.example[0])
+    assert back.module.up.weight is back.module.down.weight
+    assert back.module.shift.abs().sum() > 0
+    assert not back.module.training
+
+
+def test_lengths_are_those_of_the_files(artifact):
+    _, saved = artifact
+    lengths = {path.name: path.stat().st_size for path in saved.folder.iterdir()}
+    assert lengths == {
+        "model.safetensors": saved.weights_bytes, "model.json": saved.json_bytes, "model.onnx": saved.onnx_bytes,
+    }  # fmt: skip
+    data = sum(t.bytes for t in saved.tensors)
+    assert data <= saved.weights_bytes <= data + 150 * len(saved.tensors) + 500
+    assert "up.weight" not in {t.name for t in saved.tensors}
+    assert saved.warnings == ()
+    assert saved.verification.ok
+    json.dumps(saved.to_json())
+
+
+def test_the_text_tells_how_it_was_made(artifact):
+    _, saved = artifact
+    told = json.loads((saved.folder / "model.json").read_text())
+    assert told["settings"] == {"seed": 3}
+    assert told["measurements"]["layers"]
+    assert told["lineage"][0]["kind"] == "origin"
+    assert told["tied"] == {"up.weight": "down.weight"}
+    assert set(told["versions"]) == {"karui", "torch", "python"}
+
+
+def test_the_same_model_gives_the_same_files(artifact, tmp_path):
+    _, saved = artifact
+    again = save(made(), tmp_path / "model", measurements=count(made()), settings={"seed": 3})
+    for path in saved.folder.iterdir():
+        assert path.read_bytes() == (again.folder / path.name).read_bytes(), path.name
+
+
+def test_a_fresh_process_loads_it_without_pickle(artifact, tmp_path):
+    model, saved = artifact
+    torch.save(outputs(model, torch.ones(3, 2, 5, 5)), tmp_path / "want.pt")
+    script = f"""
+import pickle, sys
+def refused(*args, **kwargs): raise SystemExit("pickle was used")
+pickle.load = pickle.loads = pickle.Unpickler = refused
+import torch
+from karui.artifact import load
+model = load({str(saved.folder)!r})
+assert type(model.module).__name__ == "Small"
+with torch.no_grad():
+    got = model.module(torch.ones(3, 2, 5, 5))
+print(got.flatten().tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    want = outputs(model, torch.ones(3, 2, 5, 5))
+    assert torch.equal(torch.tensor(json.loads(done.stdout)).reshape(want.shape), want)
+
+
+def test_edits_are_replayed(tmp_path):
+    model = replace_layers(made(), {"head": nn.Sequential(nn.Linear(6, 2, bias=False), nn.Linear(2, 3))})
+    model = model.evolve(model.module, Note("trained", {"epochs": 3}))
+    save(model, tmp_path / "m", onnx=False)
+    back = load(tmp_path / "m")
+    assert same(model, back)
+    assert back.lineage == model.lineage
+
+
+def test_pruned_weights_are_stored_small_and_exactly(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(200, 100), nn.Linear(100, 5))
+    with torch.no_grad():
+        net[0].weight.masked_fill_(torch.rand_like(net[0].weight) < 0.9, 0.0)
+    model = Model(net, example=(torch.zeros(1, 200),))
+    saved = save(model, tmp_path / "m", onnx=False)
+    forms = {t.name: (t.form, t.bytes / t.dense_bytes) for t in saved.tensors}
+    assert forms["0.weight"][0] == "sparse"
+    assert forms["0.weight"][1] < 0.14
+    assert saved.weights_bytes < 0.2 * 4 * model.parameters
+    assert abs(stored_bytes(model) - saved.weights_bytes) < 200
+    assert same(load(tmp_path / "m", base=nn.Sequential(nn.Linear(200, 100), nn.Linear(100, 5))), model)
+
+
+@pytest.mark.parametrize("convert", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_number_types(tmp_path, convert):
+    net = nn.Linear(4, 3).to(convert)
+    model = Model(net, example=(torch.ones(2, 4, dtype=convert),))
+    save(model, tmp_path / "m", onnx=False)
+    back = load(tmp_path / "m", base=nn.Linear(4, 3))
+    assert back.module.weight.dtype == convert
+    assert same(model, back)
+
+
+def test_sharing_is_as_it_was_saved_and_not_as_it_was_built(tmp_path):
+    def net(tie):
+        parts = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        if tie:
+            parts[1].weight = parts[0].weight
+        return parts
+
+    for saved_tied in (True, False):
+        torch.manual_seed(1)
+        model = Model(net(saved_tied), example=(torch.ones(1, 3),))
+        save(model, tmp_path / "m", onnx=False)
+        back = load(tmp_path / "m", base=net(not saved_tied))
+        assert (back.module[1].weight is back.module[0].weight) == saved_tied
+        assert same(model, back)
+
+
+def test_recurrent_layers_and_frozen_parameters(tmp_path):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True)
+
+        def forward(self, x):
+            return self.lstm(x)[0]
+
+    model = Model(Reader(), example=(torch.randn(2, 5, 3),))
+    model.module.lstm.weight_hh_l1.requires_grad_(False)
+    save(model, tmp_path / "m", onnx=False)
+    back = load(tmp_path / "m", base=Reader())
+    assert torch.equal(outputs(model, model.example[0]), outputs(back, model.example[0]))
+    assert not back.module.lstm.weight_hh_l1.requires_grad
+    assert back.module.lstm.weight_hh_l0.requires_grad
+
+
+def test_the_base_that_is_given_stays_as_it_is(tmp_path):
+    model = Model(nn.Linear(4, 3), example=(torch.ones(2, 4),))
+    save(model, tmp_path / "m", onnx=False)
+    base = nn.Linear(4, 3)
+    before = base.weight.clone()
+    load(tmp_path / "m", base=base)
+    assert torch.equal(base.weight, before)
+
+
+def test_without_an_origin_the_base_is_asked_for(tmp_path):
+    save(Model(nn.Linear(4, 3), example=(torch.ones(2, 4),)), tmp_path / "m", onnx=False)
+    with pytest.raises(ArtifactError, match=r"model\.json.*base=net"):
+        load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        (nn.Linear(4, 3, bias=False), "has no 'bias'"),
+        (nn.Sequential(nn.Linear(4, 3)), "names differ"),
+        (nn.Linear(4, 5), "shape"),
+        ("a string", "base is a str"),
+    ],
+)
+def test_another_base_is_refused(tmp_path, base, words):
+    save(Model(nn.Linear(4, 3), example=(torch.ones(2, 4),)), tmp_path / "m", onnx=False)
+    with pytest.raises(ArtifactError, match=words):
+        load(tmp_path / "m", base=base)
+
+
+def test_a_network_that_computes_something_else_is_refused(tmp_path):
+    """The same names and shapes, other code."""
+
+    def net(activation):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 3), activation, nn.Linear(3, 2))
+
+    save(Model(net(nn.ReLU()), example=(torch.randn(2, 4),)), tmp_path / "m", onnx=False)
+    load(tmp_path / "m", base=net(nn.ReLU()))
+    with pytest.raises(ArtifactError, match="computes something else"):
+        load(tmp_path / "m", base=net(nn.Sigmoid()))
+
+
+def test_a_changed_factory_file_is_told(tmp_path):
+    code = tmp_path / "mine.py"
+    shutil.copy(NETS, code)
+    origin = resolve(f"{code}:small")
+    model = Model(origin.replay(None, ()).eval(), example=(torch.randn(2, 2, 5, 5),), lineage=(origin,))
+    save(model, tmp_path / "m", onnx=False)
+    code.write_text(code.read_text() + "\n\nEXTRA = 1\n")
+    with pytest.warns(UserWarning, match=r"mine\.py has changed since"):
+        assert same(load(tmp_path / "m"), model)
+    code.write_text(code.read_text().replace("self.up(torch.relu(", "self.up(torch.tanh("))
+    with pytest.warns(UserWarning, match="has changed"), pytest.raises(ArtifactError, match="computes something else"):
+        load(tmp_path / "m")
+    code.unlink()
+    with pytest.raises(ArtifactError, match=r"model\.json.*mine\.py.*base=net"):
+        load(tmp_path / "m")
+
+
+def test_a_later_format_is_refused_with_the_remedy(tmp_path):
+    saved = save(Model(nn.Linear(4, 3), example=(torch.ones(2, 4),)), tmp_path / "m", onnx=False)
+    path = saved.folder / "model.json"
+    told = json.loads(path.read_text())
+    path.write_bytes(sealed({**told, "format": 2}))
+    with pytest.raises(ArtifactError, match=r"model\.json is of format 2.*Update karui"):
+        load(saved.folder)
+
+
+def test_what_cannot_be_exported_is_saved_all_the_same(tmp_path):
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.layer(x) if x.sum() > 0 else x
+
+    saved = save(Model(Branching(), example=(torch.ones(2, 3),)), tmp_path / "m")
+    assert saved.onnx_bytes is None
+    assert "model.onnx is not written" in saved.warnings[0]
+    assert "\n" not in saved.warnings[0]
+    assert load(saved.folder, base=Branching()).parameters == 12
+    assert not verify(saved.folder, base=Branching()).onnx
+
+
+def test_a_task_of_local_functions_is_missed_with_a_warning(tmp_path):
+    task = CustomTask(loss=lambda o, t: (o - t).mean(), scores=lambda o, t: (o - t).flatten(1).mean(1))
+    model = Model(nn.Linear(4, 3), example=(torch.ones(2, 4),), task=task)
+    saved = save(model, tmp_path / "m", onnx=False)
+    assert "task is not saved" in str(saved)
+    assert load(saved.folder, base=nn.Linear(4, 3)).task is None
+    assert load(saved.folder, base=dataclasses.replace(model, module=nn.Linear(4, 3))).task is task
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"), [({"seed": {1, 2}}, "JSON"), ({"rate": float("nan")}, "JSON"), ({"f": nn.ReLU()}, "JSON")]
+)
+def test_settings_that_are_no_json_are_refused(tmp_path, settings, words):
+    with pytest.raises(ArtifactError, match=words):
+        save(Model(nn.Linear(4, 3), example=(torch.ones(2, 4),)), tmp_path / "m", onnx=False, settings=settings)
+    assert not (tmp_path / "m").exists()
+
+
+def test_state_that_is_no_tensor_is_refused(tmp_path):
+    class Odd(nn.Linear):
+        def get_extra_state(self):
+            return {"anything": object()}
+
+        def set_extra_state(self, state):
+            del state
+
+    with pytest.raises(ArtifactError, match="Odd"):
+        save(Model(nn.Sequential(Odd(2, 2)), example=(torch.ones(1, 2),)), tmp_path / "m", onnx=False)
+
+
+def test_a_folder_of_other_things_is_not_overwritten(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"thesis\.tex"):
+        save(Model(nn.Linear(4, 3), example=(torch.ones(2, 4),)), tmp_path, onnx=False)
+    with pytest.raises(UsageError, match="is a file"):
+        save(Model(nn.Linear(4, 3), example=(torch.ones(2, 4),)), tmp_path / "thesis.tex", onnx=False)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_second_save_replaces_the_model_and_keeps_other_files(tmp_path):
+    folder = tmp_path / "m"
+    first, second = (Model(nn.Linear(4, 3), example=(torch.ones(2, 4),)) for _ in range(2))
+    save(first, folder)
+    (folder / "report.html").write_text("<p>")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.safetensors").write_text("x")
+    save(second, folder, onnx=False)
+    assert same(load(folder, base=nn.Linear(4, 3)), second)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"model.json", "model.safetensors", "report.html", "checkpoints"}
+    assert (folder / "checkpoints" / "last.safetensors").read_text() == "x"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_nothing_there():
+    with pytest.raises(ArtifactError, match=r"model\.json is missing"):
+        load("/nowhere/at/all")
+    assert issubclass(ArtifactError, KaruiError)
+
+
+def test_a_verified_artifact(artifact):
+    _, saved = artifact
+    result = verify(saved.folder)
+    assert result.ok
+    assert result.onnx
+    assert result.batches == (1, 2, 5)
+    assert 0 <= result.difference <= result.tolerance < 1e-2
+    assert "are equal at batches 1, 2, 5" in str(result)
+    assert result.to_json()["ok"] is True
+
+
+def test_an_onnx_file_of_another_model_is_found_out(artifact, tmp_path):
+    from karui.artifact import export_onnx
+    from karui.artifact.export import compare_onnx
+    from karui.measuring import onnx_form
+
+    model, _ = artifact
+    other = made(seed=1)
+    result = compare_onnx(model, onnx_form(other).data)
+    assert not result.ok
+    assert "NOT equal" in str(result)
+    exported = export_onnx(model, tmp_path / "deep" / "model.onnx")
+    assert exported.bytes == exported.path.stat().st_size
+    assert [path.name for path in exported.path.parent.iterdir()] == ["model.onnx"]
