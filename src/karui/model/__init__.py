@@ -1,12 +1,21 @@
 """Models as values: capture, coupled groups, surgery, proof, taps."""
 
+from karui.model.cut import Cut as Cut
+from karui.model.cut import remove_units as remove_units
 from karui.model.edits import Edit as Edit
 from karui.model.edits import Note as Note
 from karui.model.edits import edit as edit
 from karui.model.edits import edit_from_json as edit_from_json
 from karui.model.edits import edit_to_json as edit_to_json
+from karui.model.groups import Analysis as Analysis
+from karui.model.groups import Group as Group
+from karui.model.groups import Locked as Locked
+from karui.model.groups import Member as Member
+from karui.model.groups import coupled_groups as coupled_groups
 from karui.model.origin import Origin as Origin
 from karui.model.origin import resolve as resolve
+from karui.model.proof import Proof as Proof
+from karui.model.proof import prove as prove
 from karui.model.replace import Replace as Replace
 from karui.model.replace import build_layer as build_layer
 from karui.model.replace import describe_layer as describe_layer

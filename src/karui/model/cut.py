@@ -1,0 +1,160 @@
+"""The cut: an edit that keeps some indices of some tensors, and tells the modules their new sizes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from karui.errors import SurgeryError, require
+from karui.model.edits import edit
+from karui.model.groups import Analysis, coupled_groups
+from karui.model.proof import prove as prove_cut
+from karui.model.sizes import new_sizes
+
+if TYPE_CHECKING:
+    from karui.model.value import Model
+
+
+@edit
+@dataclass(frozen=True)
+class Cut:
+    """Keep only some indices of some dimensions.
+
+    Settings:
+        kept: (tensor name, dimension, indices that stay), one for each dimension that shrinks.
+        sizes: (module path, attribute, new value), for attributes that repeat a size.
+        removed: how many units of each group went, for people.
+    """
+
+    kind: ClassVar[str] = "cut"
+    kept: list[Any]
+    sizes: list[Any] = field(default_factory=list)
+    removed: dict[str, int] = field(default_factory=dict)
+
+    def replay(self, module: nn.Module | None, example: tuple[Any, ...]) -> nn.Module:
+        """Shrink the tensors of `module`, in place, and set the attributes."""
+        del example
+        require(module is not None, "A cut needs a module to be replayed on.", "", SurgeryError)
+        assert module is not None  # noqa: S101  (for the type checker)
+        shrink(module, self.kept)
+        for path, name, value in self.sizes:
+            setattr(module.get_submodule(path), name, tuple(value) if isinstance(value, list) else value)
+        return module
+
+    def describe(self) -> str:
+        """What was cut."""
+        return f"cut {sum(self.removed.values())} units of {len(self.removed)} groups"
+
+
+def _holders(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(name, owner, attribute, tensor) of every parameter and buffer, shared ones under each of their names."""
+    for path, owner in module.named_modules():
+        for table in (owner._parameters, owner._buffers):  # noqa: SLF001  (the public iterators hide shared names)
+            for leaf, tensor in table.items():
+                if tensor is not None:
+                    yield f"{path}.{leaf}" if path else leaf, owner, leaf, tensor
+
+
+def shrink(module: nn.Module, kept: list[Any]) -> None:
+    """Keep the given indices of the given tensors, in place; a shared tensor stays shared."""
+    wanted: dict[str, list[tuple[int, list[int]]]] = {}
+    for name, dim, indices in kept:
+        wanted.setdefault(name, []).append((dim, indices))
+    holders = list(_holders(module))
+    found = {id(tensor): name for name, _, _, tensor in holders if name in wanted}
+    made: dict[int, Tensor] = {}
+    for _, owner, leaf, tensor in holders:
+        name = found.get(id(tensor))
+        if name is None:
+            continue
+        if id(tensor) not in made:
+            value = tensor.detach()
+            for dim, indices in wanted[name]:
+                value = value.index_select(dim, torch.as_tensor(indices, device=value.device))
+            made[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        setattr(owner, leaf, made[id(tensor)])
+
+
+def make_cut(module: nn.Module, analysis: Analysis, removed: Mapping[str, Tensor]) -> Cut:
+    """The edit that removes these units."""
+    dead = analysis.dead(dict(removed))
+    kept, touched = [], {}
+    for name, dims in analysis.trace.slots.items():
+        for dim, labels in enumerate(dims):
+            stay = analysis.survivors(labels, dead)
+            if len(stay) < len(labels):
+                kept.append([name, dim, stay.tolist()])
+                touched.setdefault(name, {})[dim] = len(stay)
+    return Cut(kept, new_sizes(module, analysis, touched, dead), {n: len(u) for n, u in removed.items()})
+
+
+def remove_units(
+    model: Model,
+    removed: Mapping[str, Int[Tensor, "units"]],
+    *,
+    prove: bool = True,
+    allow_normalisation: bool = False,
+    analysis: Analysis | None = None,
+) -> Model:
+    """The model without these units, proved to compute what it does with their outputs zeroed.
+
+    Args:
+        model: what to cut; left as it is.
+        removed: for each group's name, the numbers of the units that go.
+        prove: whether the cut is proved.
+        allow_normalisation: whether units may be cut that a normalisation counts (exact up to normalisation).
+        analysis: the model's coupled groups, where they are known already.
+
+    Raises:
+        SurgeryError: a group or unit does not exist, a whole group would go, or the proof fails.
+        UsageError: a group's name is not known.
+
+    Example:
+        >>> from karui.model import Model
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> light = remove_units(Model(net, example=(torch.randn(1, 4),)), {"0": torch.tensor([1, 5])})
+        >>> light.module[0].out_features, light.lineage[0].describe()
+        (6, 'cut 2 units of 1 groups')
+    """
+    analysis = analysis or coupled_groups(model)
+    chosen = {name: _checked(analysis, name, units, allow_normalisation) for name, units in removed.items()}
+    chosen = {name: units for name, units in chosen.items() if len(units)}
+    if not chosen:
+        return model
+    step = make_cut(model.module, analysis, chosen)
+    module = step.replay(copy.deepcopy(model.module), model.example)
+    if prove:
+        prove_cut(model, step, analysis, chosen)
+    return model.evolve(module, step)
+
+
+def _checked(analysis: Analysis, name: str, units: Tensor, allow_normalisation: bool) -> Tensor:
+    """The unit numbers, sorted and once each."""
+    group = analysis[name]
+    units = torch.as_tensor(units, dtype=torch.int64).reshape(-1).unique()
+    inside = len(units) == 0 or (int(units.min()) >= 0 and int(units.max()) < group.size)
+    require(
+        inside,
+        f"Group '{name}' has {group.size} units; asked to remove {units.tolist()}.",
+        "Count units from 0.",
+        SurgeryError,
+    )
+    require(
+        len(units) < group.size,
+        f"Group '{name}': all {group.size} units would go.",
+        "Leave at least one.",
+        SurgeryError,
+    )
+    require(
+        group.exact or allow_normalisation or not len(units),
+        f"Group '{name}': {group.reason}, so a cut is exact only up to normalisation.",
+        "Allow it with allow_normalisation=True, or leave the group whole.",
+        SurgeryError,
+    )
+    return units

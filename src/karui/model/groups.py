@@ -1,0 +1,288 @@
+"""Coupled groups: the slices of parameters and buffers that live and die together, unit by unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.sparse import coo_matrix, csr_matrix
+from torch import Tensor, nn
+
+from karui.errors import did_you_mean
+from karui.model.resolve import Resolved, resolve
+from karui.model.trace import Trace, capture
+
+if TYPE_CHECKING:
+    from karui.model.value import Model
+
+Role = Literal["out", "in", "both"]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """What a group's units own of one parameter or buffer.
+
+    Settings:
+        tensor: the parameter's or buffer's name.
+        dim: the dimension that is cut.
+        role: "out" where it produces the units, "in" where it reads them, "both" where it does neither or both (a bias,
+            a normalisation, a depthwise filter).
+        indices: which indices of `dim` belong to each unit.
+    """
+
+    tensor: str
+    dim: int
+    role: Role
+    indices: Int[Tensor, "units k"]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Units that are cut each by itself, and what each of them owns.
+
+    Settings:
+        name: path of the first layer that produces the units; unique in its analysis.
+        size: number of units.
+        members: the slices, in the order of the module's parameters.
+        sources: names of the weights that produce the units.
+        exact: False where a normalisation counts the units, so that a cut is exact up to normalisation.
+        reason: which normalisation that is; "" for an exact group.
+        classes: the units' numbers in the analysis.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    sources: tuple[str, ...]
+    exact: bool = True
+    reason: str = ""
+    classes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False)
+
+    def rows(self, module: nn.Module, tensor: str) -> Float[Tensor, "units features"]:
+        """Each unit's slice of a member, flattened: what a criterion scores."""
+        member = next((m for m in self.members if m.tensor == tensor), None)
+        if member is None:
+            did_you_mean(tensor, [m.tensor for m in self.members], f"Group '{self.name}': member")
+        value = tensor_of(module, tensor).detach()
+        return value.movedim(member.dim, 0)[member.indices.to(value.device)].flatten(1)
+
+
+@dataclass(frozen=True)
+class Locked:
+    """Output indices of a layer that cannot be cut, and why."""
+
+    name: str
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """Everything that can be cut, and everything that cannot.
+
+    Settings:
+        groups: the coupled groups, in the order of the module's parameters.
+        locked: what must stay.
+        trace, resolved: how they were found; the cut and its proof read them.
+    """
+
+    groups: tuple[Group, ...]
+    locked: tuple[Locked, ...]
+    trace: Trace = field(repr=False)
+    resolved: Resolved = field(repr=False)
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def __getitem__(self, name: str) -> Group:
+        found = next((g for g in self.groups if g.name == name), None)
+        if found is None:
+            did_you_mean(name, [g.name for g in self.groups], "Group")
+        return found
+
+    def dead(self, removed: dict[str, Tensor]) -> np.ndarray:
+        """For each class whether it dies when these units are removed."""
+        dead = np.zeros(len(self.resolved.locked), dtype=bool)
+        for name, units in removed.items():
+            dead[self[name].classes[units.cpu().numpy()]] = True
+        for _ in self.resolved.grids:
+            for cell, axis in self.resolved.bases():
+                live = (axis >= 0) & (cell >= 0)
+                dead[cell[live][dead[axis[live]]]] = True
+        return dead
+
+    def survivors(self, labels: np.ndarray, dead: np.ndarray) -> np.ndarray:
+        """Which indices of a dimension stay."""
+        found = self.resolved.of(labels)
+        return np.flatnonzero((found < 0) | ~dead[found]) if len(dead) else np.arange(len(labels))
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that name."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
+
+
+def coupled_groups(model: Model) -> Analysis:
+    """What can be cut out of a model: run it once, label every tensor, and resolve the labels into units.
+
+    Raises:
+        CaptureError: the model does not run on its example, or what it computes depends on its input's values.
+
+    Example:
+        >>> from karui.model import Model
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4, 2))
+        >>> (group,) = coupled_groups(Model(net, example=(torch.zeros(1, 3, 4, 4),)))
+        >>> group.name, group.size, [(m.tensor, m.dim, tuple(m.indices.shape)) for m in group.members]
+        ('0', 8, [('0.weight', 0, (8, 1)), ('0.bias', 0, (8, 1)), ('3.weight', 1, (8, 4))])
+    """
+    trace = capture(model.module, model.example)
+    return analyse(trace, [name for name, _ in [*model.module.named_parameters(), *model.module.named_buffers()]])
+
+
+def analyse(trace: Trace, order: list[str]) -> Analysis:
+    """Groups and locked layers of a trace; `order` is that of the module's parameters and buffers."""
+    resolved = resolve(trace.labels)
+    slots = tuple((name, dim) for name in order if name in trace.slots for dim in range(len(trace.slots[name])))
+    book = _Book(trace, resolved, slots, tuple(_role(trace, resolved, name, dim) for name, dim in slots))
+    found = book.groups()
+    groups = tuple(g for g in found if g.size > 1)
+    single = [Locked(g.name, 1, "it is the only unit of its kind") for g in found if g.size == 1]
+    return Analysis(groups, tuple(book.locked() + single), trace, resolved)
+
+
+def _role(trace: Trace, resolved: Resolved, name: str, dim: int) -> Role:
+    """Whether contractions passed the dimension's labels on, or summed over them."""
+    labels = trace.slots[name][dim]
+    mine = set(resolved.classes[labels[labels >= 0]].tolist())
+
+    def touches(what: dict[str, list[np.ndarray]]) -> bool:
+        return any(not mine.isdisjoint(resolved.classes[a[a >= 0]].tolist()) for a in what.get(name, []))
+
+    made, read = touches(trace.produced), touches(trace.consumed)
+    if made == read:
+        return "both"
+    return "out" if made else "in"
+
+
+def _closure(resolved: Resolved) -> Any:
+    """[classes, classes], sparse: 1 where a base class (no cell of a grid) takes a class with it, or is it."""
+    count = len(resolved.locked)
+    cell = np.concatenate([c for c, _ in resolved.bases()] or [np.zeros(0, dtype=np.int64)])
+    axis = np.concatenate([a for _, a in resolved.bases()] or [np.zeros(0, dtype=np.int64)])
+    live = (cell >= 0) & (axis >= 0)
+    base = np.ones(count, dtype=np.int64)
+    base[cell[live]] = 0
+    ends: Any = csr_matrix((base, (np.arange(count), np.arange(count))), shape=(count, count))
+    reach: Any = ends
+    step: Any = csr_matrix((np.ones(int(live.sum()), dtype=np.int64), (cell[live], axis[live])), shape=(count, count))
+    path = step
+    while path.nnz:
+        reach = reach + path @ ends
+        path = path @ step
+    reach.eliminate_zeros()
+    reach.data[:] = 1
+    return reach
+
+
+@dataclass
+class _Book:
+    """The slots of a trace, (tensor, dimension), and the units that own their indices.
+
+    Settings:
+        trace, resolved: what is known of the labels.
+        slots, roles: every dimension of every parameter and buffer that was used, and its role.
+        names: how often a group was named after each layer.
+    """
+
+    trace: Trace
+    resolved: Resolved
+    slots: tuple[tuple[str, int], ...]
+    roles: tuple[Role, ...]
+    names: dict[str, int] = field(default_factory=dict)
+
+    def ownership(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(slot, index, unit) of every index that may be cut, once for each unit that takes it away."""
+        flat = [self.resolved.of(self.trace.slots[name][dim]) for name, dim in self.slots]
+        slot = np.repeat(np.arange(len(flat)), [len(f) for f in flat])
+        index = np.concatenate([np.arange(len(f)) for f in flat] or [np.zeros(0, dtype=np.int64)])
+        classes = np.concatenate(flat or [np.zeros(0, dtype=np.int64)])
+        live = classes >= 0
+        slot, index, classes = slot[live], index[live], classes[live]
+        if not len(classes):
+            return slot, index, classes
+        owned = coo_matrix(_closure(self.resolved)[classes])
+        order = np.lexsort((index[owned.row], slot[owned.row]))
+        return slot[owned.row][order], index[owned.row][order], owned.col.astype(np.int64)[order]
+
+    def groups(self) -> list[Group]:
+        """Units that own as many indices of the same slots form a group."""
+        slot, index, unit = self.ownership()
+        count = len(self.resolved.locked)
+        marks = np.random.default_rng(0).integers(1, 2**62, size=max(len(self.slots), 1), dtype=np.uint64)
+        signature = np.zeros(count, dtype=np.uint64)
+        np.add.at(signature, unit, marks[slot])
+        owners, seen = np.unique(unit, return_index=True)
+        owners = owners[np.argsort(seen, kind="stable")]
+        kinds, first, kind = np.unique(signature[owners], return_index=True, return_inverse=True)
+        rank = np.argsort(np.argsort(first))[kind] if len(owners) else kind
+        place, label = np.full(count, -1), np.full(count, -1)
+        label[owners] = rank
+        units = [owners[rank == number] for number in range(len(kinds))]
+        for classes in units:
+            place[classes] = np.arange(len(classes))
+        order = np.argsort(label[unit], kind="stable")
+        bounds = np.searchsorted(label[unit][order], np.arange(len(kinds) + 1))
+        return [
+            self.group(classes, slot[mine], index[mine], place[unit[mine]])
+            for number, classes in enumerate(units)
+            for mine in [order[bounds[number] : bounds[number + 1]]]
+        ]
+
+    def group(self, classes: np.ndarray, slot: np.ndarray, index: np.ndarray, place: np.ndarray) -> Group:
+        """One group: `slot`, `index` and `place` (the unit's number) of everything its units own."""
+        members = []
+        for number in np.unique(slot):
+            here = slot == number
+            order = np.lexsort((index[here], place[here]))
+            table = torch.from_numpy(index[here][order].reshape(len(classes), -1))
+            tensor, dim = self.slots[number]
+            members.append(Member(tensor, dim, self.roles[number], table))
+        wide = [m for m in members if len(self.trace.slots[m.tensor]) > 1]
+        sources = [m.tensor for m in wide if m.role == "out"] or [m.tensor for m in wide if m.role == "both"]
+        name = self.name((sources or [members[0].tensor])[0])
+        codes = self.resolved.counted[_touched(classes, self.resolved)]
+        flagged = codes[codes >= 0]
+        reason = self.trace.labels.reasons[int(flagged[0])] if len(flagged) else ""
+        return Group(name, len(classes), tuple(members), tuple(sources), not len(flagged), reason, classes)
+
+    def name(self, tensor: str) -> str:
+        """The path of the layer that owns a tensor, numbered where it has several groups."""
+        path = tensor.rpartition(".")[0] or tensor
+        self.names[path] = self.names.get(path, 0) + 1
+        return path if self.names[path] == 1 else f"{path}#{self.names[path]}"
+
+    def locked(self) -> list[Locked]:
+        """Output indices that must stay, by layer and reason."""
+        found = []
+        for (name, dim), role in zip(self.slots, self.roles, strict=True):
+            labels = self.trace.slots[name][dim]
+            if role == "out" and len(labels) > 1:
+                codes = self.resolved.locked[self.resolved.classes[labels]]
+                found += [
+                    Locked(name.rpartition(".")[0] or name, int((codes == code).sum()), self.trace.labels.reasons[code])
+                    for code in np.unique(codes[codes >= 0])
+                ]
+        return found
+
+
+def _touched(classes: np.ndarray, resolved: Resolved) -> np.ndarray:
+    """The classes and the cells that die with them."""
+    found = [classes]
+    for cell, axis in resolved.bases():
+        found.append(cell[(cell >= 0) & np.isin(axis, classes)])
+    return np.unique(np.concatenate(found))

@@ -1,0 +1,235 @@
+"""Resolve what was said of the labels into units that can be cut, each by itself.
+
+Merged labels are one class (connected components). Grids are simplified until nothing changes: an axis that must stay
+drops out; a grid with one axis left is plain merging; grids over the same cells, or over the same axes, are one.
+Where a class is still the cell of two different grids (a channel shuffle into channels that are split elsewhere), the
+shorter axis is held in place. What is left is free: any set of *base* classes may die, and a cell dies where one of
+its axes does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from karui.model.labels import Labels
+
+HELD = "two ways of splitting the same channels meet, and only one of them can shrink"
+WHOLE = "every index along it is the same unit"
+
+
+@dataclass
+class Resolved:
+    """Classes of labels, and of each whether it may die.
+
+    Settings:
+        classes: the class of each label.
+        locked: the code of the reason why a class must stay, or -1.
+        counted: the code of the normalisation that counts a class, or -1.
+        grids: what is left: (cells [n, m, ...], axes), of classes.
+    """
+
+    classes: np.ndarray
+    locked: np.ndarray
+    counted: np.ndarray
+    grids: list[tuple[np.ndarray, tuple[np.ndarray, ...]]] = field(default_factory=list)
+
+    def of(self, labels: np.ndarray) -> np.ndarray:
+        """The class of each label; -1 where it must stay."""
+        if not self.classes.size:
+            return np.full(labels.shape, -1)
+        found = np.where(labels >= 0, self.classes[np.maximum(labels, 0)], -1)
+        return np.where((found >= 0) & (self.locked[found] < 0), found, -1)
+
+    def bases(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Pairs (cell, axis) of classes: the first dies if the second does."""
+        for cells, axes in self.grids:
+            for place, axis in enumerate(axes):
+                shape = [-1 if k == place else 1 for k in range(len(axes))]
+                yield cells.reshape(-1), np.broadcast_to(axis.reshape(shape), cells.shape).reshape(-1)
+
+
+@dataclass
+class _State:
+    """Merges and locks in the course of resolving."""
+
+    labels: Labels
+    edges: list[tuple[np.ndarray, np.ndarray]]
+    locks: list[tuple[np.ndarray, int]]
+    changed: bool = False
+
+    def merge(self, one: np.ndarray, other: np.ndarray) -> None:
+        self.edges.append((one.reshape(-1), other.reshape(-1)))
+        self.changed = True
+
+    def lock(self, labels: np.ndarray, reason: int) -> None:
+        self.locks.append((labels.reshape(-1), reason))
+        self.changed = True
+
+
+def resolve(labels: Labels) -> Resolved:
+    """The classes of `labels`, with grids brought to their simplest form."""
+    state = _State(labels, list(labels.merges), list(labels.locks))
+    grids = [(g.target, g.axes) for g in labels.grids]
+    while True:
+        found = _classes(state)
+        state.changed = False
+        grids = [g for grid in grids for g in _simplify(grid, found, state)]
+        if not state.changed:
+            grids = _same(grids, found, state)
+        if not state.changed:
+            _conflicts(grids, found, state)
+        if not state.changed:
+            break
+    counted = np.full(len(found.locked), -1)
+    for flagged, code in labels.counted:
+        live = found.of(flagged)
+        counted[live[live >= 0]] = code
+    kept = [(found.of(cells), tuple(found.of(a) for a in axes)) for cells, axes in grids]
+    return Resolved(found.classes, found.locked, counted, kept)
+
+
+def _classes(state: _State) -> Resolved:
+    """Connected components of the merges, and which of them must stay."""
+    count = state.labels.count
+    if count == 0:
+        empty = np.zeros(0, dtype=np.int64)
+        return Resolved(empty, empty, empty)
+    one = np.concatenate([e[0] for e in state.edges] or [np.zeros(0, dtype=np.int64)])
+    other = np.concatenate([e[1] for e in state.edges] or [np.zeros(0, dtype=np.int64)])
+    both = (one >= 0) & (other >= 0)
+    one_, other_ = one[both], other[both]
+    total, classes = connected_components(
+        coo_matrix((np.ones(len(one_), dtype=np.int8), (one_, other_)), shape=(count, count)), directed=False
+    )
+    locked = np.full(total, -1)
+    half = ~both & ((one >= 0) | (other >= 0))
+    ends, held = np.maximum(one[half], other[half]), np.minimum(one[half], other[half])
+    locked[classes[ends]] = -1 - held
+    for what, reason in state.locks:
+        live = what[what >= 0]
+        locked[classes[live]] = reason
+    return Resolved(classes.astype(np.int64), locked, locked)
+
+
+def _simplify(
+    grid: tuple[np.ndarray, tuple[np.ndarray, ...]], found: Resolved, state: _State
+) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+    """One grid with dead axes dropped; nothing where it came down to merging."""
+    cells, axes = grid
+    of_cells = found.of(cells)
+    for place, axis in enumerate(axes):
+        moved = np.moveaxis(of_cells, place, 0)
+        if len(axis) > 1 and (of_cells >= 0).any() and (found.of(axis) >= 0).any() and (moved == moved[:1]).all():
+            state.lock(axis, state.labels.code(WHOLE))
+            return [grid]
+    live = [k for k, a in enumerate(axes) if (found.of(a) >= 0).any()]
+    if not live:
+        if (of_cells >= 0).any():
+            state.lock(cells, _why(axes[0], found))
+        return []
+    if len(live) < len(axes):
+        return _drop(cells, axes, live, state)
+    if len(axes) == 1:
+        state.merge(cells, axes[0])
+        return []
+    dead = of_cells < 0
+    if dead.any():
+        why = _why(cells[dead][:1], found)
+        for place, axis in enumerate(axes):
+            stay = dead.any(axis=tuple(k for k in range(len(axes)) if k != place)) & (found.of(axis) >= 0)
+            if stay.any():
+                state.lock(axis[stay], why)
+    alone = np.ones(cells.shape, dtype=bool)
+    for place, axis in enumerate(axes):
+        alone &= (found.of(axis) < 0).reshape([-1 if k == place else 1 for k in range(len(axes))])
+    if (alone & ~dead).any():
+        state.lock(cells[alone & ~dead], _why(axes[0][found.of(axes[0]) < 0][:1], found))
+    return [grid]
+
+
+def _drop(
+    cells: np.ndarray, axes: tuple[np.ndarray, ...], live: list[int], state: _State
+) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+    """Without the axes that stay; cells along them are one."""
+    gone = [k for k in range(len(axes)) if k not in live]
+    flat = np.moveaxis(cells, gone, range(len(gone))).reshape(-1, *[len(axes[k]) for k in live])
+    for row in flat[1:]:
+        state.merge(flat[0], row)
+    kept = tuple(axes[k] for k in live)
+    state.changed = True
+    if len(kept) == 1:
+        state.merge(flat[0], kept[0])
+        return []
+    return [(flat[0], kept)]
+
+
+def _why(labels: np.ndarray, found: Resolved) -> int:
+    """The reason that holds the first of these labels."""
+    label = int(labels.reshape(-1)[0])
+    return -1 - label if label < 0 else int(max(found.locked[found.classes[label]], 0))
+
+
+def _same(
+    grids: list[tuple[np.ndarray, tuple[np.ndarray, ...]]], found: Resolved, state: _State
+) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+    """Grids over the same axes have the same cells, and the other way round."""
+    by_axes: dict[bytes, np.ndarray] = {}
+    by_cells: dict[bytes, tuple[np.ndarray, ...]] = {}
+    kept = []
+    for cells, axes in grids:
+        order = sorted(range(len(axes)), key=lambda k: found.of(axes[k]).tobytes())
+        turned, sides = cells.transpose(order), tuple(axes[k] for k in order)
+        key = b"|".join(found.of(a).tobytes() for a in sides)
+        seen = by_axes.setdefault(key, turned)
+        if seen is not turned:
+            if (found.of(seen) != found.of(turned)).any():
+                state.merge(seen, turned)
+            continue
+        own = repr(cells.shape).encode() + found.of(cells).tobytes()
+        if own in by_cells:
+            for one, other in zip(by_cells[own], axes, strict=True):
+                state.merge(one, other)
+            continue
+        by_cells[own] = axes
+        kept.append((cells, axes))
+    return kept
+
+
+def _conflicts(grids: list[tuple[np.ndarray, tuple[np.ndarray, ...]]], found: Resolved, state: _State) -> None:
+    """Hold the shorter axis of grids whose cells belong to another grid too, or that lie on their own axes."""
+    owner = np.full(len(found.locked), -1)
+    depends: dict[int, set[int]] = {}
+    clashing: set[int] = set()
+    for number, (cells, _) in enumerate(grids):
+        of_cells = found.of(cells)
+        flat = of_cells[of_cells >= 0]
+        others = owner[flat]
+        clashing |= {number} if (others >= 0).any() or len(np.unique(flat)) != len(flat) else set()
+        clashing |= {int(o) for o in np.unique(others) if o >= 0}
+        owner[flat] = number
+    for number, (_, axes) in enumerate(grids):
+        ends = [found.of(a) for a in axes]
+        live = np.concatenate([e[e >= 0] for e in ends])
+        depends[number] = {int(o) for o in np.unique(owner[live]) if o >= 0}
+        if len(np.unique(live)) != len(live):
+            clashing.add(number)
+    clashing |= _cyclic(depends)
+    for number in sorted(clashing):
+        _, axes = grids[number]
+        sizes = [len(np.unique(found.of(a)[found.of(a) >= 0])) for a in axes]
+        state.lock(axes[int(np.argmin(sizes))], state.labels.code(HELD))
+
+
+def _cyclic(depends: dict[int, set[int]]) -> set[int]:
+    """Grids that are left when those without unresolved axes are taken away, again and again."""
+    left = dict(depends)
+    while True:
+        ready = {k for k, needs in left.items() if not needs & left.keys()}
+        if not ready:
+            return set(left)
+        left = {k: v for k, v in left.items() if k not in ready}

@@ -1,0 +1,129 @@
+"""What operators say of the labels: how a rule is written and found.
+
+A rule is called after the operator has run. It reads the labels of the inputs, merges or locks some, and sets the
+labels of the outputs. Here are element-wise operators and unknown ones; data movement is in `karui.model.movement`,
+reductions and windows in `karui.model.reduce`, contractions and normalisations in `karui.model.contract`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from karui.model.labels import Dims
+
+if TYPE_CHECKING:
+    from karui.model.trace import Tracer
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator that ran: what it was given and what it made."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+    @property
+    def name(self) -> str:
+        """The operator's name without its overload."""
+        return self.func.overloadpacket.__name__
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of an argument, however it was given."""
+        for place, known in enumerate(self.func._schema.arguments):  # noqa: SLF001  (the only way to an operator's schema)
+            if known.name == name:
+                if place < len(self.args):
+                    return self.args[place]
+                return self.kwargs.get(name, known.default_value if known.has_default_value() else default)
+        return default
+
+
+Rule = Callable[["Tracer", Call], None]
+RULES: dict[str, Rule] = {}
+
+
+def rule(names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators, by the names of their packets."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names.split(), function))
+        return function
+
+    return register
+
+
+@cache
+def rule_for(func: Any) -> tuple[Rule, Callable[..., Any] | None]:
+    """The rule of an operator, or the decomposition that takes it apart first."""
+    from karui.model import contract, movement, reduce  # noqa: F401  (they register their rules)
+
+    name = func.overloadpacket.__name__
+    found = RULES.get(name) or RULES.get(name.rstrip("_"))
+    if found is not None:
+        return found, None
+    if torch.Tag.pointwise in func.tags or torch.Tag.pointwise in _functional_tags(func):
+        return pointwise, None
+    split = _decompositions().get(func)
+    return unknown, split
+
+
+def _functional_tags(func: Any) -> Sequence[Any]:
+    """Tags of the out-of-place twin of an operator, which the in-place one does not repeat."""
+    twin = getattr(torch.ops.aten, func.overloadpacket.__name__.rstrip("_"), None)
+    overload = getattr(twin, func._schema.overload_name or "default", None) if twin is not None else None  # noqa: SLF001  (the only way)
+    return overload.tags if overload is not None else ()
+
+
+@cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    from torch._decomp import core_aten_decompositions
+
+    return dict(core_aten_decompositions())
+
+
+def broadcast(tracer: Tracer, operands: Sequence[tuple[Dims, Sequence[int]]], shape: Sequence[int]) -> Dims:
+    """Merge the labels of operands that meet under broadcasting, and return those of the result."""
+    out = []
+    for back in range(1, len(shape) + 1):
+        size = shape[-back]
+        met = [dims[-back] for dims, sizes in operands if len(sizes) >= back and sizes[-back] == size]
+        if size == 1 or not met:
+            out.append(tracer.labels.fixed(size, "it is spread by broadcasting"))
+            continue
+        for other in met[1:]:
+            tracer.labels.merge(met[0], other)
+        out.append(met[0])
+    return tuple(reversed(out))
+
+
+def pointwise(tracer: Tracer, call: Call) -> None:
+    """Labels that meet are one."""
+    inputs = [t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor) and t.ndim]
+    for out in tree_leaves(call.result):
+        if isinstance(out, Tensor):
+            dims = broadcast(tracer, [(tracer.value(t).dims, t.shape) for t in inputs], out.shape)
+            if not any(out is t for t in inputs):
+                tracer.set(out, dims)
+
+
+def unknown(tracer: Tracer, call: Call) -> None:
+    """Every index that flows through an operator without a rule must stay."""
+    reason = f"operator {call.func} has no rule"
+    for t in tree_leaves((call.args, call.kwargs)):
+        if isinstance(t, Tensor):
+            for d in tracer.value(t).dims:
+                tracer.labels.lock(d, reason)
+    for out in tree_leaves(call.result):
+        if isinstance(out, Tensor):
+            tracer.set(out, tuple(tracer.labels.fixed(n, reason) for n in out.shape))
+
+
+rule("_prelu_kernel copy lerp")(pointwise)

@@ -1,0 +1,81 @@
+"""Attributes of modules that repeat a size of their weights, and what they become after a cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from karui.model.groups import Analysis, tensor_of
+
+# Attribute -> the dimension of the module's weight that it repeats.
+SIZES: dict[str, int] = {
+    "out_channels": 0,
+    "in_channels": 1,
+    "out_features": 0,
+    "in_features": 1,
+    "num_features": 0,
+    "num_channels": 0,
+    "num_parameters": 0,
+    "embedding_dim": 1,
+}
+RECURRENT = {"hidden_size": ("weight_hh_l0", "weight_hh"), "input_size": ("weight_ih_l0", "weight_ih")}
+
+
+def new_sizes(
+    module: nn.Module, analysis: Analysis, touched: dict[str, dict[int, int]], dead: np.ndarray
+) -> list[list[Any]]:
+    """(path, attribute, value) for every module that owns a tensor that shrinks.
+
+    Args:
+        module: the network before the cut.
+        analysis: its labels.
+        touched: the new size of each dimension that shrinks, by tensor.
+        dead: which classes of labels die.
+    """
+    counts = {(name, attribute): labels for name, attribute, labels in analysis.trace.counts}
+    sizes: list[list[Any]] = []
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in touched):
+        owner = module.get_submodule(path)
+        prefix = f"{path}." if path else ""
+        shapes = {
+            name.removeprefix(prefix): tuple(dims.get(k, n) for k, n in enumerate(tensor_of(module, name).shape))
+            for name, dims in touched.items()
+            if name.rpartition(".")[0] == path
+        }
+        counted = {
+            attribute: len(analysis.survivors(labels, dead))
+            for (name, attribute), labels in counts.items()
+            if name == f"{prefix}weight"
+        }
+        known = vars(owner)
+        new = _repeated(known, shapes) | {k: v for k, v in counted.items() if k in known}
+        if known.get("groups", 1) > 1 and "in_channels" in counted:
+            new["groups"] = _conv_groups(
+                known, shapes.get("weight", tuple(tensor_of(module, f"{prefix}weight").shape)), counted
+            )
+        sizes += [[path, attribute, value] for attribute, value in new.items() if known[attribute] != value]
+    return sizes
+
+
+def _repeated(known: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Attributes that repeat a dimension of one of the new shapes."""
+    new: dict[str, Any] = {}
+    weight = shapes.get("weight") or next(iter(shapes.values()))
+    for attribute, dim in SIZES.items():
+        place = 1 - dim if known.get("transposed") else dim
+        if attribute in known and place < len(weight):
+            new[attribute] = weight[place]
+    if "normalized_shape" in known and "weight" in shapes:
+        new["normalized_shape"] = weight
+    for attribute, leaves in RECURRENT.items():
+        for leaf in leaves:
+            if attribute in known and leaf in shapes:
+                new[attribute] = shapes[leaf][1]
+    return new
+
+
+def _conv_groups(known: dict[str, Any], weight: tuple[int, ...], counted: dict[str, int]) -> int:
+    """Groups of a convolution: all channels over those of one group."""
+    return counted["out_channels" if known.get("transposed") else "in_channels"] // weight[1]

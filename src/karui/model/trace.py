@@ -1,0 +1,226 @@
+"""Capture: run a module once and label every tensor that it makes, operator by operator.
+
+The operators are seen below autograd, where composite ones (linear, matmul, LSTM, attention) have come apart into
+plain ones, so that what is labelled is what is computed, whatever Python the model is made of. Nothing of the module
+changes: buffers that a training-mode run would move are swapped for copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from karui.errors import CaptureError, KaruiError
+from karui.model.labels import Dims, Labels
+from karui.model.rules import Call, rule_for
+
+INPUT = "the model's input keeps its size"
+OUTPUT = "the model's output keeps its size"
+OUTSIDE = "it meets a tensor that is neither a parameter nor a buffer"
+
+
+@dataclass(eq=False)
+class Value:
+    """What is known of a tensor: a label for each index of each dimension, and where it came from.
+
+    Settings:
+        dims: the labels, one array a dimension.
+        origin: the parameter or buffer that it is, or is a view of; "" for none.
+        data: whether it depends on the model's inputs.
+    """
+
+    dims: Dims
+    origin: str = ""
+    data: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator that ran: its name, and the values of its tensor inputs and outputs, for the proof."""
+
+    name: str
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+
+@dataclass
+class Trace:
+    """What one or several runs of a module said of its tensors.
+
+    Settings:
+        labels: every label and what was said of them.
+        slots: labels of each parameter and buffer that was used, a list with one array for each dimension.
+        produced, consumed: for each weight, labels that a contraction passed on or summed over.
+        counts: sizes that are not shapes: (parameter name, attribute of its module, labels whose survivors it counts).
+        steps: the operators, in the order in which they ran.
+    """
+
+    labels: Labels = field(default_factory=Labels)
+    slots: dict[str, Dims] = field(default_factory=dict)
+    produced: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    consumed: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    counts: list[tuple[str, str, np.ndarray]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+
+class Tracer(TorchDispatchMode):
+    """Labels the outputs of each operator that runs under it."""
+
+    def __init__(self, trace: Trace, names: dict[int, str]) -> None:
+        super().__init__()
+        self.trace = trace
+        self.labels = trace.labels
+        self.names = names
+        self.values: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def value(self, tensor: Tensor) -> Value:
+        """What is known of a tensor; a parameter or buffer is labelled when it is first met."""
+        known = self.values.get(tensor)
+        if known is None:
+            name = self.names.get(id(tensor), "")
+            if name:
+                if name not in self.trace.slots:
+                    self.trace.slots[name] = tuple(self.labels.fresh(n) for n in tensor.shape)
+                known = Value(self.trace.slots[name], origin=name)
+            else:
+                known = Value(tuple(self.labels.fixed(n, OUTSIDE) for n in tensor.shape))
+            self.values[tensor] = known
+        return known
+
+    def set(self, tensor: Tensor, dims: Dims, origin: str = "") -> None:
+        """Say what the labels of an operator's output are."""
+        self.values[tensor] = Value(dims, origin)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule, split = rule_for(func)
+        if split is not None:
+            with self:
+                return split(*args, **kwargs)
+        inputs = [self.value(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        data = any(v.data for v in inputs)
+        if data and func.overloadpacket.__name__ == "_local_scalar_dense":
+            raise CaptureError(
+                "The model takes a number out of a tensor that depends on its input, so its path may vary with it.",
+                "Its channels cannot be cut; techniques that work layer by layer still can.",
+            )
+        result = func(*args, **kwargs)
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        rule(self, Call(func, args, kwargs, result))
+        for t in outputs:
+            value = self.values.get(t)
+            if value is None:
+                value = self.values[t] = Value(
+                    tuple(self.labels.fixed(n, f"operator {func} is not known") for n in t.shape)
+                )
+            value.data = value.data or data
+        self.trace.steps.append(Step(str(func), tuple(inputs), tuple(self.values[t] for t in outputs)))
+        return result
+
+
+@contextmanager
+def mode_of(module: nn.Module, training: bool) -> Iterator[None]:
+    """The module in training or evaluation mode, and afterwards as it was."""
+    before = [(m, m.training) for m in module.modules()]
+    module.train(training)
+    try:
+        yield
+    finally:
+        for m, was in before:
+            m.training = was
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention modules compute by plain operators, not by their fused inference path."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
+
+
+def widen(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The example with its first sample twice: statistics over a batch of one are refused by batch normalisation."""
+    return tree_map(lambda t: t[:1].repeat(2, *[1] * (t.ndim - 1)) if isinstance(t, Tensor) and t.ndim else t, example)
+
+
+def first(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The example's first sample, as a batch of one."""
+    return tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, example)
+
+
+def run_traced(module: nn.Module, example: tuple[Any, ...], trace: Trace, *, training: bool) -> Any:
+    """Run `module` once on `example`, adding to `trace`; returns the outputs.
+
+    Raises:
+        CaptureError: the run fails, or control flow depends on the data.
+    """
+    buffers = {name: b.clone() for name, b in module.named_buffers(remove_duplicate=True)}
+    names: dict[int, str] = {id(p): name for name, p in module.named_parameters()}
+    names |= {id(b): name for name, b in buffers.items()}
+    tracer = Tracer(trace, names)
+    inputs = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, example)
+    for t in tree_leaves(inputs):
+        if isinstance(t, Tensor):
+            tracer.values[t] = Value(tuple(trace.labels.fixed(n, INPUT) for n in t.shape), data=True)
+    kept = torch.random.get_rng_state()
+    try:
+        with torch.no_grad(), mode_of(module, training), plain_attention(), tracer:
+            outputs = functional_call(module, buffers, inputs)
+    except KaruiError:
+        raise
+    except Exception as error:
+        mode = "training" if training else "evaluation"
+        raise CaptureError(
+            f"The model does not run on its example input in {mode} mode: {brief(error)}.",
+            "Give an example input that its forward accepts.",
+        ) from error
+    finally:
+        torch.random.set_rng_state(kept)
+    for t in tree_leaves(outputs):
+        if isinstance(t, Tensor):
+            for d in tracer.value(t).dims:
+                trace.labels.lock(d, OUTPUT)
+    return outputs
+
+
+def brief(error: BaseException) -> str:
+    """An error's kind and the first line of its message."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def minds_training(module: nn.Module) -> bool:
+    """Whether a class of the user's own reads `training`, so that its training run may take another path."""
+    for cls in {type(m) for m in module.modules()}:
+        if cls.__module__.startswith("torch.nn."):
+            continue
+        functions = (f for c in cls.__mro__ if not c.__module__.startswith("torch.") for f in vars(c).values())
+        if any("training" in getattr(getattr(f, "__code__", None), "co_names", ()) for f in functions):
+            return True
+    return False
+
+
+def capture(module: nn.Module, example: tuple[Any, ...]) -> Trace:
+    """Label every tensor of the module's evaluation run and, where it may differ, of its training run.
+
+    Raises:
+        CaptureError: the model does not run on its example, or control flow depends on the data.
+    """
+    trace = Trace()
+    run_traced(module, first(example), trace, training=False)
+    if minds_training(module):
+        run_traced(module, widen(example), trace, training=True)
+    return trace
