@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
 import subprocess
 import sys
@@ -58,9 +57,12 @@ def model(bench: Bench) -> Model:
 def result(model: Model, bench: Bench) -> Any:
     """The technique's result with its quick settings, made once for all laws."""
 
-    @functools.cache
+    made: dict[str, Model] = {}
+
     def make(entry: Entry) -> Model:
-        return quick(entry).apply(model, bench)
+        if entry.slug not in made:
+            made[entry.slug] = quick(entry).apply(model, bench)
+        return made[entry.slug]
 
     return make
 
@@ -193,7 +195,7 @@ def test_the_onnx_file_computes_the_same(entry: Entry, result: Any, tmp_path: Pa
     saved = save(result(entry), tmp_path / "light")
     assert (tmp_path / "light" / "model.onnx").stat().st_size > 0
     assert saved.verification is not None
-    assert saved.verification.passed
+    assert saved.verification.ok
 
 
 @every
