@@ -1,0 +1,44 @@
+"""How many units go, and which: counts rounded to what engines like, and the weakest by score."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from karui.errors import require
+
+
+def removed_count(size: int, ratio: float, multiple: int = 1) -> int:
+    """How many of `size` units to remove for a share of `ratio`, so that what is kept is a multiple of `multiple`.
+
+    The share is rounded to the nearest unit (halves up), at least one unit stays, and rounding to a multiple keeps more
+    than was asked, never less.
+
+    Example:
+        >>> removed_count(16, 0.5), removed_count(10, 0.25), removed_count(4, 0.99)
+        (8, 3, 3)
+        >>> removed_count(64, 0.3, multiple=8)
+        16
+    """
+    require(0 <= ratio < 1, f"ratio is {ratio}; give a share in [0, 1), for example 0.3")
+    require(multiple >= 1, f"multiple is {multiple}; give a whole number of units, 1 or more")
+    kept = max(1, size - math.floor(size * ratio + 0.5))
+    return size - min(size, math.ceil(kept / multiple) * multiple)
+
+
+def weakest(scores: Float[Tensor, "units"], count: int) -> Int[Tensor, "count"]:
+    """Numbers of the `count` units of smallest score, ascending; of equal scores the first go.
+
+    Raises:
+        SettingError: a score is not finite, or fewer than `count` units are there.
+
+    Example:
+        >>> weakest(torch.tensor([3.0, 1.0, 2.0]), 2).tolist()
+        [1, 2]
+    """
+    require(bool(torch.isfinite(scores).all()), "A score is not finite, so units cannot be ranked by it")
+    require(0 <= count <= len(scores), f"{count} units are to go, but there are only {len(scores)}")
+    return torch.argsort(scores, stable=True)[:count].sort().values
