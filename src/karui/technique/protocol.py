@@ -12,7 +12,7 @@ from karui.errors import NeedError, require
 if TYPE_CHECKING:
     from karui.model import Model
     from karui.technique.bench import Bench
-    from karui.technique.card import Card
+    from karui.technique.card import Card, Need
 
 
 @runtime_checkable
@@ -73,19 +73,31 @@ def lacking(step: Technique, model: Model | None, bench: Bench) -> list[tuple[st
         if card is None:
             present = True
             continue
-        missing += _lacks(card, present, model, bench)
+        missing += _lacks(card, needs_of(part), present, model, bench)
         present = True
     return missing
 
 
-def _lacks(card: Card, present: bool, model: Model | None, bench: Bench) -> list[tuple[str, str]]:
+def needs_of(step: Technique) -> tuple[Need, ...]:
+    """What the technique needs with its settings: its own `needs()` where it has one, else what the card says.
+
+    A pruning that is asked for no retraining needs no data, though its card says training.
+    """
+    own = getattr(step, "needs", None)
+    card = card_of(step)
+    return own() if own is not None else () if card is None else card.needs
+
+
+def _lacks(
+    card: Card, needs: tuple[Need, ...], present: bool, model: Model | None, bench: Bench
+) -> list[tuple[str, str]]:
     missing = []
     if not present and card.kind not in ("build", "reader"):
         missing.append((f"'{card.slug}' needs a model to work on.", "Give one, or put a technique that builds first."))
-    if bench.train is None and {"calibration", "labels", "training"} & set(card.needs):
-        what = "training data" if "training" in card.needs else "calibration data"
+    if bench.train is None and {"calibration", "labels", "training"} & set(needs):
+        what = "training data" if "training" in needs else "calibration data"
         missing.append((f"'{card.slug}' needs {what}.", "Give Bench(train=...), or --data on the command line."))
-    if "labels" in card.needs and model is not None and model.task is None:
+    if "labels" in needs and model is not None and model.task is None:
         missing.append(
             (
                 f"'{card.slug}' needs labels, and the model has no task to judge them by.",
