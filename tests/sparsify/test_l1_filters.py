@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from karui.architectures.cifar_resnet import cifar_resnet
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
+from karui.architectures.cifar_resnet import cifar_resnet
 from karui.errors import NeedError, SettingError
 from karui.measuring import count
 from karui.model import Classification, Model, Note

@@ -115,7 +115,7 @@ class L1Filters:
     epochs: int = 20
 
     def __post_init__(self) -> None:
-        _ = self._quota
+        Quota.of(self)
         require(self.epochs >= 0, f"epochs is {self.epochs}; give 0 or more")
         require(
             self.max_drop is None or self.max_drop >= 0, f"max_drop is {self.max_drop}; give 0 or more, such as 0.02"
@@ -126,37 +126,27 @@ class L1Filters:
             "Set one: an iterative cut has removed what greedy scoring would ignore.",
         )
 
-    @property
-    def _quota(self) -> Quota:
-        return Quota(ratio=self.ratio, ratios=self.ratios, multiple=self.multiple)
-
-    @property
-    def _scope(self) -> Scope:
-        return Scope(
-            skip=tuple(self.skip), tied=self.tied, linear=self.linear, allow_normalisation=self.allow_normalisation
-        )
-
     def needs(self) -> tuple[Need, ...]:
         """Labels and training data, unless nothing is cut, or the cut is neither scanned for nor retrained."""
-        free = self._quota.nothing or (self.epochs == 0 and self.max_drop is None)
+        free = Quota.of(self).nothing or (self.epochs == 0 and self.max_drop is None)
         return () if free else ("labels", "training")
 
     def remarks(self, model: Model) -> tuple[str, ...]:
         """For `plan`: how much of each group is cut, and what is left whole and why."""
-        told = remarks(model, self._scope, self._quota)
+        told = remarks(model, Scope.of(self), Quota.of(self))
         if self.max_drop is None:
             return told
         return (*told, "With max_drop these are the most that is cut; the sensitivity scan decides.")
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """The model with the weakest filters gone, retrained."""
-        if self._quota.nothing:
+        if Quota.of(self).nothing:
             return model
-        found = candidates(model, self._scope)
-        asked = shares(found, self._quota)
+        found = candidates(model, Scope.of(self))
+        asked = shares(found, Quota.of(self))
         if self.max_drop is not None:
             model, asked = self._planned(model, bench, found, asked)
-        counts = self._quota.counts(found.groups, asked)
+        counts = Quota.of(self).counts(found.groups, asked)
         if not counts:
             return model
         if self.iterative:

@@ -103,36 +103,26 @@ class RandomChannels:
     classes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        _ = self._quota
+        Quota.of(self)
         for name in ("draw", "layer_epochs", "epochs"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; give 0 or more")
 
-    @property
-    def _quota(self) -> Quota:
-        return Quota(ratio=self.ratio, ratios=self.ratios, multiple=self.multiple)
-
-    @property
-    def _scope(self) -> Scope:
-        return Scope(
-            skip=tuple(self.skip), tied=self.tied, linear=self.linear, allow_normalisation=self.allow_normalisation
-        )
-
     def needs(self) -> tuple[Need, ...]:
         """Labels and training data, unless nothing is cut or nothing is trained."""
-        return () if self._quota.nothing or self.epochs + self.layer_epochs == 0 else ("labels", "training")
+        return () if Quota.of(self).nothing or self.epochs + self.layer_epochs == 0 else ("labels", "training")
 
     def remarks(self, model: Model) -> tuple[str, ...]:
         """For `plan`: how much of each group is cut, and what is left whole and why."""
-        return remarks(model, self._scope, self._quota)
+        return remarks(model, Scope.of(self), Quota.of(self))
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """The model with random units gone, fine-tuned."""
-        if self._quota.nothing:
+        if Quota.of(self).nothing:
             return model
         if self.classes:
             bench = of_classes(bench, self.classes)
-        found = candidates(model, self._scope)
-        counts = self._quota.counts(found.groups, shares(found, self._quota))
+        found = candidates(model, Scope.of(self))
+        counts = Quota.of(self).counts(found.groups, shares(found, Quota.of(self)))
         if not counts:
             return model
         chance, allowed = Uniform(self.draw), self.allow_normalisation

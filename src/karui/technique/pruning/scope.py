@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -21,6 +21,45 @@ if TYPE_CHECKING:
 MapSize = tuple[int, ...]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Pruning(Protocol):
+    """The settings that a technique that cuts units has in common with the others; see `Scope` and `Quota`."""
+
+    @property
+    def ratio(self) -> float:
+        """Share of the units cut in each group."""
+        ...
+
+    @property
+    def ratios(self) -> Mapping[str, float]:
+        """Shares of single layers."""
+        ...
+
+    @property
+    def multiple(self) -> int:
+        """What is kept is a multiple of this."""
+        ...
+
+    @property
+    def skip(self) -> tuple[str, ...]:
+        """Layers left whole."""
+        ...
+
+    @property
+    def tied(self) -> bool:
+        """Whether tied groups are cut."""
+        ...
+
+    @property
+    def linear(self) -> bool:
+        """Whether other layers than convolutions are cut."""
+        ...
+
+    @property
+    def allow_normalisation(self) -> bool:
+        """Whether groups that a normalisation mixes are cut."""
+        ...
 
 
 def layer_of(tensor: str) -> str:
@@ -119,6 +158,16 @@ class Scope:
     linear: bool = True
     allow_normalisation: bool = False
 
+    @classmethod
+    def of(cls, settings: Pruning) -> Scope:
+        """The scope that a technique's settings say."""
+        return cls(
+            skip=tuple(settings.skip),
+            tied=settings.tied,
+            linear=settings.linear,
+            allow_normalisation=settings.allow_normalisation,
+        )
+
     def refusal(self, group: Group, module: nn.Module, sizes: Mapping[str, MapSize]) -> str:
         """Why the group is left whole; empty where it may be cut."""
         paths = makers(group, sizes)
@@ -158,6 +207,11 @@ class Quota:
         ):
             require(0 <= share < 1, f"{name} is {share}; give a share in [0, 1), for example 0.3")
         require(self.multiple >= 1, f"multiple is {self.multiple}; give a whole number of units, 1 or more")
+
+    @classmethod
+    def of(cls, settings: Pruning) -> Quota:
+        """The quota that a technique's settings say."""
+        return cls(ratio=settings.ratio, ratios=settings.ratios, multiple=settings.multiple)
 
     @property
     def nothing(self) -> bool:
