@@ -71,6 +71,8 @@ class Run:
         """Train to the end, from the checkpoint if there is one."""
         job = self.job
         self.fabric = fabric
+        if fabric.world_size > 1:
+            _unshare(job.module)
         forward = Forward(job.module, job.turns, job.task, job.influence)
         try:
             self._prepare(forward)
@@ -276,3 +278,10 @@ class Run:
 
     def _bare(self) -> Sequence[torch.optim.Optimizer]:
         return [optimizer.optimizer for optimizer in self.optimizers]
+
+
+def _unshare(module: nn.Module) -> None:
+    """Give each process tensors of its own: a module sent to a new process lies in memory that all of them write."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_shared():
+            tensor.data = tensor.data.clone()
