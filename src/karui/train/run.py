@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from karui.data import Batches
 from karui.errors import TrainingError, require
-from karui.model import Task
+from karui.model import Task, taps
 from karui.train import checkpoint
 from karui.train.forward import Forward
 from karui.train.influence import Influence
@@ -73,14 +73,12 @@ class Run:
         self.fabric = fabric
         if fabric.world_size > 1:
             _unshare(job.module)
-        forward = Forward(job.module, job.turns, job.task, job.influence)
-        try:
-            self._prepare(forward)
+        home = next((p.device for p in job.module.parameters()), torch.device("cpu"))
+        with taps(job.module, job.influence.taps) as seen:
+            self._prepare(Forward(job.module, job.turns, job.task, job.influence, seen))
             if not self.standing.finished:
                 self._train()
-        finally:
-            forward.release()
-            job.module.to(self.home)
+        job.module.to(home)
         if fabric.world_size > 1 and fabric.is_global_zero:
             checkpoint.write(job.outcome, checkpoint.module_tensors(job.module), self.facts())
 
@@ -95,7 +93,6 @@ class Run:
     def _prepare(self, forward: Forward) -> None:
         job, training = self.job, self.job.training
         self.forward = forward
-        self.home = next((p.device for p in job.module.parameters()), torch.device("cpu"))
         job.module.train()
         made = [self._optimizer(turn) for turn in job.turns]
         self.owned = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in made]
