@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from karui.measuring import count
 from karui.model import Classification, Model, Note
 from karui.sparsify import L1Filters
 from karui.technique import Bench, Then
+from karui.technique.pruning.criteria import L1, Largest, Uniform
+from karui.technique.pruning.harness import compare_criteria
 from karui.train import Training
 
 pytestmark = pytest.mark.paper(62)
@@ -224,3 +228,36 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], word: str) 
 def test_a_layer_that_is_not_there_is_refused_with_the_closest() -> None:
     with pytest.raises(SettingError, match=r"ratios: layer '22'"):
         cut(plain(), ratios={"22": 0.5})
+
+
+@pytest.mark.effect
+def test_small_filters_cost_less_than_large_ones_and_than_chance(
+    digits_networks: dict[int, Model], digits_bench: Bench
+) -> None:
+    told = compare_criteria(
+        digits_networks,
+        digits_bench,
+        {"l1": [L1], "largest": [Largest(L1)], "random": [Uniform(0), Uniform(1)]},
+        (0.5, 0.75),
+        epochs=2,
+    )
+
+    def ahead(of: str, ratio: float) -> float:
+        return told.mean("l1", ratio, "after") - told.mean(of, ratio, "after")
+
+    assert ahead("largest", 0.5) >= 0.03
+    assert ahead("largest", 0.75) >= 0.20
+    assert ahead("random", 0.75) >= 0.03
+
+
+@pytest.mark.effect
+def test_half_of_the_filters_cost_little_after_retraining(
+    digits_networks: dict[int, Model], digits_bench: Bench
+) -> None:
+    losses = []
+    for seed, model in digits_networks.items():
+        bench = replace(digits_bench, seed=seed)
+        light = L1Filters(ratio=0.5, epochs=12).apply(model, bench)
+        assert count(light).macs < 0.4 * count(model).macs
+        losses.append(bench.evaluate(model, "test").value - bench.evaluate(light, "test").value)
+    assert fmean(losses) <= 0.03

@@ -13,6 +13,9 @@ from karui.errors import NeedError, SettingError
 from karui.model import Classification, Model, Note
 from karui.sparsify import L1Filters, RandomChannels
 from karui.technique import Bench
+from karui.technique.pruning.activations import ByActivations, entropy
+from karui.technique.pruning.criteria import L1, Uniform
+from karui.technique.pruning.harness import Trials, compare_criteria
 from karui.train import Training
 
 pytestmark = pytest.mark.paper(69)
@@ -112,3 +115,20 @@ def test_remarks_tell_what_would_be_cut() -> None:
 def test_settings_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(SettingError, match=name):
         RandomChannels(**{name: -1})
+
+
+def recovers(told: Trials, ratio: float) -> bool:
+    """The paper's finding: criteria differ before fine-tuning, and after it chance is as good as the best of them."""
+    return told.spread(ratio, "before") >= 0.10 and abs(told.gap(ratio, "after")) <= 0.02
+
+
+@pytest.mark.effect
+def test_after_equal_fine_tuning_chance_is_as_good_as_the_best_criterion(
+    digits_networks: dict[int, Model], digits_bench: Bench
+) -> None:
+    models = {seed: digits_networks[seed] for seed in (0, 1)}
+    criteria = {"random": [Uniform(draw) for draw in range(3)], "l1": [L1], "entropy": [ByActivations(entropy)]}
+    told = compare_criteria(models, digits_bench, criteria, (0.25, 0.5), epochs=8)
+    assert all(recovers(told, ratio) for ratio in (0.25, 0.5)), told.summary()
+    untrained = compare_criteria(models, digits_bench, criteria, (0.5,), epochs=0)
+    assert not recovers(untrained, 0.5), "a harness that skips fine-tuning must not show the finding"
