@@ -33,7 +33,7 @@ every = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.slug)
 
 
 @pytest.fixture(scope="module")
-def bench(digits: Splits) -> Bench:
+def start(digits: Splits) -> Bench:
     return Bench(
         train=digits.train,
         validation=digits.validation,
@@ -43,14 +43,20 @@ def bench(digits: Splits) -> Bench:
 
 
 @pytest.fixture(scope="module")
-def model(bench: Bench) -> Model:
+def model(start: Bench) -> Model:
     """The law network, trained for a few epochs."""
     origin = resolve(NETWORK)
     torch.manual_seed(0)
     module = origin.replay(None, ())
     assert module is not None
     fresh = Model(module, example=(torch.rand(2, 1, 8, 8),), task=Classification(), lineage=(origin,))
-    return bench.fit(fresh, epochs=6)
+    return start.fit(fresh, epochs=6)
+
+
+@pytest.fixture(scope="module")
+def bench(start: Bench, model: Model) -> Bench:
+    """As in the middle of a pipeline: a teacher is there, the dense model that the pipeline started from."""
+    return dataclasses.replace(start, dense=model.copy())
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ class Bench:
         influence: what acts on every training run through this bench; see `under`.
         checkpoints: folder for checkpoints, from which a killed training resumes; None keeps none.
         progress: whether progress bars are shown.
+        dense: the model at the start of the pipeline, from which later steps may learn; `Then` fills it in.
 
     Example:
         >>> bench = Bench(seed=3)
@@ -48,6 +49,7 @@ class Bench:
     influence: Influence | None = None
     checkpoints: Path | None = None
     progress: bool = False
+    dense: Model | None = None
 
     def __post_init__(self) -> None:
         if self.train is not None and self.validation is None:

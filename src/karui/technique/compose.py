@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from karui.errors import NeedError, UsageError, require
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Then:
     """Apply techniques one after the other; each is given what the one before it made.
 
-    What any step lacks is refused before the first one starts.
+    What any step lacks is refused before the first one starts. Each step finds the model that the pipeline started from
+    as `bench.dense`: where there is none at first, it is what the first step builds.
 
     Raises:
         UsageError: there is no step, or one of them is no technique.
@@ -45,6 +46,8 @@ class Then:
         if missing:
             raise NeedError(*missing[0])
         for step in self.steps:
+            if bench.dense is None and model is not None:
+                bench = replace(bench, dense=model)
             model = step.apply(model, bench)
         assert model is not None  # noqa: S101  (there is at least one step, and each returns a model)
         return model

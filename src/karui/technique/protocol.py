@@ -66,14 +66,21 @@ def card_of(step: Technique) -> Card | None:
 
 
 def lacking(step: Technique, model: Model | None, bench: Bench) -> list[tuple[str, str]]:
-    """What the technique, or any step of a pipeline, needs and was not given: (message, remedy) pairs."""
+    """What the technique, or any step of a pipeline, needs and was not given: (message, remedy) pairs.
+
+    A technique whose needs depend on its settings tells them by a method of its own, `lacks(bench, first=...)`, where
+    `first` says that no step comes before it.
+    """
     missing, present = [], model is not None
-    for part in getattr(step, "steps", (step,)):
+    for number, part in enumerate(getattr(step, "steps", (step,))):
         card = card_of(part)
         if card is None:
             present = True
             continue
         missing += _lacks(card, needs_of(part), present, model, bench)
+        own = getattr(part, "lacks", None)
+        if own is not None:
+            missing += own(bench, first=number == 0)
         present = True
     return missing
 

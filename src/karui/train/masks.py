@@ -7,10 +7,8 @@ a checkpoint holds them and a resumed training goes on with the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool
@@ -18,9 +16,6 @@ from torch import Tensor, nn
 
 from karui.errors import SettingError, did_you_mean, require
 from karui.train.influence import Influence, Moment
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 Masks = Mapping[str, Bool[Tensor, "..."]]
 
@@ -115,10 +110,6 @@ class MaskKeeper(Influence):
     """
 
     masks: Masks
-    # Hooks of the trainings under way, by module: the value itself serves several trainings.
-    _handles: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = field(
-        default_factory=WeakKeyDictionary, init=False, repr=False
-    )
 
     def attach(self, module: nn.Module) -> None:
         """Zero what is pruned, put the masks beside their weights, and keep gradients off.
@@ -140,7 +131,7 @@ class MaskKeeper(Influence):
             here = mask.to(parameter.device, copy=True)
             owner.register_buffer(leaf + SUFFIX, here if known is None else known & here)
             if parameter.requires_grad:
-                self._handles.setdefault(module, []).append(parameter.register_hook(_gate(owner, leaf)))
+                parameter.register_hook(_Gate(owner, leaf))
         zero_pruned(module, self._kept(module))
 
     def constraints(self, module: nn.Module, moment: Moment) -> None:
@@ -154,8 +145,9 @@ class MaskKeeper(Influence):
         for name in self.masks:
             owner, leaf = _owner(module, name)
             owner._buffers.pop(leaf + SUFFIX, None)  # noqa: SLF001
-        for handle in self._handles.pop(module, []):
-            handle.remove()
+            hooks = module.get_parameter(name)._backward_hooks or {}  # noqa: SLF001
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Gate)]:
+                del hooks[key]
         return module
 
     def _kept(self, module: nn.Module) -> dict[str, Bool[Tensor, "..."]]:
@@ -173,8 +165,11 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(path), leaf
 
 
-def _gate(owner: nn.Module, leaf: str) -> Callable[[Tensor], Tensor]:
-    def gate(gradient: Tensor) -> Tensor:
-        return gradient.masked_fill(~owner.get_buffer(leaf + SUFFIX), 0.0)
+class _Gate:
+    """A gradient hook that knows its own kind: taken off without a handle, which would be state of the influence."""
 
-    return gate
+    def __init__(self, owner: nn.Module, leaf: str) -> None:
+        self.owner, self.name = owner, leaf + SUFFIX
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        return gradient.masked_fill(~self.owner.get_buffer(self.name), 0.0)

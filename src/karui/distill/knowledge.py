@@ -1,0 +1,280 @@
+"""Knowledge distillation: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network" (survey 30).
+
+A network learns from the probabilities that a better one (or several) gives to *all* classes, softened by a
+temperature so that the small ones count: which wrong classes a sample resembles is most of what the teacher knows.
+
+Pays when the student is much smaller than its teacher, when a compressed network has to recover, and when labels are
+few. Does not pay when the teacher is no better than the student trained on labels, or when the student stops early:
+soft targets take more steps, and with few of them the order reverses. It makes nothing smaller by itself.
+
+Paper -> here: T -> temperature, z_i and v_i -> the student's and the teacher's logits, p_i -> soft targets,
+specialists and their combination -> `karui.distill.specialists`, the bias fix for unseen classes -> `missing`.
+
+DEPARTURE: the offset of unseen classes is the best one on validation data, found exactly from the order of the margins
+between seen and unseen classes, where the paper tunes it by hand on the test data.
+
+DEPARTURE: weights that are exactly zero in the student stay so (`keep_zeros`), so that a pruned network can be taught
+without losing its sparsity; the paper's students are dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from karui.data import Batches
+from karui.errors import NeedError, SettingError, UsageError, require
+from karui.measuring.inference import inference
+from karui.model import Model, Note, layer_at
+from karui.numerics.soft_targets import arithmetic, geometric
+from karui.technique import Card, technique
+from karui.train import Influence, Together
+from karui.train.masks import MaskKeeper, zero_masks
+from karui.train.teaching import UNLABELLED, SoftTargets, Teachers
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+    from karui.technique import Bench
+
+Teacher = Model | str | Path
+
+
+def best_offset(
+    logits: Float[Tensor, "samples classes"], targets: Int[Tensor, "samples"], missing: Sequence[int]
+) -> float:
+    """The number that, added to the logits of the missing classes, gets the most samples right (section 3).
+
+    A sample turns to a missing class where the offset exceeds its margin, the best other logit less the best missing
+    one: between two margins nothing changes, so that all offsets are tried by sorting. Of equally good intervals the
+    widest is taken, and its middle (an open end counts as one wide on its side).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [3.0, 0.0]])
+        >>> best_offset(logits, torch.tensor([1, 1, 0]), missing=[1])
+        2.5
+    """
+    unseen = torch.zeros(logits.shape[1], dtype=torch.bool)
+    unseen[list(missing)] = True
+    seen_best, seen_class = logits.double().masked_fill(unseen, -torch.inf).max(1)
+    unseen_best, unseen_class = logits.double().masked_fill(~unseen, -torch.inf).max(1)
+    margins, order = (seen_best - unseen_best).sort()
+    right_before, right_after = (seen_class == targets)[order].long(), (unseen_class == targets)[order].long()
+    start = torch.zeros(1, dtype=torch.long)
+    # right[k]: samples right when the k smallest margins are exceeded.
+    right = torch.cat([start, right_after.cumsum(0)]) + right_before.sum() - torch.cat([start, right_before.cumsum(0)])
+    edges = torch.cat([margins[:1] - 2, margins, margins[-1:] + 2])
+    width = (edges[1:] - edges[:-1]).masked_fill(right < right.max(), -1.0)
+    place = int(width.argmax())
+    return float((edges[place] + edges[place + 1]) / 2)
+
+
+def lift_classes(model: Model, classes: Sequence[int], offset: float, *, layer: str | None = None) -> Model:
+    """The model with `offset` added to the last layer's biases of some classes.
+
+    Args:
+        model: a classifier; left as it is.
+        classes: class numbers.
+        offset: what is added.
+        layer: path of the layer that gives the logits; None looks for it.
+
+    Raises:
+        UsageError: no layer with a bias gives the model's output.
+
+    Example:
+        >>> model = Model(nn.Linear(2, 3), example=(torch.zeros(1, 2),))
+        >>> lifted = lift_classes(model, [1], 3.5)
+        >>> (lifted.module(torch.zeros(1, 2)) - model.module(torch.zeros(1, 2))).round(decimals=4).tolist()
+        [[0.0, 3.5, 0.0]]
+    """
+    lifted = model.copy()
+    path = layer if layer is not None else _head(lifted)
+    bias = None if path is None else getattr(layer_at(lifted.module, path), "bias", None)
+    if not isinstance(bias, nn.Parameter):
+        what = "No layer gives the logits as they are." if path is None else f"The layer '{path}' has no bias to lift."
+        raise UsageError(what, "Name the last layer, and give it a bias.")
+    with torch.no_grad():
+        bias[list(classes)] += offset
+    told = f"biases of classes {', '.join(map(str, classes))} lifted by {offset:.4g}"
+    return lifted.evolve(lifted.module, Note(told, {"classes": list(classes), "offset": offset}))
+
+
+def _head(model: Model) -> str | None:
+    """Path of the layer whose output the model returns."""
+    given: dict[str, Any] = {}
+    layers = [(path, layer) for path, layer in model.module.named_modules() if not list(layer.children())]
+    handles = [
+        layer.register_forward_hook(lambda _layer, _inputs, output, path=path: given.update({path: output}))
+        for path, layer in layers
+    ]
+    try:
+        with inference(model.module) as module:
+            result = module(*model.example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return next((path for path, output in reversed(given.items()) if output is result), None)
+
+
+def with_unlabelled(labelled: Dataset, unlabelled: Dataset) -> Dataset:
+    """One transfer set of both: samples without label count for the teachers' part of the loss only.
+
+    Args:
+        labelled: (input, class number) pairs.
+        unlabelled: pairs too, whose targets are not looked at.
+    """
+    from torch.utils.data import ConcatDataset
+
+    return ConcatDataset([labelled, _WithoutLabels(unlabelled)])
+
+
+class _WithoutLabels(torch.utils.data.Dataset):
+    def __init__(self, given: Any) -> None:
+        self._given = given
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
+        return self._given[index][0], torch.tensor(UNLABELLED)
+
+
+@technique(
+    Card(
+        survey=30,
+        slug="knowledge_distillation",
+        title="Distilling the Knowledge in a Neural Network",
+        kind="influence",
+        needs=("labels", "training", "teacher"),
+        identity={"epochs": 0},
+        quick={"epochs": 1},
+        arxiv="1503.02531",
+        pays="A small or compressed network learns from a better one: accuracy comes back, above all with few labels.",
+        costs="Nothing gets smaller by it; a teacher no better than the student, or too few steps, gain nothing.",
+    )
+)
+@dataclass(frozen=True, kw_only=True)
+class KnowledgeDistillation:
+    """Train a network on the softened probabilities of a better one.
+
+    Settings:
+        teacher: a karui Model, the folder of a saved one, or several of these; None is the model at the start of the
+            pipeline, so that a compressed network learns from what it was.
+        temperature: softens student and teacher alike; 2.5 to 4 for very small students, above 8 hardly matters.
+        weight: share of the soft loss, in [0, 1]; the rest is the loss against the labels.
+        epochs: passes over the training data.
+        geometric: whether an ensemble's probabilities are averaged geometrically rather than arithmetically.
+        missing: classes that the training data lack; their biases are lifted as validation data tell.
+        remember: samples whose teacher outputs are kept in memory; of use only where there is no augmentation.
+        keep_zeros: whether weights that are exactly zero stay so.
+
+    Raises:
+        SettingError: a setting is out of range.
+        NeedError: there is no teacher, or it does not know the same classes.
+
+    Relations: as an influence it joins any other training: `bench.under(KnowledgeDistillation(...).influence(model,
+    bench))`, or `Together`. Techniques that match inner layers as well are siblings of this one.
+
+    Example:
+        >>> KnowledgeDistillation(temperature=4.0, weight=0.9).epochs
+        10
+    """
+
+    teacher: Teacher | tuple[Teacher, ...] | None = None
+    temperature: float = 4.0
+    weight: float = 0.9
+    epochs: int = 10
+    geometric: bool = False
+    missing: tuple[int, ...] = ()
+    remember: int = 0
+    keep_zeros: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, f"temperature is {self.temperature}; give a positive number, for example 4")
+        require(0 <= self.weight <= 1, f"weight is {self.weight}; give a share in [0, 1], for example 0.9")
+        require(self.epochs >= 0, f"epochs is {self.epochs}; give a whole number from 0")
+        require(self.remember >= 0, f"remember is {self.remember}; give a number of samples from 0")
+        require(all(c >= 0 for c in self.missing), f"missing is {self.missing}; give class numbers from 0")
+
+    def remarks(self, model: Model) -> tuple[str, ...]:
+        """What `karui plan` tells of it."""
+        del model
+        teacher = "the model at the start of the pipeline" if self.teacher is None else f"{self.teacher}"
+        return (f"the teacher is {teacher}; nothing gets smaller by distillation itself",)
+
+    def lacks(self, bench: Bench, *, first: bool) -> list[tuple[str, str]]:
+        """What is missing for a teacher, before any work starts: (message, remedy) pairs."""
+        folders = [Path(teacher) for teacher in self._given() if not isinstance(teacher, Model)]
+        lost = [folder for folder in folders if not (folder / "model.json").is_file()]
+        missing = [
+            (f"'knowledge_distillation' has no teacher: {folder} holds no saved model.", _GIVE) for folder in lost
+        ]
+        if self.teacher is None and bench.dense is None and first:
+            missing.append(("'knowledge_distillation' needs a teacher.", _GIVE))
+        return missing
+
+    def influence(self, model: Model, bench: Bench) -> Influence:
+        """The soft targets, for a training of `model` or of what becomes of it."""
+        teachers = Teachers(self._teachers(model, bench), remember=self.remember)
+        rule = geometric if self.geometric else arithmetic
+        soft = SoftTargets(teachers=teachers, temperature=self.temperature, weight=self.weight, rule=rule)
+        masks = zero_masks(model.module) if self.keep_zeros else {}
+        return Together(MaskKeeper(masks), soft) if masks else soft
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """The student, taught."""
+        if self.epochs == 0:
+            return model
+        taught = bench.fit(model, epochs=self.epochs, influence=self.influence(model, bench), label="distil")
+        return self._lifted(taught, bench) if self.missing else taught
+
+    def _given(self) -> tuple[Teacher, ...]:
+        if self.teacher is None:
+            return ()
+        return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
+
+    def _teachers(self, student: Model, bench: Bench) -> tuple[Model, ...]:
+        given = self._given() or ((bench.dense,) if bench.dense is not None else ())
+        teachers = tuple(teacher if isinstance(teacher, Model) else _read(Path(teacher)) for teacher in given)
+        require(len(teachers) > 0, "'knowledge_distillation' needs a teacher.", _GIVE, NeedError)
+        require(
+            all(teacher.module is not student.module for teacher in teachers),
+            "'knowledge_distillation' was given the student itself as its teacher.",
+            f"Compress the model in a step before, or: {_GIVE}",
+            NeedError,
+        )
+        return teachers
+
+    def _lifted(self, taught: Model, bench: Bench) -> Model:
+        logits, targets = _outputs(taught, bench.validation)
+        require(
+            max(self.missing) < logits.shape[1],
+            f"missing names class {max(self.missing)}, and the model has {logits.shape[1]}.",
+            "Classes count from 0.",
+            SettingError,
+        )
+        return lift_classes(taught, self.missing, best_offset(logits, targets, self.missing))
+
+
+_GIVE = "Give teacher=..., a Model or the folder of a saved one."
+
+
+def _read(folder: Path) -> Model:
+    from karui.artifact import load  # a teacher that is at hand needs no reader of files
+
+    return load(folder)
+
+
+def _outputs(model: Model, dataset: Any) -> tuple[Tensor, Tensor]:
+    """Logits and targets of a whole data set."""
+    batches = Batches(dataset)
+    parts = [batches.fetch(index) for index in torch.arange(len(batches)).split(256)]
+    with inference(model.module) as module:
+        logits = torch.cat([module(*inputs) for inputs, _ in parts])
+    return logits, torch.cat([targets for _, targets in parts])

@@ -1,0 +1,76 @@
+"""Class probabilities softened by a temperature, of one network or several, and the cross-entropy between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor
+
+Rule = Callable[[Float[Tensor, "teachers batch classes *positions"], float], Float[Tensor, "batch classes *positions"]]
+"""How the logits of several networks become one distribution: `arithmetic` or `geometric`, or another function."""
+
+
+def soften(logits: Float[Tensor, "batch classes *positions"], temperature: float) -> Float[Tensor, "..."]:
+    """softmax(z / T) over the classes: the higher T, the more the small probabilities tell.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[2.0, 0.0]])
+        >>> [f"{soften(logits, temperature)[0, 1].item():.2f}" for temperature in (1.0, 10.0)]
+        ['0.12', '0.45']
+    """
+    return (logits / temperature).softmax(1)
+
+
+def arithmetic(logits: Float[Tensor, "teachers batch classes *positions"], temperature: float) -> Float[Tensor, "..."]:
+    """The mean of the softened probabilities of several networks."""
+    return (logits / temperature).softmax(2).mean(0)
+
+
+def geometric(logits: Float[Tensor, "teachers batch classes *positions"], temperature: float) -> Float[Tensor, "..."]:
+    """Their normalised geometric mean: the softmax of the mean of their softened logits."""
+    return (logits / temperature).mean(0).softmax(1)
+
+
+def soft_cross_entropy(
+    logits: Float[Tensor, "batch classes *positions"],
+    targets: Float[Tensor, "batch classes *positions"],
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """T² times the cross-entropy of softmax(z / T) against soft targets, averaged over the batch (and positions).
+
+    The gradient of the cross-entropy shrinks as 1/T²; the factor keeps the balance with a hard loss at any T.
+
+    Example:
+        >>> import torch
+        >>> z = torch.tensor([[1.0, 3.0]], requires_grad=True)
+        >>> soft_cross_entropy(z, soften(torch.tensor([[3.0, 5.0]]), 2.0), 2.0).backward()
+        >>> z.grad.abs().max().item() < 1e-6
+        True
+    """
+    terms = -(targets * (logits / temperature).log_softmax(1)).sum(1)
+    return temperature**2 * terms.mean()
+
+
+def distillation_loss(
+    logits: Float[Tensor, "batch classes *positions"],
+    targets: Float[Tensor, "batch classes *positions"],
+    hard: Float[Tensor, ""],
+    *,
+    temperature: float,
+    weight: float,
+) -> Float[Tensor, ""]:
+    """The loss of distillation, a T² CE(soft) + (1 - a) hard; at a = 1 no label counts, not even a missing one.
+
+    Args:
+        logits: the student's, without temperature.
+        targets: the teachers' probabilities at this temperature.
+        hard: the loss against the labels, at temperature 1.
+        temperature: T.
+        weight: a, in [0, 1].
+    """
+    if weight == 0:
+        return hard
+    soft = weight * soft_cross_entropy(logits, targets, temperature)
+    return soft if weight == 1 else soft + (1 - weight) * hard

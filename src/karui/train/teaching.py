@@ -1,0 +1,167 @@
+"""Soft targets: a training in which frozen teachers tell what they see in each batch."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from karui.errors import NeedError, require
+from karui.model import Model
+from karui.numerics.soft_targets import Rule, arithmetic, distillation_loss
+from karui.train.influence import Influence, Moment
+
+UNLABELLED = -100
+"""The target of a sample that has no label: only the teachers speak for it."""
+
+
+class Teachers:
+    """Frozen copies of networks, in evaluation mode, on whatever device they are asked on.
+
+    They are no part of any module that trains: no optimiser, checkpoint or saved model sees them.
+
+    Args:
+        models: the networks; left as they are.
+        remember: how many samples' answers to keep. An answer is found again by the sample's content, so it stays right
+            under augmentation, where it is of no use.
+
+    Example:
+        >>> teachers = Teachers((Model(nn.Linear(4, 3), example=(torch.zeros(1, 4),)),))
+        >>> teachers((torch.zeros(2, 4),)).shape
+        torch.Size([1, 2, 3])
+    """
+
+    def __init__(self, models: tuple[Model, ...], remember: int = 0) -> None:
+        require(len(models) > 0, "There is no teacher.", "Give at least one model.", NeedError)
+        self._modules = [copy.deepcopy(model.module).eval().requires_grad_(requires_grad=False) for model in models]
+        self._memory = _Memory(remember)
+
+    def __len__(self) -> int:
+        """The number of teachers."""
+        return len(self._modules)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The frozen copies."""
+        return tuple(self._modules)
+
+    @torch.no_grad()
+    def __call__(self, inputs: tuple[Any, ...]) -> Float[Tensor, "teachers batch classes *positions"]:
+        """Each teacher's logits for a batch.
+
+        Raises:
+            NeedError: a teacher gives something else than a tensor of logits.
+        """
+        return self._memory.answers(inputs, self._ask) if self._memory.room else self._ask(inputs)
+
+    def _ask(self, inputs: tuple[Any, ...]) -> Tensor:
+        device = _device(inputs)
+        answers = [module.to(device)(*inputs) for module in self._modules]
+        for answer in answers:
+            require(
+                isinstance(answer, Tensor) and answer.ndim >= 2 and answer.shape[1] >= 2,
+                f"The teacher gives {_told(answer)}, not logits of shape [batch, classes, ...].",
+                "Soft targets are for classification.",
+                NeedError,
+            )
+        return torch.stack([_wide(answer) for answer in answers])
+
+
+def _device(inputs: tuple[Any, ...]) -> torch.device:
+    return next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In single precision at least: soft targets are small numbers, which half precision loses."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _told(answer: Any) -> str:
+    return f"a tensor of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+
+
+class _Memory:
+    """Answers by the content of the samples; says nothing of itself, so that two trainings do not differ by it."""
+
+    __slots__ = ("known", "room")
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.known: dict[bytes, Tensor] = {}
+
+    def answers(self, inputs: tuple[Any, ...], ask: Callable[[tuple[Any, ...]], Tensor]) -> Tensor:
+        """What is known of the batch, or what `ask` tells where a sample is new."""
+        keys = _digests(inputs)
+        if all(key in self.known for key in keys):
+            return torch.stack([self.known[key] for key in keys], dim=1).to(_device(inputs))
+        answers = ask(inputs)
+        for number, key in enumerate(keys):
+            if key not in self.known and len(self.known) < self.room:
+                self.known[key] = answers[:, number].cpu()
+        return answers
+
+
+def _digests(inputs: tuple[Any, ...]) -> list[bytes]:
+    """A digest of each sample over all inputs of the call."""
+    parts = [value.detach().cpu().contiguous() for value in inputs if isinstance(value, Tensor)]
+    rows = [[bytes(row.reshape(-1).view(torch.uint8).numpy()) for row in part] for part in parts]
+    return [hashlib.blake2b(b"".join(sample), digest_size=16).digest() for sample in zip(*rows, strict=True)]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SoftTargets(Influence):
+    """The loss becomes a T² CE(teachers' soft targets) + (1 - a) loss, on the very batch that the student sees.
+
+    Settings:
+        teachers: the networks that teach; an ensemble if there are several.
+        temperature: T, for student and teachers alike.
+        weight: a, the share of the soft part, in [0, 1].
+        rule: how several teachers' logits become one distribution.
+
+    Raises:
+        SettingError: temperature or weight is out of range.
+        NeedError: teacher and student do not give logits of the same shape.
+
+    Example:
+        >>> net = nn.Linear(4, 3)
+        >>> influence = SoftTargets(teachers=Teachers((Model(net, example=(torch.zeros(1, 4),)),)), temperature=4.0)
+        >>> x = torch.zeros(2, 4)
+        >>> moment = Moment(net, (x,), torch.tensor([0, 1]), net(x))
+        >>> bool(influence.objective(torch.tensor(1.0), moment) > 0)
+        True
+    """
+
+    teachers: Teachers
+    temperature: float = 4.0
+    weight: float = 0.9
+    rule: Rule = field(default=arithmetic)
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, f"temperature is {self.temperature}; give a positive number, for example 4")
+        require(0 <= self.weight <= 1, f"weight is {self.weight}; give a share in [0, 1], for example 0.9")
+
+    def objective(self, loss: Tensor, moment: Moment) -> Tensor:
+        """The mixed loss of this step."""
+        if self.weight == 0:
+            return loss
+        answers, outputs = self.teachers(moment.inputs), moment.outputs
+        require(
+            isinstance(outputs, Tensor) and outputs.shape == answers.shape[1:],
+            f"The student gives {_told(outputs)} and the teacher logits of shape {tuple(answers.shape[1:])}.",
+            "A teacher must know the same classes.",
+            NeedError,
+        )
+        weight = 1.0 if _unlabelled(moment.targets) else self.weight
+        targets = self.rule(answers, self.temperature)
+        return distillation_loss(_wide(outputs), targets, loss, temperature=self.temperature, weight=weight)
+
+
+def _unlabelled(targets: Any) -> bool:
+    """Whether no sample of the batch has a label (the task's loss is then not a number)."""
+    return isinstance(targets, Tensor) and not targets.is_floating_point() and bool((targets == UNLABELLED).all())
