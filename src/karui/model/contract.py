@@ -201,7 +201,8 @@ def rnn_layer(tracer: Tracer, call: Call) -> None:
     tracer.set(call.result[0], (*x.dims[:-1], units))
     tracer.set(call.result[1], (*hx.dims[:-1], units))
     tracer.set(call.result[2], (*cx.dims[:-1], units))
-    tracer.set(call.result[3], tuple(tracer.labels.fixed(n, "scratch memory") for n in call.result[3].shape))
+    if call.result[3] is not None:
+        tracer.set(call.result[3], tuple(tracer.labels.fixed(n, "scratch memory") for n in call.result[3].shape))
 
 
 @rule(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from karui.errors import SurgeryError, require
+from karui.errors import CaptureError, SurgeryError, require
 from karui.model.edits import edit
+from karui.model.graphform import GraphForm, Program, capture_programs
 from karui.model.groups import Analysis, coupled_groups
+from karui.model.proof import BlindError, Candidate, outputs
 from karui.model.proof import prove as prove_cut
+from karui.model.rewrite import apply_rewrites, rewrites
 from karui.model.sizes import new_sizes
+from karui.model.trace import brief, first, minds_training, widen
 
 if TYPE_CHECKING:
     from karui.model.value import Model
@@ -30,22 +33,37 @@ class Cut:
         kept: (tensor name, dimension, indices that stay), one for each dimension that shrinks.
         sizes: (module path, attribute, new value), for attributes that repeat a size.
         removed: how many units of each group went, for people.
+        programs: how the captured evaluation and training programs change, where the model takes its graph form
+            because its own forward cannot run after the cut; None where it can.
     """
 
     kind: ClassVar[str] = "cut"
     kept: list[Any]
     sizes: list[Any] = field(default_factory=list)
     removed: dict[str, int] = field(default_factory=dict)
+    programs: list[Any] | None = None
 
     def replay(self, module: nn.Module | None, example: tuple[Any, ...]) -> nn.Module:
         """Shrink the tensors of `module`, in place, and set the attributes."""
-        del example
         require(module is not None, "A cut needs a module to be replayed on.", "", SurgeryError)
         assert module is not None  # noqa: S101  (for the type checker)
+        programs = None if self.programs is None else capture_programs(module, example)
+        self.shrink(module)
+        return module if programs is None else self.form(module, programs)
+
+    def shrink(self, module: nn.Module) -> nn.Module:
+        """Shrink the tensors of `module`, in place, and set the attributes."""
         shrink(module, self.kept)
         for path, name, value in self.sizes:
             setattr(module.get_submodule(path), name, tuple(value) if isinstance(value, list) else value)
         return module
+
+    def form(self, module: nn.Module, programs: tuple[Program, Program], dtype: torch.dtype | None = None) -> GraphForm:
+        """The graph form over a module that has been shrunk, from the programs of the whole one."""
+        assert self.programs is not None  # noqa: S101  (asked only where there are some)
+        evaluation = apply_rewrites(programs[0], self.programs[0])
+        training = evaluation if programs[1] is programs[0] else apply_rewrites(programs[1], self.programs[1])
+        return GraphForm(module, evaluation, training, dtype)
 
     def describe(self) -> str:
         """What was cut."""
@@ -83,7 +101,7 @@ def shrink(module: nn.Module, kept: list[Any]) -> None:
 
 def make_cut(module: nn.Module, analysis: Analysis, removed: Mapping[str, Tensor]) -> Cut:
     """The edit that removes these units."""
-    dead = analysis.dead(dict(removed))
+    dead = analysis.chosen(removed)
     kept, touched = [], {}
     for name, dims in analysis.trace.slots.items():
         for dim, labels in enumerate(dims):
@@ -128,10 +146,46 @@ def remove_units(
     if not chosen:
         return model
     step = make_cut(model.module, analysis, chosen)
-    module = step.replay(copy.deepcopy(model.module), model.example)
+    try:
+        return _finished(model, Candidate(step, analysis, chosen), prove)
+    except BlindError:
+        raise
+    except SurgeryError as refused:
+        own = refused
+    try:
+        programs = capture_programs(model.module, model.example)
+        return _finished(model, Candidate(with_rewrites(step, model, programs), analysis, chosen, programs), prove)
+    except (SurgeryError, CaptureError) as refused:
+        raise type(refused)(f"{own.message} {refused.message}", refused.hint) from own
+
+
+def _finished(model: Model, candidate: Candidate, prove: bool) -> Model:
+    """The cut model, after it ran and was proved."""
+    module = candidate.build(model.module)
+    _runs(module, model)
     if prove:
-        prove_cut(model, step, analysis, chosen)
-    return model.evolve(module, step)
+        prove_cut(model, candidate)
+    return model.evolve(module, candidate.step)
+
+
+def _runs(module: nn.Module, model: Model) -> None:
+    """Run a cut model, in training too where it may take another path; refuse what fails."""
+    try:
+        outputs(module, model.example, training=False)
+        if minds_training(model.module):
+            outputs(module, widen(model.example), training=True)
+    except Exception as error:
+        form = "graph form" if isinstance(module, GraphForm) else "own forward"
+        raise SurgeryError(f"The model's {form} does not run after the cut: {brief(error)}.") from error
+
+
+def with_rewrites(step: Cut, model: Model, programs: tuple[Program, Program]) -> Cut:
+    """The cut of the graph form: the same tensors, and the programs' arguments that must change."""
+    example = first(model.example)
+    changed = [rewrites(programs[0], model.module, example, step.kept, training=False)]
+    if programs[1] is not programs[0]:
+        changed.append(rewrites(programs[1], model.module, widen(example), step.kept, training=True))
+    return replace(step, programs=changed)
 
 
 def _checked(analysis: Analysis, name: str, units: Tensor, allow_normalisation: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,7 @@ from scipy.sparse import coo_matrix, csr_matrix
 from torch import Tensor, nn
 
 from karui.errors import did_you_mean
-from karui.model.resolve import Resolved, resolve
+from karui.model.solve import Resolved, solve
 from karui.model.trace import Trace, capture
 
 if TYPE_CHECKING:
@@ -104,11 +104,31 @@ class Analysis:
             did_you_mean(name, [g.name for g in self.groups], "Group")
         return found
 
-    def dead(self, removed: dict[str, Tensor]) -> np.ndarray:
+    def dead(self, kept: list[Any]) -> np.ndarray:
+        """For each class whether it dies when only the `kept` indices of tensors stay: (name, dimension, indices)."""
+        dead = np.zeros(len(self.resolved.locked), dtype=bool)
+        for name, dim, indices in kept:
+            labels = self.trace.slots[name][dim] if name in self.trace.slots else np.zeros(0, dtype=np.int64)
+            gone = np.ones(len(labels), dtype=bool)
+            gone[indices] = False
+            found = self.resolved.of(labels[gone])
+            dead[found[found >= 0]] = True
+        for cells, axes in [*self.resolved.grids] * len(self.resolved.grids):
+            whole = dead[cells] & (cells >= 0)
+            for place, axis in enumerate(axes):
+                slab = whole.all(axis=tuple(k for k in range(len(axes)) if k != place)) & (axis >= 0)
+                dead[axis[slab]] = True
+        return self.spread(dead)
+
+    def chosen(self, removed: Mapping[str, Tensor]) -> np.ndarray:
         """For each class whether it dies when these units are removed."""
         dead = np.zeros(len(self.resolved.locked), dtype=bool)
         for name, units in removed.items():
             dead[self[name].classes[units.cpu().numpy()]] = True
+        return self.spread(dead)
+
+    def spread(self, dead: np.ndarray) -> np.ndarray:
+        """The same with the cells of grids whose axes die."""
         for _ in self.resolved.grids:
             for cell, axis in self.resolved.bases():
                 live = (axis >= 0) & (cell >= 0)
@@ -146,7 +166,7 @@ def coupled_groups(model: Model) -> Analysis:
 
 def analyse(trace: Trace, order: list[str]) -> Analysis:
     """Groups and locked layers of a trace; `order` is that of the module's parameters and buffers."""
-    resolved = resolve(trace.labels)
+    resolved = solve(trace.labels)
     slots = tuple((name, dim) for name in order if name in trace.slots for dim in range(len(trace.slots[name])))
     book = _Book(trace, resolved, slots, tuple(_role(trace, resolved, name, dim) for name, dim in slots))
     found = book.groups()

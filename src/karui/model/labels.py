@@ -10,7 +10,7 @@ label live and die together. A negative label never dies: it stands for the reas
 - a label is counted by a normalisation (`normalised`): cutting it changes what the survivors compute, unless the
   statistics count survivors only.
 
-They are collected as arrays here and resolved all at once in `karui.model.resolve`, so analysis is linear in depth.
+They are collected as arrays here and resolved all at once in `karui.model.solve`, so analysis is linear in depth.
 """
 
 from __future__ import annotations

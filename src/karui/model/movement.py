@@ -13,6 +13,8 @@ import torch
 
 from karui.model.rules import Call, broadcast, rule, unknown
 
+FACTOR = "a pixel shuffle keeps its factor"
+
 if TYPE_CHECKING:
     from karui.model.trace import Tracer
 
@@ -182,6 +184,7 @@ def reorder(tracer: Tracer, call: Call) -> None:
         if shifts is None:
             dims[dim] = dims[dim][::-1]
         else:
+            tracer.labels.lock(dims[dim], "roll shifts it by a number")
             dims[dim] = np.roll(dims[dim], shifts[place] if isinstance(shifts, (list, tuple)) else shifts)
     tracer.set(call.result, tuple(dims))
 
@@ -256,6 +259,8 @@ def pixel_shuffle(tracer: Tracer, call: Call) -> None:
     factor = call.args[1]
     *lead, c, h, w = tracer.value(call.args[0]).dims
     channels, rows, columns = tracer.labels.unfold(c, [len(c) // factor**2, factor, factor])
+    tracer.labels.lock(rows, FACTOR)
+    tracer.labels.lock(columns, FACTOR)
     tracer.set(call.result, (*lead, channels, tracer.labels.fold([h, rows]), tracer.labels.fold([w, columns])))
 
 
@@ -266,6 +271,8 @@ def pixel_unshuffle(tracer: Tracer, call: Call) -> None:
     *lead, c, h, w = tracer.value(call.args[0]).dims
     high, rows = tracer.labels.unfold(h, [len(h) // factor, factor])
     wide, columns = tracer.labels.unfold(w, [len(w) // factor, factor])
+    for labels in (high, wide, rows, columns):
+        tracer.labels.lock(labels, FACTOR)
     tracer.set(call.result, (*lead, tracer.labels.fold([c, rows, columns]), high, wide))
 
 
@@ -274,6 +281,7 @@ def channel_shuffle(tracer: Tracer, call: Call) -> None:
     """Channels as a grid [groups, C / groups], transposed."""
     lead, c, *rest = tracer.value(call.args[0]).dims
     groups, each = tracer.labels.unfold(c, [call.args[1], len(c) // call.args[1]])
+    tracer.labels.lock(groups, "a channel shuffle keeps its number of groups")
     tracer.set(call.result, (lead, tracer.labels.fold([each, groups]), *rest))
 
 

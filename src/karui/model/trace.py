@@ -7,7 +7,7 @@ changes: buffers that a training-mode run would move are swapped for copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,8 @@ from karui.model.rules import Call, rule_for
 
 INPUT = "the model's input keeps its size"
 OUTPUT = "the model's output keeps its size"
+Compute = Callable[[int, Any, Any, Any], Any]
+
 OUTSIDE = "it meets a tensor that is neither a parameter nor a buffer"
 
 
@@ -76,9 +78,10 @@ class Trace:
 class Tracer(TorchDispatchMode):
     """Labels the outputs of each operator that runs under it."""
 
-    def __init__(self, trace: Trace, names: dict[int, str]) -> None:
+    def __init__(self, trace: Trace, names: dict[int, str], compute: Compute | None = None) -> None:
         super().__init__()
         self.trace = trace
+        self.compute = compute
         self.labels = trace.labels
         self.names = names
         self.values: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -114,7 +117,8 @@ class Tracer(TorchDispatchMode):
                 "The model takes a number out of a tensor that depends on its input, so its path may vary with it.",
                 "Its channels cannot be cut; techniques that work layer by layer still can.",
             )
-        result = func(*args, **kwargs)
+        number = len(self.trace.steps)
+        result = func(*args, **kwargs) if self.compute is None else self.compute(number, func, args, kwargs)
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         rule(self, Call(func, args, kwargs, result))
         for t in outputs:
@@ -161,8 +165,17 @@ def first(example: tuple[Any, ...]) -> tuple[Any, ...]:
     return tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.ndim else t, example)
 
 
-def run_traced(module: nn.Module, example: tuple[Any, ...], trace: Trace, *, training: bool) -> Any:
+def run_traced(
+    module: nn.Module, example: tuple[Any, ...], trace: Trace, *, training: bool, compute: Compute | None = None
+) -> Any:
     """Run `module` once on `example`, adding to `trace`; returns the outputs.
+
+    Args:
+        module: what to run; left as it is.
+        example: its inputs.
+        trace: what is added to.
+        training: whether it runs in training mode.
+        compute: how an operator is computed, given its number, itself and its arguments; None computes it as it is.
 
     Raises:
         CaptureError: the run fails, or control flow depends on the data.
@@ -170,7 +183,7 @@ def run_traced(module: nn.Module, example: tuple[Any, ...], trace: Trace, *, tra
     buffers = {name: b.clone() for name, b in module.named_buffers(remove_duplicate=True)}
     names: dict[int, str] = {id(p): name for name, p in module.named_parameters()}
     names |= {id(b): name for name, b in buffers.items()}
-    tracer = Tracer(trace, names)
+    tracer = Tracer(trace, names, compute)
     inputs = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, example)
     for t in tree_leaves(inputs):
         if isinstance(t, Tensor):

@@ -71,7 +71,7 @@ class _State:
         self.changed = True
 
 
-def resolve(labels: Labels) -> Resolved:
+def solve(labels: Labels) -> Resolved:
     """The classes of `labels`, with grids brought to their simplest form."""
     state = _State(labels, list(labels.merges), list(labels.locks))
     grids = [(g.target, g.axes) for g in labels.grids]

@@ -1,0 +1,93 @@
+"""Normalisation over survivors only: how the proof of a cut across a normalisation computes the masked model.
+
+A mean, a layer or group normalisation, or a standardised weight counts the units that were zeroed; after the cut they
+are not there to be counted. So the masked model takes such statistics over the surviving indices and leaves zeros in
+the others' places. Everything else runs as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from karui.errors import SurgeryError, require
+from karui.model.groups import Analysis
+from karui.model.trace import Value
+
+COUNTING = frozenset(
+    {
+        "mean",
+        "var",
+        "std",
+        "var_mean",
+        "std_mean",
+        "native_layer_norm",
+        "_fused_rms_norm",
+        "native_group_norm",
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+    }
+)
+
+
+def on_survivors(analysis: Analysis, dead: np.ndarray) -> Callable[[int, Any, Any, Any], Any]:
+    """How a tracer is to compute each operator, `compute(number, func, args, kwargs)`, when these classes are dead."""
+    steps = analysis.trace.steps
+
+    def stay(value: Value) -> list[Tensor | None]:
+        kept = [analysis.survivors(d, dead) for d in value.dims]
+        return [None if len(k) == len(d) else torch.from_numpy(k) for k, d in zip(kept, value.dims, strict=True)]
+
+    def compute(number: int, func: Any, args: Any, kwargs: Any) -> Any:
+        step = steps[number]
+        require(
+            step.name == str(func),
+            f"The model runs {func} where it ran {step.name} before.",
+            "It must compute the same operators each time.",
+            SurgeryError,
+        )
+        kept = [stay(value) for value in step.inputs]
+        name = func.overloadpacket.__name__
+        if name not in COUNTING or not any(k is not None for dims in kept for k in dims):
+            return func(*args, **kwargs)
+        rest = iter(kept)
+        small_args, small_kwargs = tree_map_only(Tensor, lambda t: _take(t, next(rest)), (args, kwargs))
+        groups = len(analysis.survivors(step.outputs[-1].dims[-1], dead)) if step.outputs[-1].dims else 1
+        result = func(*_resized(name, small_args, groups), **small_kwargs)
+        outputs = iter(zip([stay(v) for v in step.outputs], step.outputs, strict=True))
+        return tree_map_only(Tensor, lambda t: _spread(t, *next(outputs)), result)
+
+    return compute
+
+
+def _take(tensor: Tensor, kept: list[Tensor | None]) -> Tensor:
+    """The survivors' part of a tensor."""
+    for dim, indices in enumerate(kept):
+        if indices is not None:
+            tensor = tensor.index_select(dim, indices)
+    return tensor
+
+
+def _spread(tensor: Tensor, kept: list[Tensor | None], value: Value) -> Tensor:
+    """The whole tensor again, with zeros where nobody survives."""
+    for dim, indices in enumerate(kept):
+        if indices is not None:
+            shape = list(tensor.shape)
+            shape[dim] = len(value.dims[dim])
+            tensor = tensor.new_zeros(shape).index_copy(dim, indices, tensor)
+    return tensor
+
+
+def _resized(name: str, args: tuple[Any, ...], groups: int) -> tuple[Any, ...]:
+    """Arguments that repeat a size, for the smaller tensors."""
+    x, *rest = args
+    if name in ("native_layer_norm", "_fused_rms_norm"):
+        rest[0] = list(x.shape[x.ndim - len(rest[0]) :])
+    elif name == "native_group_norm":
+        rest[3], rest[5] = x.shape[1], groups
+    return (x, *rest)
