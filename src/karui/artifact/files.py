@@ -18,6 +18,8 @@ from karui.errors import ArtifactError, UsageError, require
 
 JSON, TENSORS, ONNX = "model.json", "model.safetensors", "model.onnx"
 OURS = (JSON, TENSORS, ONNX)
+BESIDE = ("steps", "checkpoints", "dense")
+"""Folders that a run keeps beside its artifact while it is under way."""
 _AT_FDCWD, _EXCHANGE = -100, 2
 
 
@@ -143,7 +145,8 @@ def check_target(folder: Path) -> None:
         not folder.exists() or folder.is_dir(), f"{folder} is a file; a model is saved as a folder.", "", UsageError
     )
     if folder.is_dir() and not (folder / JSON).exists():
-        strange = next((entry.name for entry in folder.iterdir() if not entry.name.endswith((".html", ".json"))), None)
+        names = sorted(entry.name for entry in folder.iterdir())
+        strange = next((name for name in names if not name.endswith((".html", ".json")) and name not in BESIDE), None)
         require(
             strange is None,
             f"{folder} holds other things ('{strange}') and no saved model.",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from karui.cli import listing, screen
+from karui.cli import listing, profiling, screen
 from karui.errors import KaruiError
 
 app = typer.Typer(
@@ -42,12 +42,14 @@ def start(
         raise screen.MisuseError("No command was given.", "Start with: karui list")
 
 
-listing.register(app)
+for group in (listing, profiling):
+    group.register(app)
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code. Every error a person can mend is one line and its remedy on stderr."""
     command = typer.main.get_command(app)
+    screen.progress_to_stderr()
     try:
         code = command.main(arguments, prog_name="karui", standalone_mode=False)
     except KaruiError as error:

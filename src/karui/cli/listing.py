@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from karui.cli import screen
+from karui.cli.options import JSON
 from karui.errors import did_you_mean
 from karui.index import KINDS
 from karui.survey import CHAPTERS, Row, catalogue, coverage, find, find_technique
@@ -14,8 +15,6 @@ from karui.survey.papers import papers
 
 if TYPE_CHECKING:
     from karui.index import Entry
-
-JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -113,5 +112,7 @@ def _print_settings(entry: Entry) -> None:
     for setting in entry.settings:
         made.add_row(setting.name, setting.type, setting.default, setting.text)
     screen.show(made)
-    example = next((f":{s.name}={s.default}" for s in entry.settings if s.default[:1].isdigit()), "")
-    screen.out(f"Use it: karui compress MODEL --data DATA --recipe {entry.slug}{example} --out DIR")
+    example = next(
+        (f":{s.name}={s.default}" for s in entry.settings if "float" in s.type and s.default[:1].isdigit()), ""
+    )
+    screen.out(f"Use it: karui compress MODEL -d DATA -o DIR -r {entry.slug}{example}")

@@ -41,6 +41,13 @@ def out_json(value: Any) -> None:
     out(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def progress_to_stderr() -> None:
+    """Bars and all else that rich shows on its own go to stderr: stdout is for results."""
+    import rich
+
+    rich.reconfigure(stderr=True)
+
+
 def complain(message: str, hint: str = "", code: int = 2) -> int:
     """Tell an error, and its traceback where `--debug` asks for it; the exit code."""
     if DEBUG.get() and sys.exc_info()[0] is not None:
@@ -85,45 +92,11 @@ def table(*columns: str, title: str | None = None, right: tuple[str, ...] = (), 
     return made
 
 
-def size(number: float) -> str:
-    """Bytes for a person.
+def where(engine: str, batch: int, threads: int) -> str:
+    """How a time was taken.
 
     Example:
-        >>> size(900), size(15_300), size(3_400_000)
-        ('900 B', '14.9 KiB', '3.24 MiB')
+        >>> where("onnxruntime", 1, 2)
+        'time, onnxruntime, batch 1, 2 threads'
     """
-    for unit, digits in (("B", 0), ("KiB", 1), ("MiB", 2)):
-        if abs(number) < 1024:
-            return f"{number:.{digits}f} {unit}"
-        number /= 1024
-    return f"{number:.2f} GiB"
-
-
-def amount(number: float) -> str:
-    """A count for a person.
-
-    Example:
-        >>> amount(812), amount(269_722), amount(40_550_000)
-        ('812', '269.7 k', '40.55 M')
-    """
-    for unit, digits in (("", 0), (" k", 1), (" M", 2)):
-        if abs(number) < 1000:
-            return f"{number:.{digits}f}{unit}"
-        number /= 1000
-    return f"{number:.2f} G"
-
-
-def duration(seconds: float) -> str:
-    """A time for a person.
-
-    Example:
-        >>> duration(0.0000042), duration(0.0123), duration(3.5), duration(150)
-        ('4.2 µs', '12.3 ms', '3.50 s', '2 min 30 s')
-    """
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.1f} µs"
-    if seconds < 1:
-        return f"{seconds * 1e3:.3g} ms"
-    if seconds < 100:
-        return f"{seconds:.2f} s"
-    return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"time, {engine}, batch {batch}, {threads} thread{'' if threads == 1 else 's'}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from karui.errors import NeedError, SettingError, require
 from karui.model import Model, Note, replace_layers
@@ -32,6 +33,7 @@ class Seen:
         order: its place among the layers called, from 0.
         calls: how often it was called.
         inputs, outputs: positions at which it is applied (of the last call, for one sample), at its input and output.
+        final: whether the network's output has this layer's outputs as its last (or its class) dimension.
         map: shape of the feature map, channels first, whose flattening was its input; empty where it was none.
     """
 
@@ -41,6 +43,7 @@ class Seen:
     calls: int
     inputs: int
     outputs: int
+    final: bool
     map: tuple[int, ...]
 
 
@@ -98,7 +101,7 @@ def unless_larger(choice: Choice) -> Choice:
 
 
 def scan(
-    model: Model, fits: Callable[[Any], str], skip: Sequence[str] = ()
+    model: Model, fits: Callable[[Any], str], skip: Sequence[str] = (), *, shared: bool = False
 ) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
     """The layers that can be replaced, in the order of their calls, and those that cannot, with the reason.
 
@@ -106,6 +109,7 @@ def scan(
         model: the model, run once on its example.
         fits: the technique's own objection to a layer, "" for none.
         skip: paths of layers to leave.
+        shared: whether a layer whose weight is shared may be replaced: it is then no longer.
 
     Raises:
         SettingError: `skip` names no layer.
@@ -113,7 +117,7 @@ def scan(
     for path in skip:
         layer_at(model.module, path, SettingError)
     modules = list(model.module.named_modules())
-    owners = _owners(model.module)
+    owners = {} if shared else _owners(model.module)
     left, candidates = [], []
     for path, layer in modules:
         if not any(p.ndim > 1 for p in layer.parameters(recurse=False)) and not _parametrized(layer):
@@ -151,7 +155,7 @@ def _objection_to_weight(path: str, layer: nn.Module, owners: Mapping[int, list[
     weight: Any = layer.weight
     if not weight.is_floating_point() or isinstance(weight, nn.parameter.UninitializedParameter):
         return f"its weight is no real matrix ({weight.dtype})"
-    others = [name for name in owners[id(weight)] if name != f"{path}.weight".lstrip(".")]
+    others = [name for name in owners.get(id(weight), []) if name != f"{path}.weight".lstrip(".")]
     if others:
         return f"its weight is shared with {', '.join(others)}"
     return ""
@@ -198,7 +202,7 @@ def _watch(model: Model, candidates: Sequence[tuple[str, Any]]) -> tuple[Seen, .
             if calls > 1 and taken != seen[path].map:
                 taken = ()
             places = (_positions(layer, given), _positions(layer, output))
-            seen[path] = Seen(path, layer, order, calls, *places, map=taken)
+            seen[path] = Seen(path, layer, order, calls, *places, final=False, map=taken)
 
         return hook
 
@@ -207,13 +211,15 @@ def _watch(model: Model, candidates: Sequence[tuple[str, Any]]) -> tuple[Seen, .
     model.module.eval()
     try:
         with torch.no_grad(), flattened:
-            model.module(*model.example)
+            results = tree_leaves(model.module(*model.example))
     finally:
         for handle in handles:
             handle.remove()
         for layer, mode in modes:
             layer.training = mode
-    return tuple(sorted(seen.values(), key=lambda one: one.order))
+    last = {size for result in results if isinstance(result, Tensor) for size in result.shape[1:2] + result.shape[-1:]}
+    marked = [replace(one, final=one.layer.weight.shape[0] in last) for one in seen.values()]
+    return tuple(sorted(marked, key=lambda one: one.order))
 
 
 def _positions(layer: Any, value: Tensor) -> int:

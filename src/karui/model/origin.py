@@ -122,6 +122,21 @@ def resolve(spec: str, settings: dict[str, Any] | None = None) -> Origin:
     return Origin(spec, settings, sha256)
 
 
+def load_callable(spec: str, error: type[KaruiError] = UsageError) -> Callable[..., Any]:
+    """The function or class that `package.module:name` or `file.py:name` names.
+
+    Raises:
+        UsageError: (or `error`) it cannot be imported or is not there.
+
+    Example:
+        >>> load_callable("torch.nn:Linear")
+        <class 'torch.nn.modules.linear.Linear'>
+    """
+    where, colon, name = spec.rpartition(":")
+    require(bool(colon and where and name), f"'{spec}' names no function.", "Write package.module:name.", error)
+    return _load(f"{Path(where).expanduser().resolve()}:{name}" if where.endswith(".py") else spec, "", error)
+
+
 def _load(spec: str, sha256: str, error: type[KaruiError]) -> Callable[..., Any]:
     where, _, name = spec.rpartition(":")
     if where in _ZOOS:

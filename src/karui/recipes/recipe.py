@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from karui.survey import find_technique
 
 if TYPE_CHECKING:
     from karui.measuring import Clock
-    from karui.technique import Technique, Then
+    from karui.technique import Bench, Technique, Then
     from karui.train import Training
 
 _TABLES = ("step", "bench", "training", "clock")
@@ -63,6 +63,11 @@ class Recipe:
         from karui.technique import Then
 
         return Then(*self.steps)
+
+    def bench(self, bench: Bench) -> Bench:
+        """The bench, with the recipe's own seed, training and clock where it has them."""
+        own = {"seed": self.seed, "training": self.training, "clock": self.clock}
+        return replace(bench, **{name: held for name, held in own.items() if held is not None})
 
     def told(self) -> list[dict[str, Any]]:
         """The steps as plain values: slug and settings of each.

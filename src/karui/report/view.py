@@ -243,6 +243,6 @@ def verification(told: Mapping[str, Any] | None) -> str:
     where = f" at batch sizes {batches}" if batches else ""
     worst = told.get("difference")
     size = f" (largest difference {worst:.1e})" if isinstance(worst, float) else ""
-    if told.get("passed"):
+    if told.get("ok"):
         return f"The ONNX file gives the same outputs as the loaded model{where}{size}."
     return f"The ONNX file does NOT give the same outputs as the loaded model{where}{size}; do not deploy it."

@@ -54,6 +54,8 @@ def _parts(value: Any) -> Iterable[Any]:
         return [part for field in dataclasses.fields(value) for part in (field.name, getattr(value, field.name))]
     if not isinstance(value, type) and getattr(value, "__dict__", None):
         return [part for pair in vars(value).items() for part in pair]
+    if type(value).__repr__ is object.__repr__:
+        return ()  # the name of its class, which is all it has, is counted already
     return (re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode(),)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from karui.errors import NeedError, SettingError, TrainingError, did_you_mean, require
+from karui.errors import NeedError, TrainingError, require
 from karui.model import Task
 from karui.train.influence import Influence, Moment
 from karui.train.turn import Turn
@@ -16,18 +17,25 @@ class Forward(nn.Module):
     """From a batch to the loss of a turn, under an influence.
 
     Gradients are averaged between processes by wrapping a module's forward: a loss that calls parts of the network, or
-    an influence with layers of its own, must happen inside of it. `moment` is the last one, for the constraints.
+    an influence with layers of its own, must happen inside of it. `seen` holds the outputs of tapped layers; `moment`
+    is the last one, for the constraints.
     """
 
-    def __init__(self, module: nn.Module, turns: tuple[Turn, ...], task: Task | None, influence: Influence) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        turns: tuple[Turn, ...],
+        task: Task | None,
+        influence: Influence,
+        seen: Mapping[str, Any],
+    ) -> None:
         super().__init__()
         self.module = module
         self.turns = turns
         self.task = task
         self.influence = influence
         self.moment: Moment | None = None
-        self._seen: dict[str, Any] = {}
-        self._hooks = [self._tap(path) for path in influence.taps]
+        self.seen = seen
         needs_task = [turn.name for turn in turns if turn.objective is None]
         require(
             task is not None or not needs_task,
@@ -46,7 +54,7 @@ class Forward(nn.Module):
         else:
             outputs, loss = objective(self.module, inputs, targets)
         self.moment = Moment(
-            module=self.module, inputs=inputs, targets=targets, outputs=outputs, taps=self._seen, **position
+            module=self.module, inputs=inputs, targets=targets, outputs=outputs, taps=self.seen, **position
         )
         loss = self.influence.objective(loss, self.moment)
         require(
@@ -57,18 +65,3 @@ class Forward(nn.Module):
             TrainingError,
         )
         return loss
-
-    def release(self) -> None:
-        """Take the taps off again."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _tap(self, path: str) -> Any:
-        layers = dict(self.module.named_modules())
-        if path not in layers:
-            did_you_mean(path, [name for name in layers if name], "tapped layer", SettingError)
-
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            self._seen[path] = output
-
-        return layers[path].register_forward_hook(keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -21,7 +22,8 @@ def launch(training: Training, work: Callable[[Fabric], None], *, unused: bool) 
     """Run `work` on every device; say whether that happened in this very process.
 
     With several devices each gets a process: forked where that is safe (so that a model or a loss need not be
-    picklable), spawned where CUDA is already in use. Started by `torchrun` or a cluster, the processes exist already.
+    picklable), spawned where CUDA is already in use. A forked process computes with one thread. Started by `torchrun`
+    or a cluster, the processes exist already.
 
     Args:
         training: names accelerator, devices, strategy and precision.
@@ -75,8 +77,11 @@ def _launch_processes(fabric: Fabric, work: Callable[[Fabric], None], method: st
     """Run `work` in new processes; the first error of ours that any of them raised is raised here."""
     errors = multiprocessing.get_context(method).SimpleQueue()
     before = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
+    logger = logging.getLogger("lightning_fabric")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # each process would announce itself
     try:
-        fabric.launch(Guarded(work, errors))
+        fabric.launch(Guarded(work, errors, forked=method == "fork"))
     except ProcessException as error:
         if not errors.empty():
             kind, message, hint = errors.get()
@@ -84,6 +89,7 @@ def _launch_processes(fabric: Fabric, work: Callable[[Fabric], None], method: st
         last = str(error).strip().splitlines()[-1]
         raise TrainingError(f"One of {fabric.world_size} training processes failed: {last}") from error
     finally:
+        logger.setLevel(level)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -94,12 +100,15 @@ def _launch_processes(fabric: Fabric, work: Callable[[Fabric], None], method: st
 class Guarded:
     """Work that sends the error it ends with to the process that waits for it."""
 
-    def __init__(self, work: Callable[[Fabric], None], errors: Any) -> None:
+    def __init__(self, work: Callable[[Fabric], None], errors: Any, *, forked: bool) -> None:
         self.work = work
         self.errors = errors
+        self.forked = forked
 
     def __call__(self, fabric: Fabric) -> None:
         """Do the work."""
+        if self.forked:
+            torch.set_num_threads(1)  # a forked process must not wait for the OpenMP threads that it did not inherit
         try:
             self.work(fabric)
         except KaruiError as error:

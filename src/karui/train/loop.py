@@ -52,7 +52,8 @@ def fit(
         NeedError: there is no data, or no task to take a loss from.
         TrainingError: the loss stopped being finite (the last good state is kept in the checkpoint), nothing can be
             trained, or a checkpoint is damaged.
-        SettingError: the machine has no such device, or the influence taps a layer that is not there.
+        SettingError: the machine has no such device.
+        UsageError: the influence taps a layer that is not there.
 
     Example:
         >>> import torch

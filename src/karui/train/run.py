@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from karui.data import Batches
 from karui.errors import TrainingError, require
-from karui.model import Task
+from karui.model import Task, taps
 from karui.train import checkpoint
 from karui.train.forward import Forward
 from karui.train.influence import Influence
@@ -71,14 +71,14 @@ class Run:
         """Train to the end, from the checkpoint if there is one."""
         job = self.job
         self.fabric = fabric
-        forward = Forward(job.module, job.turns, job.task, job.influence)
-        try:
-            self._prepare(forward)
+        if fabric.world_size > 1:
+            _unshare(job.module)
+        home = next((p.device for p in job.module.parameters()), torch.device("cpu"))
+        with taps(job.module, job.influence.taps) as seen:
+            self._prepare(Forward(job.module, job.turns, job.task, job.influence, seen))
             if not self.standing.finished:
                 self._train()
-        finally:
-            forward.release()
-            job.module.to(self.home)
+        job.module.to(home)
         if fabric.world_size > 1 and fabric.is_global_zero:
             checkpoint.write(job.outcome, checkpoint.module_tensors(job.module), self.facts())
 
@@ -93,7 +93,6 @@ class Run:
     def _prepare(self, forward: Forward) -> None:
         job, training = self.job, self.job.training
         self.forward = forward
-        self.home = next((p.device for p in job.module.parameters()), torch.device("cpu"))
         job.module.train()
         made = [self._optimizer(turn) for turn in job.turns]
         self.owned = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in made]
@@ -276,3 +275,10 @@ class Run:
 
     def _bare(self) -> Sequence[torch.optim.Optimizer]:
         return [optimizer.optimizer for optimizer in self.optimizers]
+
+
+def _unshare(module: nn.Module) -> None:
+    """Give each process tensors of its own: a module sent to a new process lies in memory that all of them write."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_shared():
+            tensor.data = tensor.data.clone()

@@ -1,0 +1,83 @@
+"""Options that several commands have, described once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from karui.cli.models import Opened
+    from karui.data import Splits
+    from karui.recipes import Recipe
+    from karui.technique import Bench
+
+MODEL = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="package.module:factory, file.py:factory, timm:NAME, torchvision:NAME, a karui directory, or the name of "
+        "an architecture (resnet20, mobilenet ...).",
+    ),
+]
+DATA_OPTION = typer.Option(
+    "--data",
+    "-d",
+    help="digits, folder:PATH (one folder a class), npz:PATH, or package.module:function giving (train, test).",
+)
+DATA = Annotated[str | None, DATA_OPTION]
+RECIPE = Annotated[
+    str,
+    typer.Option("--recipe", "-r", help="A TOML file, or slug:name=value; several steps are joined with +."),
+]
+WEIGHTS = Annotated[
+    Path | None, typer.Option("--weights", "-w", help="Trained weights: safetensors, npz, or a plain state dict.")
+]
+INPUT = Annotated[
+    str | None, typer.Option("--input", help="Shape of one sample where no data tells it: 3x224x224, or 128:int.")
+]
+TASK = Annotated[str, typer.Option("--task", help="classification, regression, or module:object.")]
+SEED = Annotated[int | None, typer.Option("--seed", help="Fixes every random choice; 0 where the recipe tells none.")]
+EPOCHS = Annotated[
+    int | None, typer.Option("--epochs", help="Passes over the data of a training whose step does not say it.")
+]
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+
+
+def data_of(spec: str | None, seed: int) -> Splits | None:
+    """The data that `--data` names."""
+    from karui.data import load_data
+
+    return None if spec is None else load_data(spec, seed=seed)
+
+
+def bench_of(data: Splits | None, recipe: Recipe | None, *, seed: int, epochs: int | None, progress: bool) -> Bench:
+    """The bench of a run: the data, the recipe's settings, and what the command line says on top of them."""
+    from karui.technique import Bench
+
+    splits = {} if data is None else {"train": data.train, "validation": data.validation, "test": data.test}
+    bench = Bench(**splits, progress=progress)
+    bench = dataclasses.replace(bench if recipe is None else recipe.bench(bench), seed=seed)
+    training = bench.training
+    if epochs is not None:
+        training = dataclasses.replace(training, epochs=epochs)
+    if training.augment is None and data is not None:
+        training = dataclasses.replace(training, augment=data.augment)
+    return dataclasses.replace(bench, training=training)
+
+
+def seed_of(asked: int | None, recipe: Recipe | None) -> int:
+    """The command line's seed, else the recipe's, else 0."""
+    told = asked if asked is not None else recipe.seed if recipe is not None else None
+    return 0 if told is None else told
+
+
+def model_of(
+    spec: str, *, weights: Path | None, shape: str | None, task: str, data: Splits | None, seed: int
+) -> Opened:
+    """The model that the command line names."""
+    from karui.cli.models import open_model
+
+    return open_model(spec, weights=weights, shape=shape, task=task, data=data, seed=seed)

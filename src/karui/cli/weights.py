@@ -1,0 +1,115 @@
+"""`--weights FILE`: a plain state dict in safetensors, npz or torch's format, read without running any code."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from karui.errors import UsageError, require
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_NESTED = ("state_dict", "model", "model_state_dict", "net")
+_FORMS = "Give a .safetensors file, an .npz of arrays, or a state dict that torch.load(weights_only=True) reads."
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, by name.
+
+    Raises:
+        UsageError: there is no such file, or it holds something else than named tensors.
+    """
+    require(path.is_file(), f"There is no weights file {path}.", _FORMS, UsageError)
+    reader = {".safetensors": _safetensors, ".npz": _npz}.get(path.suffix, _torch)
+    try:
+        held = reader(path)
+    except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path} cannot be read as weights: {_first_line(error)}", _FORMS) from error
+    return _plain(held, path)
+
+
+def _safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _npz(path: Path) -> Any:
+    import numpy as np
+    import torch
+
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def _torch(path: Path) -> Any:
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message advises to load the file anyway, which would run whatever code it holds.
+        raise ValueError("it holds more than named tensors, and code is never run from it") from error
+
+
+def _plain(held: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict itself: out of a checkpoint's usual wrapping, and without the prefix of a parallel wrapper."""
+    from torch import Tensor
+
+    while isinstance(held, Mapping) and not any(isinstance(value, Tensor) for value in held.values()):
+        inner = next((held[name] for name in _NESTED if isinstance(held.get(name), Mapping)), None)
+        require(inner is not None, f"{path} holds no named tensors.", _FORMS, UsageError)
+        held = inner
+    fits = isinstance(held, Mapping) and all(isinstance(value, Tensor) for value in held.values())
+    require(fits, f"{path} holds a {type(held).__name__}, no named tensors only.", _FORMS, UsageError)
+    wrapped = all(name.startswith("module.") for name in held)
+    return {name.removeprefix("module.") if wrapped else name: value for name, value in held.items()}
+
+
+def put_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Load the tensors into the module, all of them or none.
+
+    Args:
+        module: the network; changed in place.
+        weights: tensors by name.
+        where: what an error calls the file.
+
+    Raises:
+        UsageError: they do not fit; the message names the first that does not and counts the others.
+    """
+    own = module.state_dict()
+    # Counters of batches came to batch normalisation later than many published weights; they do not act in a forward.
+    missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in weights if name not in own]
+    unlike = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if unlike:
+        first = f"{unlike[0]} is {_shape(weights[unlike[0]])} there and {_shape(own[unlike[0]])} in the model"
+    elif missing:
+        first = f"{missing[0]} is not in the file"
+    elif unexpected:
+        first = f"the model has no {unexpected[0]}"
+    else:
+        module.load_state_dict({**own, **weights})
+        return
+    counts = f"{len(unlike)} of another shape, {len(missing)} missing, {len(unexpected)} unexpected, of {len(own)}"
+    raise UsageError(
+        f"{where} does not fit the model: {first} ({counts}).",
+        "Give the weights of this very network, or the network (and number of classes) that they belong to.",
+    )
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a single number"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".") + "."

@@ -1,0 +1,197 @@
+"""Checks of data before anything is trained on it: each fault is one clear line with its remedy."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from karui.data.batches import Batches, split_sample, tensors_of
+from karui.data.splits import Splits
+from karui.errors import DataError, KaruiError, require
+from karui.model import Classification, Model
+
+CHUNK = 1024
+
+
+def check(splits: Splits, model: Model | None = None) -> None:
+    """Read every sample once, and refuse what cannot be trained on or judged by.
+
+    Args:
+        splits: the data.
+        model: the model that shall be trained on it; its task decides what targets may be.
+
+    Raises:
+        DataError: a split is empty; a sample cannot be read, has another shape or values that are not finite; there is
+            one class only; a class number is out of range; or the model cannot take the data.
+
+    Example:
+        >>> from karui.data import load_data
+        >>> check(load_data("digits"))
+    """
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    for name, part in parts.items():
+        require(
+            part is not None and len(part) > 0,
+            f"The {name} split of '{splits.name}' is empty.",
+            "Give it some samples.",
+            DataError,
+        )
+    forms = {name: _check_part(name, part, splits) for name, part in parts.items()}
+    for name, form in forms.items():
+        require(
+            form == forms["train"],
+            f"'{splits.name}': inputs of the {name} split are {_told(form)}, those of the train split "
+            f"{_told(forms['train'])}.",
+            "Bring all to one shape.",
+            DataError,
+        )
+    if model is not None:
+        _check_fit(splits, model)
+
+
+def _check_part(name: str, part: Any, splits: Splits) -> list[tuple[tuple[int, ...], str]]:
+    """Check one split; the shape and type of its inputs."""
+    first: list[tuple[tuple[int, ...], str]] | None = None
+    seen: set[int] = set()
+    for start, inputs, targets in _read(name, part, splits.name):
+        form = [(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for x in inputs]
+        first = first or form
+        where = f"'{splits.name}', {name} split"
+        require(
+            form == first,
+            f"{where}: sample {start} is {_told(form)}, the first one {_told(first)}.",
+            "Bring all to one shape and type.",
+            DataError,
+        )
+        for value, what in [*((x, "input") for x in inputs), (targets, "target")]:
+            _check_finite(value, f"{where}: the {what} of sample", start)
+        require(
+            isinstance(targets, Tensor),
+            f"{where}: sample {start} has no target.",
+            "Give each sample as (input, target).",
+            DataError,
+        )
+        if targets.ndim == 1 and not targets.is_floating_point():
+            seen |= set(targets.unique().tolist())
+    _check_classes(name, seen, splits)
+    assert first is not None  # noqa: S101  (no split is empty)
+    return first
+
+
+def _read(name: str, part: Any, source: str) -> Iterator[tuple[int, tuple[Tensor, ...], Any]]:
+    """The number of the first sample, inputs and targets, in pieces; sample by sample where they are not in memory."""
+    if tensors_of(part) is not None:
+        batches = Batches(part)
+        for index in torch.arange(len(batches)).split(CHUNK):
+            yield int(index[0]), *batches.fetch(index)
+        return
+    for number in range(len(part)):
+        try:
+            inputs, target = split_sample(part[number])
+        except KaruiError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"'{source}', {name} split: sample {number} cannot be read: {type(error).__name__}: {error}.",
+                "Repair or leave out that sample.",
+            ) from error
+        require(
+            all(isinstance(x, Tensor) for x in inputs),
+            f"'{source}', {name} split: the input of sample {number} is a {type(inputs[0]).__name__}, not a tensor.",
+            "Convert it in the data set, for example with torchvision.transforms.v2.",
+            DataError,
+        )
+        yield number, tuple(x[None] for x in inputs), None if target is None else torch.as_tensor(target)[None]
+
+
+def _check_finite(value: Any, what: str, start: int) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return
+    bad = (~value.isfinite()).flatten(1).any(1) if value.ndim > 1 else ~value.isfinite()
+    require(
+        not bool(bad.any()),
+        f"{what} {start + int(bad.nonzero()[0]) if bool(bad.any()) else start} holds values that are not finite.",
+        "Repair or leave out such samples.",
+        DataError,
+    )
+
+
+def _check_classes(name: str, seen: set[int], splits: Splits) -> None:
+    if name == "train" and seen:
+        require(
+            len(seen) > 1,
+            f"All training samples of '{splits.name}' are of one class ({min(seen)}).",
+            "Give samples of at least two classes.",
+            DataError,
+        )
+    if splits.classes and seen:
+        outside = sorted(number for number in seen if not 0 <= number < len(splits.classes))
+        require(
+            not outside,
+            f"'{splits.name}', {name} split: class {outside[:1]} is out of range for {len(splits.classes)} classes.",
+            "Number the classes from 0.",
+            DataError,
+        )
+
+
+def _check_fit(splits: Splits, model: Model) -> None:
+    """Run the model on two samples, and hold its outputs against the targets."""
+    inputs, targets = Batches(splits.train).fetch(torch.arange(min(2, len(splits.train))))
+    need = ", ".join(str(tuple(x.shape[1:])) for x in model.example if isinstance(x, Tensor))
+    got = ", ".join(str(tuple(x.shape[1:])) for x in inputs)
+    was_training = model.module.training
+    try:
+        with torch.no_grad():
+            outputs = model.module.eval()(*inputs)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"The model cannot take the data '{splits.name}': its example input is {need}, a sample is {got}.",
+            f"Give data of the model's shape, or a model for this data ({str(error).splitlines()[0]}).",
+        ) from error
+    finally:
+        model.module.train(was_training)
+    if isinstance(model.task, Classification):
+        _check_labels(splits, model.task, outputs)
+    elif model.task is not None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "error"
+                )  # torch only warns where it spreads targets over outputs of another shape
+                model.task.loss(outputs, targets)
+        except (RuntimeError, TypeError, ValueError, IndexError, Warning) as error:
+            raise DataError(
+                f"The task's loss cannot compare the model's outputs with the targets of '{splits.name}': "
+                f"{str(error).splitlines()[0]}.",
+                "Give targets of the form that the loss takes.",
+            ) from error
+
+
+def _check_labels(splits: Splits, task: Classification, outputs: Tensor) -> None:
+    classes = outputs.shape[1]
+    for name, part in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        for start, _, targets in _read(name, part, splits.name):
+            where = f"'{splits.name}', {name} split"
+            require(
+                not targets.is_floating_point(),
+                f"{where}: targets are {targets.dtype}, and classification needs class numbers.",
+                "Give whole numbers from 0, or the model another task.",
+                DataError,
+            )
+            counted = targets if task.ignore is None else targets[targets != task.ignore]
+            bad = counted[(counted < 0) | (counted >= classes)]
+            require(
+                len(bad) == 0,
+                f"{where}: a target from sample {start} on is class {int(bad[0]) if len(bad) else 0}; the model has "
+                f"{classes} classes.",
+                f"Number the classes from 0 to {classes - 1}, or give a model with more outputs.",
+                DataError,
+            )
+
+
+def _told(form: list[tuple[tuple[int, ...], str]]) -> str:
+    return " and ".join(f"{shape} {kind}" for shape, kind in form)

@@ -1,0 +1,112 @@
+"""check: every fault of data is one line that names where and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from karui.data import Splits, check
+from karui.errors import DataError
+from karui.model import Classification, Model, Regression
+
+
+def part(samples: int = 6, features: int = 3, classes: int = 2) -> TensorDataset:
+    return TensorDataset(torch.zeros(samples, features), torch.arange(samples) % classes)
+
+
+GOOD = Splits(train=part(), validation=part(), test=part(), classes=("a", "b"), name="mine")
+
+
+def model(classes: int = 2) -> Model:
+    return Model(nn.Linear(3, classes), example=(torch.zeros(1, 3),), task=Classification())
+
+
+def poisoned(where: str) -> TensorDataset:
+    x, y = torch.zeros(6, 3), torch.zeros(6, 1)
+    (x if where == "input" else y)[4, 0] = float("inf")
+    return TensorDataset(x, y)
+
+
+class Listed(Dataset[object]):
+    """Samples from a list; an exception in the list is raised."""
+
+    def __init__(self, *samples: object) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: int) -> object:
+        if isinstance(self.samples[number], Exception):
+            raise self.samples[number]
+        return self.samples[number]
+
+
+def sample(features: int = 3, label: int = 0) -> tuple[Tensor, int]:
+    return torch.zeros(features), label
+
+
+def test_good_data_passes() -> None:
+    check(GOOD)
+    net = model()
+    net.module.train()
+    check(GOOD, net)
+    assert net.module.training
+    check(replace(GOOD, train=Listed(sample(), sample(label=1))), model())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"test": part(0)}, "The test split of 'mine' is empty."),
+        ({"validation": None}, "The validation split of 'mine' is empty."),
+        ({"train": part(classes=1)}, "All training samples of 'mine' are of one class (0)."),
+        ({"test": part(classes=3)}, "'mine', test split: class [2] is out of range for 2 classes."),
+        ({"test": TensorDataset(torch.zeros(2, 3), torch.tensor([0, -1]))}, "class [-1] is out of range"),
+        (
+            {"test": part(features=4)},
+            "of the test split are (4,) float32, those of the train split (3,) float32.",
+        ),
+        ({"train": poisoned("input")}, "'mine', train split: the input of sample 4 holds values that are not finite."),
+        ({"train": poisoned("target")}, "the target of sample 4 holds values that are not finite."),
+        ({"train": TensorDataset(torch.zeros(6, 3))}, "'mine', train split: sample 0 has no target."),
+        ({"train": Listed(sample(), sample(4))}, "sample 1 is (4,) float32, the first one (3,) float32."),
+        ({"train": Listed(sample(), OSError("disk"))}, "train split: sample 1 cannot be read: OSError: disk."),
+        ({"train": Listed(("picture", 0))}, "the input of sample 0 is a str, not a tensor."),
+    ],
+)
+def test_each_fault_is_told(change: dict[str, object], words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        check(replace(GOOD, **change))
+    assert words in caught.value.message
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+def test_data_that_does_not_match_the_model() -> None:
+    other = replace(GOOD, train=part(features=4), validation=part(features=4), test=part(features=4))
+    with pytest.raises(DataError, match=r"its example input is \(3,\), a sample is \(4,\)"):
+        check(other, model())
+    with pytest.raises(DataError, match=r"is class 1; the model has 1 classes"):
+        check(replace(GOOD, classes=()), model(classes=1))
+    real = TensorDataset(torch.zeros(4, 3), torch.zeros(4))
+    with pytest.raises(DataError, match=r"targets are torch.float32, and classification needs class numbers"):
+        check(Splits(train=real, validation=real, test=real), model())
+    regression = replace(model(), task=Regression())
+    for targets in (torch.zeros(4, 5), torch.zeros(4)):  # the second would be spread over the outputs, and wrong
+        wide = TensorDataset(torch.zeros(4, 3), targets)
+        with pytest.raises(DataError, match="loss cannot compare"):
+            check(Splits(train=wide, validation=wide, test=wide), regression)
+
+
+def test_a_void_class_counts_for_nothing() -> None:
+    maps = TensorDataset(torch.zeros(4, 3, 5, 5), torch.full((4, 5, 5), 11))
+    splits = Splits(train=maps, validation=maps, test=maps)
+    net = Model(nn.Conv2d(3, 2, 1), example=(torch.zeros(1, 3, 5, 5),), task=Classification(ignore=11))
+    check(splits, net)
+    with pytest.raises(DataError, match="is class 11; the model has 2 classes"):
+        check(splits, replace(net, task=Classification()))
