@@ -15,6 +15,7 @@ from torch.utils.data import Subset, TensorDataset
 from karui.data import Splits
 from karui.errors import NeedError, SettingError, TrainingError
 from karui.model import Classification, CustomTask, Model, Note, Regression
+from karui.recipes.values import build
 from karui.train import SGD, Constant, Influence, Moment, Training, fit
 
 SHORT = Training(epochs=2, batch_size=128)
@@ -87,7 +88,7 @@ def test_the_note_tells_settings_seed_and_learning_curve() -> None:
     assert isinstance(note, Note)
     assert note.describe() == "trained for 2 epochs (refit)"
     assert (note.settings["seed"], note.settings["samples"]) == (7, 48)
-    assert Training.from_json(note.settings["training"]) == SHORT
+    assert build(Training, note.settings["training"], "note") == SHORT
     losses = [epoch["loss"] for epoch in note.settings["history"]]
     assert len(losses) == 2
     assert losses[1] < losses[0]

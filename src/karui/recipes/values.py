@@ -187,7 +187,7 @@ def _decode_mapping(value: Any, hint: Any, where: str) -> Any:
 
 
 def _decode_union(value: Any, hint: Any, where: str) -> Any:
-    if value == NONE and type(None) in get_args(hint):
+    if value in (None, NONE) and type(None) in get_args(hint):
         return None
     choices = [choice for choice in get_args(hint) if choice is not type(None)]
     # An exact type goes first, so that 1 stays an integer in `float | int`.
@@ -203,9 +203,10 @@ def _decode_union(value: Any, hint: Any, where: str) -> Any:
 
 
 def _decode_callable(value: Any, hint: Any, where: str) -> Any:
-    if not isinstance(value, str):
+    made = _import(value, where) if isinstance(value, str) else _by_shape(value, where)
+    if not callable(made):
         raise _misfit(value, hint, where)
-    return _import(value, where)
+    return made
 
 
 def _decode_any(value: Any, hint: Any, where: str) -> Any:

@@ -16,7 +16,7 @@ from karui.train.influence import Influence
 from karui.train.launch import launch
 from karui.train.randomness import reseed, undisturbed
 from karui.train.run import Job, Run
-from karui.train.training import Training, described
+from karui.train.training import Training
 from karui.train.turn import Turn
 
 
@@ -93,7 +93,7 @@ def fit(
         )
         facts = _trained(job)
         module = influence.finish(module)
-    settings = {"label": label, "seed": seed, "samples": len(train), "training": described(training), **facts}
+    settings = {"label": label, "seed": seed, "samples": len(train), "training": training.to_json(), **facts}
     return model.evolve(module.eval(), Note(f"trained for {_epochs(training)} ({label})", settings))
 
 

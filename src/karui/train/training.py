@@ -1,9 +1,10 @@
-"""Training: how a model is trained, as a value of settings that goes to a recipe and back."""
+"""Training: how a model is trained, as a value of settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -199,9 +200,8 @@ class Training:
         SettingError: a setting is out of range.
 
     Example:
-        >>> training = Training(epochs=2, optimizer=AdamW(lr=3e-4))
-        >>> Training.from_json(training.to_json()) == training
-        True
+        >>> Training(epochs=2, optimizer=AdamW(lr=3e-4)).to_json()["optimizer"]
+        {'kind': 'AdamW', 'lr': 0.0003, 'betas': [0.9, 0.999], 'weight_decay': 0.01}
     """
 
     epochs: int = 10
@@ -232,32 +232,8 @@ class Training:
             did_you_mean(self.strategy, list(STRATEGIES), "strategy", SettingError)
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values; values such as the optimizer carry their kind.
-
-        Raises:
-            SettingError: `augment` is a function of your own, which no recipe can name.
-        """
-        return {f.name: _to_json(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)}
-
-    @classmethod
-    def from_json(cls, settings: dict[str, Any]) -> Training:
-        """The training that `to_json` wrote; what is left out takes its default.
-
-        Raises:
-            SettingError: a setting or a kind is not known.
-        """
-        return _make(cls, {name: _from_json(name, value) for name, value in settings.items()})
-
-
-def described(training: Training) -> dict[str, Any]:
-    """The settings as JSON values for a note: a function of the user's own is told by its name."""
-    own = training.augment is not None and type(training.augment).__name__ not in _KINDS
-    if not own:
-        return training.to_json()
-    return {
-        **dataclasses.replace(training, augment=None).to_json(),
-        "augment": str(training.augment).split(" at 0x")[0],
-    }
+        """The settings as plain values, as a recipe writes them: an optimizer or a schedule carries its `kind`."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 def parameter_groups(
@@ -294,37 +270,15 @@ def _check_betas(betas: Sequence[float]) -> tuple[float, ...]:
     return tuple(betas)
 
 
-_KINDS: dict[str, type] = {kind.__name__: kind for kind in (SGD, Adam, AdamW, Constant, Cosine, Steps)}
-
-
-def _to_json(name: str, value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and type(value).__name__ in _KINDS:
-        fields = {f.name: _to_json(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"kind": type(value).__name__, **fields}
+def _plain(value: Any) -> Any:
+    """A value of settings as JSON: a value object by its kind and fields, a function by its import path."""
     if isinstance(value, tuple):
-        return [_to_json(name, part) for part in value]
-    require(
-        value is None or isinstance(value, (bool, int, float, str)),
-        f"{name} is {value!r}, which no recipe can name.",
-        f"Choose from {', '.join(_KINDS)}.",
-        SettingError,
-    )
-    return value
-
-
-def _from_json(name: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        fields = dict(value)
-        kind = str(fields.pop("kind", ""))
-        if kind not in _KINDS:
-            did_you_mean(kind, list(_KINDS), f"{name} kind", SettingError)
-        return _make(_KINDS[kind], {key: _from_json(key, part) for key, part in fields.items()})
-    return tuple(_from_json(name, part) for part in value) if isinstance(value, list) else value
-
-
-def _make(cls: type, settings: dict[str, Any]) -> Any:
-    known = [f.name for f in dataclasses.fields(cls)]
-    for name in settings:
-        if name not in known:
-            did_you_mean(name, known, f"{cls.__name__} setting", SettingError)
-    return cls(**settings)
+        return [_plain(part) for part in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    kind = type(value)
+    if dataclasses.is_dataclass(value):
+        name = kind.__name__ if kind.__module__ == __name__ else f"{kind.__module__}:{kind.__qualname__}"
+        return {"kind": name, **{f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}}
+    named = value if isinstance(value, types.FunctionType) else kind
+    return f"{named.__module__}:{named.__qualname__}"
