@@ -33,7 +33,7 @@ def test_every_setting_is_told(entry: index.Entry) -> None:
 def test_every_technique_has_its_test_file(entry: index.Entry) -> None:
     here = Path(__file__).parent / entry.room
     text = "".join(file.read_text(encoding="utf-8") for file in here.glob("test_*.py"))
-    assert entry.module in text, f"no test in tests/{entry.room} imports {entry.module}"
+    assert entry.name in text, f"no test in tests/{entry.room} names {entry.name}"
     assert f"paper({entry.card['survey']})" in text
 
 

@@ -90,3 +90,21 @@ def test_a_validation_split_is_cut_from_training_data_only() -> None:
     assert len(made.test) == 40
     again = replace(made, seed=9)
     assert len(again.train) == len(made.train)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_every_step_finds_the_model_that_the_pipeline_started_from(given: bool) -> None:
+    seen: list[Model | None] = []
+
+    @dataclass(frozen=True)
+    class Look:
+        def apply(self, model: Model | None, bench: Bench) -> Model:
+            seen.append(bench.dense)
+            assert model is not None
+            return model.copy()
+
+    start = Model(nn.Linear(2, 2), example=(torch.zeros(1, 2),)) if given else None
+    Then(Build(), Look(), Look()).apply(start, bench())
+    assert seen[0] is not None
+    assert seen[0] is seen[1]
+    assert (seen[0] is start) == given

@@ -33,7 +33,7 @@ class Then:
         require(len(steps) > 0, "Then has no step.", "Give at least one technique.", UsageError)
         for step in steps:
             require(
-                isinstance(getattr(step, "apply", None), object) and callable(getattr(step, "apply", None)),
+                isinstance(step, Technique),
                 f"Then was given {step!r}, which is no technique.",
                 "Give an object with apply(model, bench), for example karui.sparsify.L1Filters(ratio=0.5).",
                 UsageError,
@@ -45,9 +45,14 @@ class Then:
         missing = lacking(self, model, bench)
         if missing:
             raise NeedError(*missing[0])
-        for step in self.steps:
-            if bench.dense is None and model is not None:
-                bench = replace(bench, dense=model)
-            model = step.apply(model, bench)
-        assert model is not None  # noqa: S101  (there is at least one step, and each returns a model)
-        return model
+        first, *later = self.steps
+        made = first.apply(model, bench if model is None else _from(model, bench))
+        bench = _from(made if model is None else model, bench)
+        for step in later:
+            made = step.apply(made, bench)
+        return made
+
+
+def _from(dense: Model, bench: Bench) -> Bench:
+    """The bench with the model that the pipeline started from, unless it knows one already."""
+    return bench if bench.dense is not None else replace(bench, dense=dense)
