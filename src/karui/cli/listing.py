@@ -115,4 +115,4 @@ def _print_settings(entry: Entry) -> None:
     example = next(
         (f":{s.name}={s.default}" for s in entry.settings if "float" in s.type and s.default[:1].isdigit()), ""
     )
-    screen.out(f"Use it: karui compress MODEL -d DATA -o DIR -r {entry.slug}{example}")
+    screen.out(f"Use it:\n  karui compress MODEL -d DATA -o DIR -r {entry.slug}{example}")
