@@ -6,24 +6,20 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from scipy.stats import t as student
-from torch import Tensor
-from torch.nn import functional
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
-from karui.data import Splits, hold_out
+from karui.data import Splits, hold_out, load_data
 from karui.measuring.machine import this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
-CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 def data_folder() -> Path:
@@ -35,55 +31,23 @@ def data_folder() -> Path:
     return folder
 
 
-def cifar10(train: int = 15_000, seed: int = 0) -> Splits:
-    """CIFAR-10: `train` pictures (a tenth of them held out) in the classes' proportion, and the whole test set."""
-    folder = data_folder() / "cifar10"
-    labels = np.load(folder / "labels.npz")
-
-    def part(name: str, sheets: int) -> TensorDataset:
-        pixels = np.concatenate([_sheet(folder / f"{name}_{number:02d}.webp") for number in range(sheets)])
-        pictures = torch.from_numpy(pixels).float().div(255)
-        center, spread = (torch.tensor(values).reshape(3, 1, 1) for values in (CIFAR_MEAN, CIFAR_STD))
-        targets = torch.from_numpy(labels[f"{name}_y"][: len(pictures)].astype(np.int64))
-        return TensorDataset((pictures - center) / spread, targets)
-
-    everything = part("train", -(-train // 1000))
-    return _splits(TensorDataset(*(tensor[:train] for tensor in everything.tensors)), part("test", 10), seed, "cifar10")
+def cifar10(train: int | None = None, seed: int = 0) -> Splits:
+    """CIFAR-10, normalised; of the training pictures the first `train` (every class alike), or all 13,500."""
+    splits = load_data(f"cifar10:{data_folder() / 'cifar10'}", seed=seed)
+    return splits if train is None else replace(splits, train=Subset(splits.train, range(train)))
 
 
-def _sheet(file: Path) -> np.ndarray:
-    with Image.open(file) as sheet:
-        pixels = np.asarray(sheet.convert("RGB"))
-    return pixels.reshape(20, 32, 50, 32, 3).transpose(0, 2, 4, 1, 3).reshape(1000, 3, 32, 32)
-
-
-def mnist(train: int = 30_000, seed: int = 0) -> Splits:
-    """MNIST: the first `train` pictures (a tenth of them held out) and 3,000 to test."""
+def mnist(train: int = 27_000, seed: int = 0) -> Splits:
+    """MNIST: the first `train` pictures of 27,000, 3,000 to validate, 3,000 to test."""
     arrays = np.load(data_folder() / "mnist" / "mnist.npz")
 
-    def part(name: str, number: int) -> TensorDataset:
-        pictures = torch.from_numpy(arrays[f"{name}_x"][:number]).float().div(255).reshape(-1, 1, 28, 28)
-        return TensorDataset(pictures, torch.from_numpy(arrays[f"{name}_y"][:number].astype(np.int64)))
+    def part(name: str) -> TensorDataset:
+        pictures = torch.from_numpy(arrays[f"{name}_x"]).float().div(255).reshape(-1, 1, 28, 28)
+        return TensorDataset(pictures, torch.from_numpy(arrays[f"{name}_y"].astype(np.int64)))
 
-    return _splits(part("train", train), part("test", 3000), seed, "mnist")
-
-
-def _splits(train: TensorDataset, test: TensorDataset, seed: int, name: str) -> Splits:
-    rest, held = hold_out(train, 0.1, seed)
-    classes = CIFAR_CLASSES if name == "cifar10" else tuple(str(digit) for digit in range(10))
-    return Splits(train=rest, validation=held, test=test, classes=classes, name=name)
-
-
-def crop_and_flip(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """The usual augmentation of CIFAR: a random crop of the picture padded by 4 pixels, mirrored half of the time."""
-    number, _, height, width = pictures.shape
-    padded = functional.pad(pictures, (4, 4, 4, 4))
-    down, across = (torch.randint(9, (number, 1), generator=generator) for _ in range(2))
-    columns = across + torch.arange(width)
-    mirrored = torch.rand(number, 1, generator=generator) < 0.5
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    rows = down + torch.arange(height)
-    return padded[torch.arange(number)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    rest, held = hold_out(part("train"), 0.1, seed)
+    classes = tuple(str(digit) for digit in range(10))
+    return Splits(train=Subset(rest, range(train)), validation=held, test=part("test"), classes=classes, name="mnist")
 
 
 class Ledger:

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset
 
 from karui.architectures import factories
-from karui.architectures.cifar_resnet import MEAN, STD, BasicBlock, cifar_resnet, load_cifar_weights
+from karui.architectures.cifar_resnet import BasicBlock, cifar_resnet, load_cifar_weights
+from karui.data import load_data
 from karui.errors import SettingError, UsageError
 from karui.measuring import count, evaluate
 from karui.model import Classification, Model, resolve
@@ -73,11 +73,7 @@ def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
 def test_published_weights_reach_their_accuracy(shared_data: Path) -> None:
     net = cifar_resnet(20)
     net.load_state_dict(load_cifar_weights(shared_data / "cifar10_resnets" / "resnet20.npz"))
-    with Image.open(shared_data / "cifar10" / "test_00.webp") as sheet:
-        pixels = np.asarray(sheet.convert("RGB")).reshape(20, 32, 50, 32, 3).transpose(0, 2, 4, 1, 3)
-    pictures = torch.from_numpy(pixels.reshape(1000, 3, 32, 32)).float() / 255
-    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (MEAN, STD))
-    labels = torch.from_numpy(np.load(shared_data / "cifar10" / "labels.npz")["test_y"][:1000]).long()
+    pictures = load_data(f"cifar10:{shared_data / 'cifar10'}").test
     model = Model(net, example=(torch.zeros(1, 3, 32, 32),), task=Classification())
-    score = evaluate(model, TensorDataset((pictures - mean) / std, labels))
+    score = evaluate(model, Subset(pictures, range(1000)))
     assert round(1000 * score.value) == 914

@@ -2,7 +2,8 @@
 
 The shortcut between groups is the paper's option A: every second pixel, and zero channels before and after. No
 convolution has a bias. Names are those of the widely used `pytorch_resnet_cifar10` weights, which `load_cifar_weights`
-reads: conv1, bn1, layer{1,2,3}.{i}.{conv1,bn1,conv2,bn2}, linear. They expect RGB in [0, 1], less `MEAN`, over `STD`.
+reads: conv1, bn1, layer{1,2,3}.{i}.{conv1,bn1,conv2,bn2}, linear. They expect pictures as `karui.data` gives them for
+`cifar10:PATH`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from torch.nn import functional
 from karui.architectures._common import check_counts, draw_he
 from karui.errors import SettingError, UsageError, require
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 STAGES = ((16, 1), (32, 2), (64, 2))
 
 

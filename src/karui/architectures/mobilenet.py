@@ -37,6 +37,7 @@ from karui.errors import SettingError, require
 from karui.layers.separable import Separable2d
 from karui.model import Model
 from karui.technique import Bench, Card, technique
+from karui.technique.card import Need
 
 STEM = 32
 REPEATED = (512, 1)
@@ -153,6 +154,10 @@ class MobileNet:
         )
         check_counts(num_classes=self.num_classes, in_channels=self.in_channels, input_size=self.input_size)
         require(self.epochs >= 0, f"epochs is {self.epochs}; give 0 or more passes over the training data")
+
+    def needs(self) -> tuple[Need, ...]:
+        """Labels and training data, unless the network is left untrained."""
+        return ("labels", "training") if self.epochs else ()
 
     def apply(self, model: Model | None, bench: Bench) -> Model:
         """The new network, trained; `model` is read for its inputs, outputs and task only."""

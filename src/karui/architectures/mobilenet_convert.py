@@ -31,6 +31,7 @@ from karui.layers.separable import Separable2d
 from karui.measuring import count
 from karui.model import Model, layer_at, replace_layers
 from karui.technique import Bench, Card, technique
+from karui.technique.card import Need
 
 
 def is_convertible(layer: nn.Module, min_inputs: int) -> bool:
@@ -108,6 +109,15 @@ class MobileNetConvert:
         require(0 <= self.share <= 1, f"share is {self.share}; give a share in [0, 1]", "", SettingError)
         require(self.min_inputs >= 1, f"min_inputs is {self.min_inputs}; give 1 or more channels", "", SettingError)
         require(self.epochs >= 0, f"epochs is {self.epochs}; give 0 or more passes over the training data")
+
+    def needs(self) -> tuple[Need, ...]:
+        """Labels and training data, unless nothing is converted or trained."""
+        return ("labels", "training") if self.share and self.epochs else ()
+
+    def remarks(self, model: Model) -> tuple[str, ...]:
+        """For `plan`: which layers are converted."""
+        paths = self.choose(model) if self.share else []
+        return (f"Made depthwise-separable: {', '.join(paths) or 'nothing'}.",)
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """The converted network, trained."""

@@ -32,6 +32,7 @@ from karui.architectures._common import build_and_train, check_counts, draw_he, 
 from karui.errors import SettingError, require
 from karui.model import Model
 from karui.technique import Bench, Card, technique
+from karui.technique.card import Need
 
 STEM = 16
 GROUPS = ((16, 1), (32, 2), (64, 2))
@@ -183,6 +184,10 @@ class WideResNet:
         check_counts(width=self.width, num_classes=self.num_classes, in_channels=self.in_channels)
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; give a share in [0, 1), for example 0.3")
         require(self.epochs >= 0, f"epochs is {self.epochs}; give 0 or more passes over the training data")
+
+    def needs(self) -> tuple[Need, ...]:
+        """Labels and training data, unless the network is left untrained."""
+        return ("labels", "training") if self.epochs else ()
 
     def apply(self, model: Model | None, bench: Bench) -> Model:
         """The new network, trained; `model` is read for its inputs, outputs and task only."""
