@@ -20,6 +20,7 @@ from karui.data import Splits, hold_out, load_data
 from karui.measuring.machine import this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".cache" / "benchmarks"
 
 
 def data_folder() -> Path:
@@ -51,13 +52,13 @@ def mnist(train: int = 27_000, seed: int = 0) -> Splits:
 
 
 class Ledger:
-    """Finished parts of a benchmark, kept in `.cache/benchmarks/NAME.json`, so that a run that was killed goes on.
+    """Finished parts of a benchmark, kept in a JSON file, so that a run that was killed goes on.
 
     Delete the file to measure anew.
     """
 
-    def __init__(self, name: str) -> None:
-        self.file = ROOT / ".cache" / "benchmarks" / f"{name}.json"
+    def __init__(self, file: Path) -> None:
+        self.file = file
         self.parts: dict[str, Any] = json.loads(self.file.read_text("utf-8")) if self.file.is_file() else {}
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from _common import Ledger, cifar10, claims_table, interval, mnist, publish, runs_table, table
+from _common import CACHE, Ledger, cifar10, claims_table, interval, mnist, publish, runs_table, table
 from karui.architectures import MobileNet
 from karui.data import Splits
 from karui.measuring import Clock, count, evaluate
@@ -67,7 +67,7 @@ def times(ledger: Ledger, data: Splits) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    ledger = Ledger("mobilenet")
+    ledger = Ledger(CACHE / "mobilenet.json")
     digits, pictures = (load(PLANS[name][0]) for name, load in (("mnist", mnist), ("cifar10", cifar10)))
     runs = [trained(ledger, MobileNet(width=0.25, dense=dense), digits) for dense in (False, True)]
     runs += [trained(ledger, MobileNet(width=width), pictures) for width in WIDTHS]

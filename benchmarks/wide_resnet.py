@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from _common import Ledger, cifar10, claims_table, interval, publish, runs_table, table
+from _common import CACHE, Ledger, cifar10, claims_table, interval, publish, runs_table, table
 from karui.architectures import WideResNet
 from karui.data import Splits
 from karui.measuring import Clock, count, evaluate
@@ -79,7 +79,7 @@ def per_mac(ledger: Ledger, data: Splits) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    ledger, data = Ledger("wide_resnet"), cifar10(PICTURES)
+    ledger, data = Ledger(CACHE / "wide_resnet.json"), cifar10(PICTURES)
     runs = [trained(ledger, depth, width, data) for depth, width in NETWORKS]
     clocked = per_mac(ledger, data)
     means = {run["network"]: run["accuracy"]["mean"] for run in runs}
