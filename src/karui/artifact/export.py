@@ -108,8 +108,7 @@ def compare_onnx(model: Model, data: bytes, batches: tuple[int, ...] = BATCHES) 
     worst, allowed = 0.0, 0.0
     for size in batches:
         inputs = random_batch(model.example, size, seed=size)
-        with inference(model.module) as module:
-            ours = tensors_of(module(*inputs))
+        ours = tensors_of(_run(model, inputs, size))
         try:
             arrays = [t.numpy() for t in tensors_of(inputs)]
             theirs = outputs_of(session.run(None, dict(zip(names, arrays, strict=True))))
@@ -125,6 +124,18 @@ def compare_onnx(model: Model, data: bytes, batches: tuple[int, ...] = BATCHES) 
         if difference - tolerance > worst - allowed or size == batches[0]:
             worst, allowed = difference, tolerance
     return Verification(batches=batches, difference=worst, tolerance=allowed)
+
+
+def _run(model: Model, inputs: tuple[Any, ...], size: int) -> Any:
+    with inference(model.module) as module:
+        try:
+            return module(*inputs)
+        except Exception as error:
+            line = str(error).strip().partition("\n")[0]
+            raise ArtifactError(
+                f"The model itself does not run on a batch of {size}: {line}",
+                "Use x.shape[0] or -1 for the batch dimension in its forward.",
+            ) from error
 
 
 def _rounding(model: Model, inputs: tuple[Any, ...], ours: list[torch.Tensor]) -> float:

@@ -16,6 +16,9 @@ from karui.measuring.engines import OnnxRuntime as OnnxRuntime
 from karui.measuring.engines import OpenVino as OpenVino
 from karui.measuring.engines import Torch as Torch
 from karui.measuring.engines import known_engine as known_engine
+from karui.measuring.layers import LayerTime as LayerTime
+from karui.measuring.layers import LayerTimes as LayerTimes
+from karui.measuring.layers import layer_times as layer_times
 from karui.measuring.machine import Machine as Machine
 from karui.measuring.machine import this_machine as this_machine
 from karui.measuring.measure import Change as Change

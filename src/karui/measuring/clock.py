@@ -55,6 +55,11 @@ class Timing:
     high: float
     samples: tuple[float, ...]
 
+    @property
+    def where(self) -> str:
+        """How it was run, in words."""
+        return f"{self.engine}, batch {self.batch}, {_threads(self.threads)}"
+
     def __str__(self) -> str:
         return f"{seconds_text(self.median)} [{seconds_text(self.low)}, {seconds_text(self.high)}]"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ class Measurement:
         counts: parameters and multiply-accumulates.
         tensor_bytes: bytes of its parameters and buffers as the module holds them; a shared one counts once.
         onnx_bytes: length of its ONNX file, weights included; None where it cannot be exported.
-        stored_bytes: length of its saved directory without the ONNX file; None where it was not saved.
+        stored_bytes: length of its weights file as saved, packed; None where that was not asked for.
         times: of one inference, in each engine, batch size and number of threads.
         memory: peak of one inference.
         score: its metric on the test data, if there was any.
@@ -81,7 +81,7 @@ class Measurement:
         if self.onnx_bytes is not None:
             lines.append(f"bytes of the ONNX file: {bytes_text(self.onnx_bytes)}")
         lines += [str(self.score)] if self.score else []
-        lines += [f"time ({t.engine}, batch {t.batch}, {t.threads} threads): {t}" for t in self.times]
+        lines += [f"time ({t.where}): {t}" for t in self.times]
         lines += [str(m) for m in self.memory]
         lines += [f"against the dense model: {ratio}" for ratio in self.ratios]
         lines += [f"note: {note}" for note in self.notes]
@@ -149,29 +149,49 @@ class Comparison:
 
 
 def measure_model(
-    model: Model, *, test: Any = None, clock: Clock | None = None, against: Model | None = None, progress: bool = False
+    model: Model,
+    *,
+    test: Any = None,
+    clock: Clock | None = None,
+    against: Model | None = None,
+    stored: Callable[[Model], int] | None = None,
+    progress: bool = False,
 ) -> Measurement:
     """All that can be measured of a model; beside `against`, in one run with it, where that is given.
 
     What cannot be measured (an operator without an ONNX form, an engine that is not installed) is told in the notes.
+
+    Args:
+        model: what to measure.
+        test: data that no decision has looked at, for the score.
+        clock: how time is measured, in which engines.
+        against: the dense model that it was made from.
+        stored: bytes of a model as it is saved (`karui.artifact.stored_bytes`).
+        progress: show progress bars.
     """
     clock = clock or Clock()
     if against is not None:
-        return compare(against, model, test=test, clock=clock, progress=progress).light
+        return compare(against, model, test=test, clock=clock, stored=stored, progress=progress).light
     timings = clock.time({"model": model}, progress=progress)
     scores = _scores(model, test, progress)
-    return _measurement("model", model, timings, scores, clock)
+    return _measurement("model", model, timings, scores, clock, stored)
 
 
 def compare(
-    dense: Model, light: Model, *, test: Any = None, clock: Clock | None = None, progress: bool = False
+    dense: Model,
+    light: Model,
+    *,
+    test: Any = None,
+    clock: Clock | None = None,
+    stored: Callable[[Model], int] | None = None,
+    progress: bool = False,
 ) -> Comparison:
-    """Both models, timed in turns in one run, and the ratios between them."""
+    """Both models, timed in turns in one run, and the ratios between them; arguments as of `measure_model`."""
     clock = clock or Clock()
     timings = clock.time({"dense": dense, "light": light}, progress=progress)
     before, after = _scores(dense, test, progress), _scores(light, test, progress)
-    heavy = _measurement("dense", dense, timings, before, clock)
-    lean = _measurement("light", light, timings, after, clock)
+    heavy = _measurement("dense", dense, timings, before, clock, stored)
+    lean = _measurement("light", light, timings, after, clock, stored)
     ratios = ratios_between(heavy, lean)
     return Comparison(
         dense=heavy, light=replace(lean, ratios=ratios), ratios=ratios, change=_change(light, before, after)
@@ -211,7 +231,14 @@ def _scores(model: Model, test: Any, progress: bool) -> Tensor | None:
     return sample_scores(model, test, progress=progress)
 
 
-def _measurement(name: str, model: Model, timings: Timings, scores: Tensor | None, clock: Clock) -> Measurement:
+def _measurement(  # noqa: PLR0917
+    name: str,
+    model: Model,
+    timings: Timings,
+    scores: Tensor | None,
+    clock: Clock,
+    stored: Callable[[Model], int] | None,
+) -> Measurement:
     notes = list(timings.notes)
     try:
         onnx_bytes = len(onnx_form(model).data)
@@ -223,6 +250,7 @@ def _measurement(name: str, model: Model, timings: Timings, scores: Tensor | Non
         counts=count(model),
         tensor_bytes=tensor_bytes(model),
         onnx_bytes=onnx_bytes,
+        stored_bytes=stored(model) if stored is not None else None,
         times=timings.of(name),
         memory=memory,
         score=_score(model, scores),

@@ -33,7 +33,7 @@ class OnnxForm:
 
     Settings:
         data: the bytes of the file, weights included; the first dimension of inputs is the batch, of any size.
-        layers: for each operator of the file, by name: the path of the layer it came from.
+        layers: for each operator of the file, by name: the path of its layer; empty for the model itself.
     """
 
     data: bytes
@@ -71,14 +71,16 @@ def _export(model: Model) -> OnnxForm:
     )
     with inference(model.module) as module, _silence():
         try:
-            program = torch.onnx.export(
-                module, example, dynamo=True, dynamic_shapes=shapes, external_data=False, verbose=False
-            )
+            program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            raise CaptureError(*_reason(error)) from error
-        assert program is not None  # noqa: S101  (dynamo=True returns one)
-        proto = program.model_proto
-    layers = _strip(proto)
+            raise CaptureError(*_capture_failed(error)) from error
+        try:
+            exported = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False)
+        except Exception as error:
+            raise CaptureError(*_translation_failed(error)) from error
+        assert exported is not None  # noqa: S101  (dynamo=True returns one)
+        proto = exported.model_proto
+    layers = _strip(proto, {path for path, _ in model.module.named_modules()})
     _check(proto)
     return OnnxForm(data=proto.SerializeToString(deterministic=True), layers=layers)
 
@@ -100,38 +102,56 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
-def _reason(error: BaseException) -> tuple[str, str]:
-    """One line on why an export failed, and the remedy."""
-    chain, text = [error], str(error)
-    while (below := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(below)
-        text += f"\n{below}"
-    operator = re.search(r"No ONNX function found for.*?OpOverload\(op='([\w.:]+)'", text)
-    if operator:
-        return (
-            f"The model cannot be exported to ONNX: operator '{operator[1]}' has no ONNX form.",
-            "Replace the layer that uses it, or measure in torch only (engines=(Torch(),)).",
-        )
-    batch = re.search(r"(specialized|constant|Constraints violated)[^\n]*", text)
-    if batch and "dynamic" in text.lower():
+def _capture_failed(error: BaseException) -> tuple[str, str]:
+    """One line on why a model cannot be captured, and the remedy."""
+    text = str(error)
+    if "specialized" in text or "user-specified ranges" in text or "Constraints violated" in text:
         return (
             "The model cannot be exported to ONNX: its forward fixes the batch size (by a reshape, for example).",
             "Use x.shape[0] or -1 for the batch dimension.",
         )
-    lines = [line for line in str(chain[-1]).strip().splitlines() if line.strip()] or [type(chain[-1]).__name__]
+    if "data-dependent" in text:
+        return (
+            "The model cannot be exported to ONNX: its forward decides by the values of a tensor.",
+            "Write the decision with torch.where, or measure in torch only (engines=(Torch(),)).",
+        )
     return (
-        f"The model cannot be exported to ONNX: {lines[0][:200]}",
-        "torch.export must be able to capture it: control flow on tensor values cannot be.",
+        f"The model cannot be exported to ONNX, as torch.export cannot capture it: {_first_line(error)}",
+        "Run torch.export.export(module, example, strict=False) to see the place.",
     )
 
 
-def _strip(proto: onnx.ModelProto) -> dict[str, str]:
+def _translation_failed(error: BaseException) -> tuple[str, str]:
+    """One line on why a captured model has no ONNX form: the operator, where there is one; and the remedy."""
+    causes = [error]
+    while (below := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(below)
+    text = "\n".join(map(str, causes))
+    remedy = "Replace the layer that uses it, or measure in torch only (engines=(Torch(),))."
+    operator = re.search(r"No ONNX function found for.*?OpOverload\(op='([\w.:]+)'", text)
+    if operator:
+        return f"The model cannot be exported to ONNX: operator '{operator[1]}' has no ONNX form.", remedy
+    node = re.search(r"translating node %?\w+.*?target=([\w.]+)", text)
+    where = f" (operator '{node[1]}')" if node else ""
+    return f"The model cannot be exported to ONNX{where}: {_first_line(causes[-1])}", remedy
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def _strip(proto: onnx.ModelProto, paths: set[str]) -> dict[str, str]:
     """Remove what the exporter notes beside the graph (paths of source files); return the layer of each node."""
     layers = {}
+    weights = {tensor.name for tensor in proto.graph.initializer}
     for node in proto.graph.node:
         notes = {entry.key: entry.value for entry in node.metadata_props}
         scopes = re.findall(r"'([^']*)'", notes.get("pkg.torch.onnx.name_scopes", ""))
-        layers[node.name] = scopes[-2] if len(scopes) > 1 else ""
+        # A folded normalisation leaves its own name on the convolution before it; whose weight it is tells the truth.
+        owners = [name.rpartition(".")[0] for name in node.input if name in weights and "." in name]
+        known = [path for path in (*scopes, *reversed(owners)) if path in paths]
+        layers[node.name] = known[-1] if known else ""
         del node.metadata_props[:]
         node.doc_string = ""
     for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):

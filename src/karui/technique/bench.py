@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from karui.artifact import stored_bytes
 from karui.data import hold_out
 from karui.measuring import Clock, Measurement, Score, evaluate, measure_model
 from karui.train import Influence, Together, Training, fit
@@ -101,4 +102,6 @@ class Bench:
 
 def measure(model: Model, bench: Bench, *, against: Model | None = None) -> Measurement:
     """Parameters, multiply-adds, bytes, time, memory and test accuracy of a model, beside the dense one if given."""
-    return measure_model(model, test=bench.test, clock=bench.clock, against=against)
+    return measure_model(
+        model, test=bench.test, clock=bench.clock, against=against, stored=stored_bytes, progress=bench.progress
+    )
