@@ -54,8 +54,21 @@ def load(folder: Path | str, *, base: Model | nn.Module | None = None) -> Model:
         module.eval()
     model = Model(module, example=example, task=task, lineage=steps)
     if told["probe"] is not None:
-        _check_probe(model, told["probe"], folder)
+        with _named(where):
+            _check_probe(model, told["probe"], folder)
     return model
+
+
+_FIELDS: dict[str, Any] = {
+    "files": dict,
+    "lineage": list,
+    "task": dict | None,
+    "example": dict,
+    "tensors": dict,
+    "tied": dict,
+    "frozen": list,
+    "probe": list | None,
+}
 
 
 def read_artifact(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -75,12 +88,16 @@ def read_artifact(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         "Update karui: pip install -U karui",
         ArtifactError,
     )
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(told.get(name, ...), kind)]
+    strange = [name for name in told["files"] if name not in files.OURS] if not wrong else []
+    for names, what in ((wrong, "field"), (strange, "file")):
+        require(not names, f"{path} has a wrong {what}: {', '.join(names)}.", "Save the model again.", ArtifactError)
     contents = {}
     for name, entry in told["files"].items():
         contents[name] = files.read(folder / name)
         require(
-            len(contents[name]) == entry["bytes"] and files.digest(contents[name]) == entry["sha256"],
-            f"{folder / name} is damaged: {len(contents[name])} bytes that are not the {entry['bytes']} written.",
+            entry == {"bytes": len(contents[name]), "sha256": files.digest(contents[name])},
+            f"{folder / name} is damaged: its {len(contents[name])} bytes are not those that were written.",
             "The file was changed or cut off after it was written; copy the folder again, or save the model again.",
             ArtifactError,
         )
