@@ -136,6 +136,10 @@ def test_a_finished_training_is_not_repeated_and_another_one_never_taken_for_it(
     assert len(counted) == 8
     assert torch.equal(first.module.weight, again.module.weight)
     assert again.lineage == first.lineage
+    counted.clear()
+    often = Training(epochs=2, batch_size=10, checkpoint_seconds=0.0)
+    fit(model(), data(), **{**base, "training": often})
+    assert not counted  # how often a checkpoint is written does not make it another training
     for change in (
         {"seed": 1},
         {"label": "other"},
@@ -176,6 +180,22 @@ def test_weights_that_have_gone_bad_do_not_replace_the_last_good_state(tmp_path:
     with pytest.raises(TrainingError, match="became nan in epoch 2 of 2, step 6 of 8"):
         fit(model(), data(), training=training, influence=Poison(), checkpoints=tmp_path)
     assert state_in(tmp_path)["step"] == 4
+
+
+def test_weights_that_go_bad_in_the_very_last_step_are_not_handed_out() -> None:
+    class Poison(Influence):
+        def constraints(self, module: nn.Module, moment: Moment) -> None:
+            module.weight[0, 0] = float("inf") if moment.step == moment.steps - 1 else 0.0
+
+    with pytest.raises(TrainingError, match="The weights of 'train' became not finite in epoch 2 of 2, step 8 of 8"):
+        fit(model(), data(), training=Training(epochs=2, batch_size=10), influence=Poison())
+
+
+def test_infinite_buffers_are_no_reason_not_to_save(tmp_path: Path) -> None:
+    net = model()
+    net.module.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    fit(net, data(), training=Training(epochs=1), checkpoints=tmp_path)
+    assert state_in(tmp_path)["finished"]
 
 
 def test_several_processes_resume_too(tmp_path: Path) -> None:

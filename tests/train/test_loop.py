@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from karui.data import Splits
-from karui.errors import NeedError, SettingError, TrainingError
+from karui.errors import DataError, NeedError, SettingError, TrainingError
 from karui.model import Classification, CustomTask, Model, Note, Regression
 from karui.recipes.values import build
 from karui.train import SGD, Constant, Influence, Moment, Training, fit
@@ -164,6 +164,13 @@ def test_what_is_missing_is_refused_before_a_step() -> None:
         fit(replace(model, task=None), line())
     with pytest.raises(TrainingError, match="no samples"):
         fit(model, TensorDataset(torch.zeros(0, 3), torch.zeros(0, 1)))
+
+    class Stream(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter(line())
+
+    with pytest.raises(DataError, match="a Stream without a length"):
+        fit(model, Stream())
     frozen = linear()
     frozen.module.requires_grad_(requires_grad=False)
     with pytest.raises(TrainingError, match="no parameter to train"):
@@ -171,5 +178,10 @@ def test_what_is_missing_is_refused_before_a_step() -> None:
     vector = CustomTask(loss=torch.sub, scores=torch.sub)
     with pytest.raises(TrainingError, match=r"The loss .* is of shape \(48, 1\)"):
         fit(replace(model, task=vector), line())
-    with pytest.raises(SettingError, match="accelerator 'tpu'"):
-        fit(model, line(), training=Training(accelerator="tpu"))
+    for settings in (
+        {"accelerator": "tpu"},
+        {"accelerator": "abacus"},
+        {"accelerator": "cpu", "precision": "16-mixed"},
+    ):
+        with pytest.raises(SettingError, match="is not possible here"):
+            fit(model, line(), training=Training(**settings))

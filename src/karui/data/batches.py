@@ -72,7 +72,13 @@ class Batches:
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self.tensors = tensors_of(dataset)
-        self.samples = len(dataset)
+        try:
+            self.samples = len(dataset)
+        except TypeError as error:
+            raise DataError(
+                f"The data set is a {type(dataset).__name__} without a length.",
+                "Give one with __len__ and __getitem__; a stream cannot be shuffled or resumed.",
+            ) from error
 
     def __len__(self) -> int:
         return self.samples

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +43,15 @@ def launch(training: Training, work: Callable[[Fabric], None], *, unused: bool) 
     external = several and TorchElasticEnvironment.detect()
     method = "popen" if external else _start_method()
     try:
-        fabric = Fabric(
-            accelerator=training.accelerator,
-            devices=training.devices,
-            precision=training.precision,  # pyright: ignore[reportArgumentType]  (checked by Training)
-            strategy=_ddp(method, unused) if several else "auto",
-        )
-    except (ValueError, RuntimeError, ImportError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*AMP with fp16")  # another precision than asked for is no answer
+            fabric = Fabric(
+                accelerator=training.accelerator,
+                devices=training.devices,
+                precision=training.precision,  # pyright: ignore[reportArgumentType]  (checked by Training)
+                strategy=_ddp(method, unused) if several else "auto",
+            )
+    except (ValueError, RuntimeError, ImportError, UserWarning) as error:
         raise SettingError(
             f"Training on accelerator '{training.accelerator}', devices {training.devices}, precision "
             f"'{training.precision}' is not possible here: {str(error).splitlines()[0]}",

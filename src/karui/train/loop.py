@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def fit(
     training = training or Training()
     influence = influence or Influence()
     require(train is not None, "There is no training data.", "Give a data set of (input, target) pairs.", NeedError)
-    require(len(train) > 0, "The training data has no samples.", "Give a data set that is not empty.", TrainingError)
+    batches = Batches(train)
+    require(len(batches) > 0, "The training data has no samples.", "Give a data set that is not empty.", TrainingError)
     with undisturbed(), tempfile.TemporaryDirectory(prefix="karui-") as scratch:
         module = copy.deepcopy(model.module)
         reseed(seed, "attach")
@@ -77,11 +79,12 @@ def fit(
         parts = turns or (Turn(),)
         file = None
         if checkpoints is not None:
-            file = checkpoints / _name(label, module, model.task, train, training, seed, influence, parts)
+            decisive = replace(training, checkpoint_seconds=0.0)  # how often it is written changes no outcome
+            file = checkpoints / _name(label, module, model.task, train, decisive, seed, influence, parts)
         job = Job(
             module=module,
             task=model.task,
-            batches=Batches(train),
+            batches=batches,
             training=training,
             seed=seed,
             influence=influence,
@@ -93,7 +96,7 @@ def fit(
         )
         facts = _trained(job)
         module = influence.finish(module)
-    settings = {"label": label, "seed": seed, "samples": len(train), "training": training.to_json(), **facts}
+    settings = {"label": label, "seed": seed, "samples": len(batches), "training": training.to_json(), **facts}
     return model.evolve(module.eval(), Note(f"trained for {_epochs(training)} ({label})", settings))
 
 

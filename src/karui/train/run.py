@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from jaxtyping import Int
@@ -94,6 +94,7 @@ class Run:
         job, training = self.job, self.job.training
         self.forward = forward
         job.module.train()
+        self.parameters = list(job.module.parameters())
         made = [self._optimizer(turn) for turn in job.turns]
         self.owned = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in made]
         self.rates = [(turn.optimizer or training.optimizer).lr for turn in job.turns]
@@ -153,6 +154,8 @@ class Run:
                     standing.step += 1
                     self._save(due=training.checkpoint_seconds)
                 self._end_epoch()
+        if not self._is_good():
+            self._stop("weights", "not finite", training.epochs - 1)
         standing.finished = True
         self._save(due=0.0)
 
@@ -208,7 +211,7 @@ class Run:
         loss = self.wrapped(number, *batch, position)
         value = float(self._averaged(loss.detach()))
         if not math.isfinite(value):
-            self._stop(value, epoch)
+            self._stop("loss", str(value), epoch)
         require(
             loss.requires_grad,
             f"The loss of turn '{self.job.turns[number].name}' depends on no parameter.",
@@ -226,7 +229,8 @@ class Run:
         assert self.forward.moment is not None  # noqa: S101  (the update has just been computed)
         with torch.no_grad():
             self.job.influence.constraints(self.job.module, self.forward.moment)
-        self.wrapped.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         return value
 
     def _averaged(self, loss: Tensor) -> Tensor:
@@ -239,16 +243,16 @@ class Run:
 
     def _drop_foreign(self, number: int) -> None:
         own = {id(p) for p in self.owned[number]}
-        for parameter in self.job.module.parameters():
+        for parameter in self.parameters:
             if id(parameter) not in own:
                 parameter.grad = None
 
-    def _stop(self, value: float, epoch: int) -> None:
+    def _stop(self, what: str, became: str, epoch: int) -> NoReturn:
         job, rate = self.job, self.rates[0]
         kept = f" The last good state is in {job.checkpoint}." if job.checkpoint else ""
         raise TrainingError(
-            f"The loss of '{job.label}' became {value} in epoch {epoch + 1} of {job.training.epochs}, step "
-            f"{self.standing.step + 1} of {self.steps}.{kept}",
+            f"The {what} of '{job.label}' became {became} in epoch {epoch + 1} of {job.training.epochs}, step "
+            f"{min(self.standing.step + 1, self.steps)} of {self.steps}.{kept}",
             f"Lower the learning rate (it is {rate}), set clip_norm, or check the data for values that are not finite.",
         )
 
@@ -257,13 +261,17 @@ class Run:
         job = self.job
         if job.checkpoint is None or not self.fabric.is_global_zero or time.monotonic() - self.saved < due:
             return
+        if not self._is_good():
+            return  # the next step will stop; the last good state must not be replaced
         tensors = checkpoint.module_tensors(job.module)
-        if not all(bool(value.isfinite().all()) for value in tensors.values()):
-            return  # a state that has gone bad must not replace the last good one
         if not self.standing.finished:
             tensors |= checkpoint.optimizer_tensors(self._bare())
         checkpoint.write(job.checkpoint, tensors, dataclasses.asdict(self.standing))
         self.saved = time.monotonic()
+
+    def _is_good(self) -> bool:
+        """Whether all weights are finite (buffers may hold infinities, for example the mask of an attention)."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.parameters)
 
     def _resume(self) -> None:
         job = self.job
