@@ -104,12 +104,35 @@ def test_ranks_are_those_of_variational_bayes_and_the_first_convolution_keeps_it
     assert [stage.kernel_size for stage in first] == [(3, 3), (1, 1)]
 
 
-def test_a_kernel_of_noise_is_taken_to_rank_one_and_told() -> None:
+def test_a_kernel_of_noise_is_told_and_left_or_taken_to_the_rank_that_is_asked_for() -> None:
     torch.manual_seed(0)
-    model = Model(nn.Sequential(nn.Conv2d(24, 24, 3)), example=(torch.randn(1, 24, 8, 8),))
-    (told,) = technique().remarks(model)
-    assert "rank 24 x 1" in told
-    assert "rank 0 taken as 1" in told
+    net = nn.Sequential(nn.Conv2d(3, 24, 3), nn.Conv2d(24, 24, 3))
+    model = Model(net, example=(torch.randn(1, 3, 8, 8),))
+    for told in technique().remarks(model):
+        assert "left as it is: variational Bayes finds nothing but noise" in told
+    first, second = technique(noise_rank=1).remarks(model)
+    assert "rank 3 x 1 of 3 x 24" in first
+    assert "rank 1 x 1 of 24 x 24" in second
+    assert "noise in its inputs, taken at rank 1; variational Bayes finds nothing but noise in its outputs" in second
+    assert technique(noise_rank=1).apply(model, Bench()).parameters < model.parameters
+
+
+def test_a_mode_of_noise_stays_whole_while_the_other_is_cut() -> None:
+    """Filters that are one direction plus noise; along its inputs the kernel is too long to tell them from noise."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 64, 3)
+    with torch.no_grad():
+        conv.weight.copy_(
+            torch.einsum("n,cij->ncij", torch.randn(64), torch.randn(8, 3, 3)) + 3 * torch.randn(64, 8, 3, 3)
+        )
+    net = nn.Sequential(nn.Conv2d(4, 8, 1), conv)
+    model = Model(net, example=(torch.randn(1, 4, 8, 8),))
+    ranks = [evbmf(unfold(conv.weight.detach(), (mode,))).rank for mode in (1, 0)]
+    assert ranks == [0, 1]
+    (choice,) = [choice for choice in technique().choose(model) if choice.path == "1"]
+    assert choice.ranks == (8, 1)
+    assert "nothing but noise in its inputs, taken at rank 8" in choice.remark
+    assert [stage.kernel_size for stage in technique().apply(model, Bench()).module[1]] == [(3, 3), (1, 1)]  # pyright: ignore
 
 
 class FlatHead(nn.Module):
@@ -215,7 +238,8 @@ def test_fine_tuning_without_data_is_refused_first(small_cnn: Callable[..., Mode
     ("settings", "name"),
     [
         ({"ratio": 0.0}, "ratio"), ({"ratio": 1.5}, "ratio"), ({"ranks": (("conv1", 0, 2),)}, "ranks"),
-        ({"sweeps": -1}, "sweeps"), ({"epochs": -1}, "epochs"), ({"learning_rate": -1.0}, "learning_rate"),
+        ({"noise_rank": -1}, "noise_rank"), ({"sweeps": -1}, "sweeps"),
+        ({"epochs": -1}, "epochs"), ({"learning_rate": -1.0}, "learning_rate"),
     ],
 )  # fmt: skip
 def test_wrong_settings_name_themselves(settings: dict[str, Any], name: str) -> None:

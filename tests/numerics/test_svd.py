@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from karui.errors import SettingError
-from karui.numerics.svd import Energy, Fixed, Parameters, Ratio, Vbmf, factored_size, saves, truncated_svd
+from karui.numerics.svd import Energy, Fixed, Parameters, Ratio, Vbmf, Worth, factored_size, saves, truncated_svd
 
 pytestmark = pytest.mark.paper(11)
 
@@ -83,6 +83,23 @@ def test_other_policies() -> None:
     signal = 3 * torch.randn(20, 3, generator=generator) @ torch.randn(3, 50, generator=generator)
     assert Vbmf()(torch.linalg.svdvals(noise + signal), (20, 50)) == 3
     assert Vbmf()(torch.linalg.svdvals(noise), (20, 50)) == 1
+
+
+def test_one_threshold_spends_a_budget_best() -> None:
+    """Of all pairs of ranks that cost no more, none keeps a larger sum of the two matrices' shares of energy."""
+    shapes = ((8, 20), (12, 6))
+    spectra = [torch.linspace(5, 1, 8) ** 2, torch.linspace(3, 1, 6)]
+
+    def spent(ranks: list[int]) -> int:
+        return sum(factored_size(shape, rank) for shape, rank in zip(shapes, ranks, strict=True))
+
+    def held(ranks: list[int]) -> float:
+        return sum(float(s[:r].square().sum() / s.square().sum()) for s, r in zip(spectra, ranks, strict=True))
+
+    for threshold in (0.02, 0.01, 0.005, 0.002, 0.001):
+        ranks = [Worth(threshold)(s, shape) for s, shape in zip(spectra, shapes, strict=True)]
+        rivals = [[a, b] for a in range(1, 9) for b in range(1, 7) if spent([a, b]) <= spent(ranks)]
+        assert held(ranks) == pytest.approx(max(held(rival) for rival in rivals))
 
 
 def test_saving_is_told_from_growing() -> None:

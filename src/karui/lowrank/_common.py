@@ -8,13 +8,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from karui.errors import NeedError, SettingError, require
+from karui.layers.factored import factor_conv, factor_linear
 from karui.model import Model, Note, replace_layers
 from karui.model.taps import layer_at
+from karui.numerics.svd import truncated_svd
+from karui.numerics.unfold import split_groups
 
 if TYPE_CHECKING:
     from karui.technique import Bench
@@ -33,6 +37,7 @@ class Seen:
         order: its place among the layers called, from 0.
         calls: how often it was called.
         inputs, outputs: positions at which it is applied (of the last call, for one sample), at its input and output.
+        first: whether it is the first convolution that was called.
         final: whether the network's output has this layer's outputs as its last (or its class) dimension.
         map: shape of the feature map, channels first, whose flattening was its input; empty where it was none.
     """
@@ -43,6 +48,7 @@ class Seen:
     calls: int
     inputs: int
     outputs: int
+    first: bool
     final: bool
     map: tuple[int, ...]
 
@@ -127,7 +133,7 @@ def scan(
             left.append(Choice(path, reason=reason))
         else:
             candidates.append((path, layer))
-    seen = _watch(model, candidates)
+    seen = tuple(one for one in _watch(model) if one.path in dict(candidates))
     unseen = [path for path, _ in candidates if path not in {one.path for one in seen}]
     reason = "the network does not call it on the example input (its weight may be used directly)"
     return seen, (*left, *(Choice(path, reason=reason) for path in unseen))
@@ -189,8 +195,8 @@ class _Flattened(TorchFunctionMode):
         return result
 
 
-def _watch(model: Model, candidates: Sequence[tuple[str, Any]]) -> tuple[Seen, ...]:
-    """Run the example once and note, for each candidate, where and how it is called."""
+def _watch(model: Model) -> tuple[Seen, ...]:
+    """Run the example once and note, for each linear layer and convolution, where and how it is called."""
     seen: dict[str, Seen] = {}
     flattened = _Flattened()
 
@@ -202,11 +208,13 @@ def _watch(model: Model, candidates: Sequence[tuple[str, Any]]) -> tuple[Seen, .
             if calls > 1 and taken != seen[path].map:
                 taken = ()
             places = (_positions(layer, given), _positions(layer, output))
-            seen[path] = Seen(path, layer, order, calls, *places, final=False, map=taken)
+            seen[path] = Seen(path, layer, order, calls, *places, first=False, final=False, map=taken)
 
         return hook
 
-    handles = [layer.register_forward_hook(note(path)) for path, layer in candidates]
+    kinds = (nn.Linear, *_CONVOLUTIONS)
+    watched = [(path, layer) for path, layer in model.module.named_modules() if type(layer) in kinds]
+    handles = [layer.register_forward_hook(note(path)) for path, layer in watched]
     modes = [(layer, layer.training) for layer in model.module.modules()]
     model.module.eval()
     try:
@@ -218,8 +226,8 @@ def _watch(model: Model, candidates: Sequence[tuple[str, Any]]) -> tuple[Seen, .
         for layer, mode in modes:
             layer.training = mode
     last = {size for result in results if isinstance(result, Tensor) for size in result.shape[1:2] + result.shape[-1:]}
-    marked = [replace(one, final=one.layer.weight.shape[0] in last) for one in seen.values()]
-    return tuple(sorted(marked, key=lambda one: one.order))
+    first = next((one for one in seen.values() if not isinstance(one.layer, nn.Linear)), None)
+    return tuple(replace(one, first=one is first, final=one.layer.weight.shape[0] in last) for one in seen.values())
 
 
 def _positions(layer: Any, value: Tensor) -> int:
@@ -227,6 +235,41 @@ def _positions(layer: Any, value: Tensor) -> int:
     if isinstance(layer, nn.Linear):
         return math.prod(value.shape[1:-1])
     return math.prod(value.shape[-len(layer.kernel_size) :])
+
+
+def blocks(layer: Any) -> Float[Tensor, "groups rows columns"]:
+    """The weight of a linear layer or pointwise convolution as one matrix for each group, in float64."""
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
+    return split_groups(layer.weight.detach().double(), groups).flatten(2)
+
+
+def factor_matrix(layer: Any, rank: int, *, balanced: bool = False) -> tuple[nn.Module, float]:
+    """A linear layer or pointwise convolution as two of them, by SVD group by group, and its relative error."""
+    parts = [truncated_svd(block, rank) for block in blocks(layer)]
+    pairs = [part.factors(balanced=balanced) for part in parts]
+    left, right = torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
+    lost = sum(float(part.discarded.square().sum()) for part in parts)
+    error = math.sqrt(lost / max(float(blocks(layer).square().sum()), 1e-300))
+    if isinstance(layer, nn.Linear):
+        return factor_linear(layer, left[0], right[0]), error
+    ones = [1] * len(layer.kernel_size)
+    return factor_conv(layer, right.reshape(*right.shape, *ones), outer=left), error
+
+
+def require_ranks(paths: Sequence[str], seen: Sequence[Seen], left: Sequence[Choice]) -> None:
+    """Refuse ranks for layers that cannot be factored, with the reason."""
+    known = {choice.path: choice.reason for choice in left}
+    for path in paths:
+        found = any(one.path == path for one in seen)
+        why = known.get(path, "there is no such layer with a weight")
+        require(found, f"ranks names '{path}', which cannot be factored: {why}")
+
+
+def require_fine_tuning(epochs: int, learning_rate: float | None) -> None:
+    """Refuse impossible settings of the fine-tuning."""
+    require(epochs >= 0, f"epochs is {epochs}; give 0 or more")
+    positive = learning_rate is None or learning_rate > 0
+    require(positive, f"learning_rate is {learning_rate}; give a positive number, for example 0.001")
 
 
 def carry_out(

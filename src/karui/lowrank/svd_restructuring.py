@@ -15,40 +15,43 @@ Paper -> here: `A` (m x n) -> the weight, `k` -> rank, `U_k` -> the second layer
 DEPARTURE: pointwise convolutions are restructured too, since each is a linear layer at every position; the paper has
 linear layers only.
 
-DEPARTURE: the paper sets a rank for each layer from its spectrum; a budget for the whole network, met by one
-common share of the spectrum, is added.
+DEPARTURE: the paper sets a rank for each layer from its spectrum; a budget for the whole network is added. It keeps
+the singular values that hold most of their layer's squared energy for each parameter that they cost, since one common
+share of the spectrum would take most of an output layer over few classes, whose spectrum is flat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from karui.errors import SettingError, require
-from karui.layers.factored import factor_conv, factor_linear
+from karui.errors import require
 from karui.lowrank._common import (
     Choice,
     Seen,
+    blocks,
     carry_out,
+    factor_matrix,
     fine_tune,
     require_data,
+    require_fine_tuning,
+    require_ranks,
     scan,
     tracked,
     unless_larger,
 )
-from karui.numerics.svd import Energy, Fixed, RankPolicy, factored_size, truncated_svd
-from karui.numerics.unfold import split_groups
+from karui.model.taps import layer_at
+from karui.numerics.svd import Energy, Fixed, RankPolicy, Worth, factored_size
 from karui.technique import Bench, Card, technique
 
 if TYPE_CHECKING:
     from karui.model import Model
 
-_BISECTIONS = 40
+_BISECTIONS = 60
 
 
 @technique(
@@ -72,8 +75,8 @@ class SvdRestructuring:
         energy: share of the sum of singular values that a layer keeps (the paper's measure), in (0, 1].
         squared: take the share of the sum of their squares instead.
         rank: the same rank for every layer, instead of a share; None keeps to `energy`.
-        budget: share of the network's parameters to keep, in (0, 1]; every layer then gets the same share of its
-            spectrum, the largest that fits. None keeps to `energy`.
+        budget: share of the network's parameters to keep, in (0, 1]; it is spent where it keeps most of the layers'
+            squared energy. None keeps to `energy`.
         ranks: ranks of single layers, as (path, rank) pairs; they go before the other settings.
         pointwise: whether convolutions with a kernel of one position are restructured too.
         balanced: give each factor the roots of the singular values, instead of all to the first factor.
@@ -118,9 +121,7 @@ class SvdRestructuring:
         require(self.rank is None or self.budget is None, "rank and budget are both given; give one of them")
         for path, rank in self.ranks:
             require(rank >= 1, f"ranks has {rank} for '{path}'; give a number from 1")
-        require(self.epochs >= 0, f"epochs is {self.epochs}; give 0 or more")
-        positive = self.learning_rate is None or self.learning_rate > 0
-        require(positive, f"learning_rate is {self.learning_rate}; give a positive number, for example 0.001")
+        require_fine_tuning(self.epochs, self.learning_rate)
 
     def apply(self, model: Model | None, bench: Bench) -> Model:
         """The restructured model, fine-tuned."""
@@ -128,10 +129,12 @@ class SvdRestructuring:
         require_data("svd_restructuring", model, bench, self.epochs)
         choices, layers = [], {}
         for choice in tracked(self.choose(model), "factor", shown=bench.progress):
-            new, error = (None, None) if not choice.replaced else self._build(model, choice)
+            if not choice.replaced:
+                choices.append(choice)
+                continue
+            layer = layer_at(model.module, choice.path)
+            layers[choice.path], error = factor_matrix(layer, choice.ranks[0], balanced=self.balanced)
             choices.append(replace(choice, error=error))
-            if new is not None:
-                layers[choice.path] = new
         restructured = carry_out(model, choices, layers, "SVD restructuring", {"squared": self.squared})
         if not layers:
             return restructured
@@ -146,10 +149,7 @@ class SvdRestructuring:
         seen, left = scan(model, self._objection, self.skip)
         spectra = [(one, [torch.linalg.svdvals(block) for block in blocks(one.layer)]) for one in seen]
         own = dict(self.ranks)
-        unknown = [path for path in own if path not in {one.path for one in seen}]
-        known = {choice.path: choice.reason for choice in left}
-        why = known.get(unknown[0], "there is no such layer") if unknown else ""
-        require(not unknown, f"ranks names '{unknown[0] if unknown else ''}', which cannot be factored: {why}")
+        require_ranks(tuple(own), seen, left)
         fixed = {path: Fixed(rank) for path, rank in own.items()}
         policy = self._policy(model, spectra, fixed)
         return (*(_choice(one, values, fixed.get(one.path, policy)) for one, values in spectra), *left)
@@ -168,39 +168,20 @@ class SvdRestructuring:
             return Energy(self.energy, squared=self.squared)
         room = self.budget * model.parameters
 
-        def total(share: float) -> int:
-            policy = Energy(share, squared=self.squared)
+        def total(threshold: float) -> int:
+            policy = Worth(threshold)
             chosen = [_choice(one, values, fixed.get(one.path, policy)) for one, values in spectra]
             return model.parameters - sum(c.parameters[0] - c.parameters[1] for c in chosen if c.replaced)
 
-        low, high = 1e-9, 1.0
-        least = total(low) / model.parameters
+        # The share of a layer's energy for one parameter is less than 1, and no rank counts below rounding.
+        low, high = math.log(1e-30), 0.0
+        least = total(1.0) / model.parameters
         told = f"budget is {self.budget}; rank 1 everywhere still keeps {least:.3f} of the network"
-        require(least <= self.budget, told, "Give a larger budget.", SettingError)
+        require(least <= self.budget, told, "Give a larger budget.")
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            low, high = (middle, high) if total(middle) <= room else (low, middle)
-        return Energy(high if total(high) <= room else low, squared=self.squared)
-
-    def _build(self, model: Model, choice: Choice) -> tuple[nn.Module, float]:
-        layer: Any = model.module.get_submodule(choice.path)
-        parts = [truncated_svd(block, choice.ranks[0]) for block in blocks(layer)]
-        left, right = (
-            torch.stack(factors) for factors in zip(*(p.factors(balanced=self.balanced) for p in parts), strict=True)
-        )
-        lost = sum(float(part.discarded.square().sum()) for part in parts)
-        error = (lost / max(float(layer.weight.detach().double().square().sum()), 1e-300)) ** 0.5
-        if isinstance(layer, nn.Linear):
-            return factor_linear(layer, left[0], right[0]), error
-        ones = [1] * len(layer.kernel_size)
-        return factor_conv(layer, right.reshape(*right.shape, *ones), outer=left), error
-
-
-def blocks(layer: Any) -> Iterator[Float[Tensor, "rows columns"]]:
-    """The weight of a linear layer or pointwise convolution as one matrix for each group, in float64."""
-    weight = layer.weight.detach().double()
-    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
-    yield from split_groups(weight, groups).flatten(2)
+            low, high = (low, middle) if total(math.exp(middle)) <= room else (middle, high)
+        return Worth(math.exp(high))
 
 
 def _choice(one: Seen, spectra: list[Tensor], policy: RankPolicy) -> Choice:

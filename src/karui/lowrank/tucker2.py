@@ -15,6 +15,11 @@ rank_out, `U^(3)` -> inner, `U^(4)` -> outer, core tensor `C` -> core.
 
 DEPARTURE: a mode that keeps its full rank gets no pointwise layer, which could only rotate it.
 
+DEPARTURE: variational Bayes may find nothing but noise in a mode, above all in small layers (a first convolution, an
+output layer over few classes), whose directions all matter although none stands out. The paper has no such case; rank 1
+there, as its implementations take, ruins a trained network. Such a mode keeps its full rank, unless `noise_rank` says
+otherwise.
+
 DEPARTURE: the groups of a grouped convolution are decomposed one by one and share the largest of their ranks; the
 paper has no grouped convolutions.
 """
@@ -31,19 +36,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from karui.errors import require
-from karui.layers.factored import factor_conv, factor_full_map, factor_linear
+from karui.layers.factored import factor_conv, factor_full_map
 from karui.lowrank._common import (
     Choice,
     Seen,
     carry_out,
+    factor_matrix,
     fine_tune,
     require_data,
+    require_fine_tuning,
+    require_ranks,
     scan,
     tracked,
     unless_larger,
 )
 from karui.numerics.evbmf import evbmf
-from karui.numerics.svd import Ratio, truncated_svd
 from karui.numerics.tucker import tucker2
 from karui.numerics.unfold import split_groups, unfold
 from karui.technique import Bench, Card, technique
@@ -75,6 +82,7 @@ class Tucker2:
 
     Settings:
         ratio: share of the full rank for both modes of every layer, in (0, 1]; None finds ranks by variational Bayes.
+        noise_rank: rank of a mode in which variational Bayes finds nothing but noise; 0 leaves the mode whole.
         ranks: ranks of single layers, as (path, rank_in, rank_out); they go before the other settings. A linear layer
             that gets an SVD takes the second.
         pointwise: whether convolutions with a kernel of one position are decomposed too, by SVD; the paper leaves them.
@@ -102,6 +110,7 @@ class Tucker2:
     """
 
     ratio: float | None = None
+    noise_rank: int = 0
     ranks: tuple[tuple[str, int, int], ...] = ()
     pointwise: bool = False
     fully_connected: bool = True
@@ -115,12 +124,12 @@ class Tucker2:
         object.__setattr__(self, "skip", tuple(self.skip))
         within = self.ratio is None or 0 < self.ratio <= 1
         require(within, f"ratio is {self.ratio}; give a share of the full rank in (0, 1], for example 0.4")
+        told = f"noise_rank is {self.noise_rank}; give 0 to leave the mode whole, or a rank"
+        require(self.noise_rank >= 0, told)
         for path, inner, outer in self.ranks:
             require(min(inner, outer) >= 1, f"ranks has {inner}, {outer} for '{path}'; give numbers from 1")
         require(self.sweeps >= 0, f"sweeps is {self.sweeps}; give 0 or more, for example 20")
-        require(self.epochs >= 0, f"epochs is {self.epochs}; give 0 or more")
-        positive = self.learning_rate is None or self.learning_rate > 0
-        require(positive, f"learning_rate is {self.learning_rate}; give a positive number, for example 0.001")
+        require_fine_tuning(self.epochs, self.learning_rate)
 
     def apply(self, model: Model | None, bench: Bench) -> Model:
         """The decomposed model, fine-tuned."""
@@ -129,11 +138,11 @@ class Tucker2:
         seen, left = self._scan(model)
         choices, layers = [], {}
         for one in tracked(seen, "decompose", shown=bench.progress):
-            choice = self._choose(one, first=one is _first_conv(seen))
-            new, error = self._build(one, choice) if choice.replaced else (None, None)
-            choices.append(replace(choice, error=error))
-            if new is not None:
-                layers[one.path] = new
+            choice = self._choose(one)
+            if choice.replaced:
+                layers[one.path], error = self._build(one, choice)
+                choice = replace(choice, error=error)
+            choices.append(choice)
         extra = {"ranks": "variational Bayes" if self.ratio is None else f"{self.ratio} of full"}
         decomposed = carry_out(model, (*choices, *left), layers, "Tucker-2", extra)
         if not layers:
@@ -147,15 +156,11 @@ class Tucker2:
     def choose(self, model: Model) -> tuple[Choice, ...]:
         """The ranks (input, output) of each layer, or the reason why it is left."""
         seen, left = self._scan(model)
-        return (*(self._choose(one, first=one is _first_conv(seen)) for one in seen), *left)
+        return (*map(self._choose, seen), *left)
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
         seen, left = scan(model, self._objection, self.skip)
-        known = {choice.path: choice.reason for choice in left}
-        for path, *_ in self.ranks:
-            found = any(one.path == path for one in seen)
-            why = known.get(path, "there is no such layer")
-            require(found, f"ranks names '{path}', which cannot be decomposed: {why}")
+        require_ranks([path for path, *_ in self.ranks], seen, left)
         return seen, left
 
     def _objection(self, layer: Any) -> str:
@@ -165,70 +170,51 @@ class Tucker2:
             return "pointwise convolutions are left (pointwise=False)"
         return ""
 
-    def _choose(self, one: Seen, *, first: bool) -> Choice:
+    def _choose(self, one: Seen) -> Choice:
         """Ranks by the setting; then the layer is left if that would not save anything."""
-        kernel = kernel_of(one)
-        filters, channels = kernel.shape[1:3]
-        outer, outer_noise = self._rank(kernel, 0)
-        inner, inner_noise = (outer, False) if _is_matrix(one) else self._rank(kernel, 1)
-        own = {path: ranks for path, *ranks in self.ranks}
-        if one.path in own:
-            inner, outer = min(own[one.path][0], channels), min(own[one.path][1], filters)
-        elif first:
-            inner = channels
-        taps = math.prod(kernel.shape[3:])
-        # A core cannot hold more directions in one mode than the other mode and space together span.
-        inner = inner if inner == channels else min(inner, outer * taps)
-        outer = outer if outer == filters else min(outer, inner * taps)
+        kernel, own = kernel_of(one), [ranks for path, *ranks in self.ranks if path == one.path]
+        filters, channels, taps = *kernel.shape[1:3], math.prod(kernel.shape[3:])
         if _is_matrix(one):
-            return self._cost(one, kernel, (outer,), (min(filters, channels),), noise=outer_noise)
-        if (inner, outer) == (channels, filters):
-            return Choice(one.path, reason=f"its ranks are full ({inner} x {outer})")
-        noise = one.path not in own and (outer_noise or (inner_noise and not first))
-        return self._cost(one, kernel, (inner, outer), (channels, filters), noise=noise)
+            full = min(filters, channels)
+            rank, remark = (own[0][1], "") if own else self._rank(kernel, 0, full, "its weight")
+            return _costed(one, kernel, (min(rank, full),), (full,), remark)
+        outer, told_outer = (own[0][1], "") if own else self._rank(kernel, 0, filters, "its outputs")
+        inner, told_inner = (own[0][0], "") if own else (channels, "")
+        if not own and not one.first:
+            inner, told_inner = self._rank(kernel, 1, channels, "its inputs")
+        # A core cannot hold more directions in one mode than the other mode and space together span.
+        inner = channels if inner >= channels else min(inner, outer * taps)
+        outer = filters if outer >= filters else min(outer, inner * taps)
+        remark = "; ".join(filter(None, (told_inner, told_outer)))
+        return _costed(one, kernel, (inner, outer), (channels, filters), remark)
 
-    def _rank(self, kernel: Float[Tensor, "groups filters channels *kernel"], mode: int) -> tuple[int, bool]:
-        """The rank of a mode, the largest of the groups, and whether some group held nothing but noise."""
+    def _rank(
+        self, kernel: Float[Tensor, "groups filters channels *kernel"], mode: int, full: int, name: str
+    ) -> tuple[int, str]:
+        """The rank of a mode, the largest that any group asks for, and what to tell of it."""
         if self.ratio is not None:
-            return Ratio(self.ratio)(kernel.new_zeros(kernel.shape[1 + mode]), (1, 1)), False
-        found = [evbmf(unfold(block, (mode,))).rank for block in kernel]
-        return max(1, *found), min(found) == 0
-
-    def _cost(self, one: Seen, kernel: Tensor, ranks: tuple[int, ...], full: tuple[int, ...], *, noise: bool) -> Choice:
-        groups = kernel.shape[0]
-        dense, factored = kernel[0].numel(), 0
-        macs = 0
-        for size, places in _stages(one, kernel, ranks):
-            factored, macs = factored + size, macs + size * places
-        bias = one.layer.weight.shape[0] if one.layer.bias is not None else 0
-        choice = Choice(
-            one.path,
-            ranks=ranks,
-            full=full,
-            parameters=(groups * dense + bias, groups * factored + bias),
-            macs=(one.calls * groups * dense * one.outputs, one.calls * groups * macs),
-            remark="variational Bayes found nothing but noise; rank 0 taken as 1" if noise else "",
-        )
-        return unless_larger(choice)
+            return max(1, math.ceil(self.ratio * full - 1e-9)), ""
+        found = max(evbmf(unfold(block, (mode,))).rank for block in kernel)
+        if found:
+            return found, ""
+        taken = min(self.noise_rank or full, full)
+        return taken, f"variational Bayes finds nothing but noise in {name}, taken at rank {taken}"
 
     def _build(self, one: Seen, choice: Choice) -> tuple[nn.Module, float]:
-        kernel = kernel_of(one)
-        if isinstance(one.layer, nn.Linear) and len(choice.ranks) == 1:
-            svd = truncated_svd(kernel[0], choice.ranks[0])
-            return factor_linear(one.layer, *svd.factors()), svd.error
-        rank_in, rank_out = choice.ranks * 2 if len(choice.ranks) == 1 else choice.ranks
-        whole = (rank_in == kernel.shape[2], rank_out == kernel.shape[1])
+        """The factored layer and its relative error. A mode of full rank is folded back into the core."""
+        if len(choice.ranks) == 1:
+            return factor_matrix(one.layer, choice.ranks[0])
+        kernel, (rank_in, rank_out) = kernel_of(one), choice.ranks
         parts = [tucker2(block, rank_out, rank_in, sweeps=self.sweeps) for block in kernel]
         core, inner, outer = (torch.stack([getattr(p, name) for p in parts]) for name in ("core", "inner", "outer"))
-        if len(choice.ranks) == 1:  # a pointwise convolution: one factor suffices on each side of the bottleneck
-            core, whole = torch.einsum("gqp...,gcp->gqc...", core, inner), (True, False)
-        elif whole[0]:
-            core = torch.einsum("gqp...,gcp->gqc...", core, inner)
-        elif whole[1]:
-            core = torch.einsum("gqp...,gnq->gnp...", core, outer)
-        total, lost = kernel.flatten(1).square().sum(1), torch.tensor([part.error for part in parts]).double()
-        error = float(((lost.square() * total).sum() / total.sum().clamp(min=1e-300)).sqrt())
-        factors = {"inner": None if whole[0] else inner, "outer": None if whole[1] else outer}
+        energies = kernel.flatten(1).square().sum(1)
+        lost = (energies * torch.tensor([part.error for part in parts]).double().square()).sum()
+        error = float((lost / energies.sum().clamp(min=1e-300)).sqrt())
+        factors: dict[str, Any] = {"inner": inner, "outer": outer}
+        if rank_in == kernel.shape[2]:
+            core, factors["inner"] = torch.einsum("gqp...,gcp->gqc...", core, inner), None
+        if rank_out == kernel.shape[1]:
+            core, factors["outer"] = torch.einsum("gqp...,gnq->gnp...", core, outer), None
         if not isinstance(one.layer, nn.Linear):
             return factor_conv(one.layer, core, **factors), error
         single = {name: None if factor is None else factor[0] for name, factor in factors.items()}
@@ -250,8 +236,23 @@ def _is_matrix(one: Seen) -> bool:
     return all(taps == 1 for taps in one.layer.kernel_size)
 
 
-def _first_conv(seen: tuple[Seen, ...]) -> Seen | None:
-    return next((one for one in seen if not isinstance(one.layer, nn.Linear)), None)
+def _costed(one: Seen, kernel: Tensor, ranks: tuple[int, ...], full: tuple[int, ...], remark: str) -> Choice:
+    """What the layer costs at these ranks, before and after; it is left where they are full or save nothing."""
+    if ranks == full:
+        return Choice(one.path, reason=remark or f"its rank is full ({' x '.join(map(str, full))})")
+    groups, dense = kernel.shape[0], kernel.numel()
+    stages = list(_stages(one, kernel, ranks))
+    bias = one.layer.weight.shape[0] if one.layer.bias is not None else 0
+    factored, macs = groups * sum(size for size, _ in stages), groups * sum(size * places for size, places in stages)
+    choice = Choice(
+        one.path,
+        ranks=ranks,
+        full=full,
+        parameters=(dense + bias, factored + bias),
+        macs=(one.calls * dense * one.outputs, one.calls * macs),
+        remark=remark,
+    )
+    return unless_larger(choice)
 
 
 def _stages(one: Seen, kernel: Tensor, ranks: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -140,6 +140,21 @@ class Parameters:
 
 
 @dataclass(frozen=True)
+class Worth:
+    """The singular values whose share of the squared energy, for each parameter of their factors, is above a threshold.
+
+    With one threshold for several matrices, no other ranks of the same total size hold a larger sum of such shares.
+    """
+
+    threshold: float
+
+    def __call__(self, values: Float[Tensor, "count"], shape: tuple[int, int]) -> int:
+        """The rank to keep, at least 1."""
+        shares = values.double().square() / values.double().square().sum().clamp(min=1e-300)
+        return max(1, int((shares > self.threshold * sum(shape)).sum()))
+
+
+@dataclass(frozen=True)
 class Vbmf:
     """The rank that variational Bayes finds in the noise (`karui.numerics.evbmf`), at least 1."""
 
