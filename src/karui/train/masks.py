@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from jaxtyping import Bool
@@ -30,10 +31,10 @@ def connections(module: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Par
 
     Args:
         module: the network.
-        skip: paths of layers, or names of parameters, to leave out, with all that lies inside.
+        skip: names or shell patterns ("layer3.*") of layers or parameters to leave out, with all that lies inside.
 
     Raises:
-        SettingError: a name in `skip` is not there.
+        SettingError: a name in `skip` is nowhere in the network.
 
     Example:
         >>> list(connections(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)), skip=["2"]))
@@ -41,17 +42,28 @@ def connections(module: nn.Module, skip: Iterable[str] = ()) -> dict[str, nn.Par
     """
     skip = tuple(skip)
     known = [*dict(module.named_modules()), *dict(module.named_parameters())]
-    for path in skip:
-        if path not in known:
-            did_you_mean(path, known, "The layer to skip", SettingError)
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            did_you_mean(pattern, known, "The layer to skip", SettingError)
     found = {}
     for name, parameter in module.named_parameters():
         owner, _, leaf = name.rpartition(".")
         matrix = parameter.ndim >= 2 and parameter.is_floating_point() and "weight" in leaf
-        skipped = any(f"{name}.".startswith(f"{path}.") for path in skip)
-        if matrix and not skipped and not isinstance(module.get_submodule(owner), _NORMS):
+        if matrix and not meant(name, skip) and not isinstance(module.get_submodule(owner), _NORMS):
             found[name] = parameter
     return found
+
+
+def meant(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a pattern means this parameter, its layer, or a module around it.
+
+    Example:
+        >>> meant("layer3.0.conv.weight", ["layer3"]), meant("layer3.0.conv.weight", ["layer?.0.bn"])
+        (True, False)
+    """
+    parts = name.split(".")
+    above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return any(fnmatchcase(path, pattern) for pattern in patterns for path in above)
 
 
 def zero_masks(module: nn.Module, skip: Iterable[str] = ()) -> dict[str, Bool[Tensor, "..."]]:
@@ -132,16 +144,22 @@ class MaskKeeper(Influence):
             owner.register_buffer(leaf + SUFFIX, here if known is None else known & here)
             if parameter.requires_grad:
                 parameter.register_hook(_Gate(owner, leaf))
-        zero_pruned(module, self._kept(module))
+        zero_pruned(module, self.held(module))
+
+    def narrow(self, module: nn.Module, masks: Masks) -> None:
+        """While a training is under way: what these masks prune is pruned too."""
+        for name, mask in masks.items():
+            module.get_buffer(name + SUFFIX).logical_and_(mask)
+        zero_pruned(module, self.held(module))
 
     def constraints(self, module: nn.Module, moment: Moment) -> None:
         """Zero again what decay or momentum may have moved."""
         del moment
-        zero_pruned(module, self._kept(module))
+        zero_pruned(module, self.held(module))
 
     def finish(self, module: nn.Module) -> nn.Module:
         """Take the masks off; the weights hold the zeros."""
-        zero_pruned(module, self._kept(module))
+        zero_pruned(module, self.held(module))
         for name in self.masks:
             owner, leaf = _owner(module, name)
             owner._buffers.pop(leaf + SUFFIX, None)  # noqa: SLF001
@@ -150,7 +168,7 @@ class MaskKeeper(Influence):
                 del hooks[key]
         return module
 
-    def _kept(self, module: nn.Module) -> dict[str, Bool[Tensor, "..."]]:
+    def held(self, module: nn.Module) -> dict[str, Bool[Tensor, "..."]]:
         """The masks as the module holds them, which a checkpoint may have restored."""
         held = dict(module.named_buffers(remove_duplicate=False))
         return {name: held[name + SUFFIX] for name in self.masks if name + SUFFIX in held}

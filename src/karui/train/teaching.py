@@ -39,7 +39,7 @@ class Teachers:
 
     def __init__(self, models: tuple[Model, ...], remember: int = 0) -> None:
         require(len(models) > 0, "There is no teacher.", "Give at least one model.", NeedError)
-        self._modules = [copy.deepcopy(model.module).eval().requires_grad_(requires_grad=False) for model in models]
+        self._modules = [copy.deepcopy(model.module).eval().requires_grad_(False) for model in models]
         self._memory = _Memory(remember)
 
     def __len__(self) -> int:
