@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import re
@@ -69,6 +70,8 @@ def _export(model: Model) -> OnnxForm:
     shapes = pytree.tree_map(
         lambda leaf: {0: torch.export.Dim.DYNAMIC} if isinstance(leaf, Tensor) and leaf.ndim else None, example
     )
+    if _takes_any(model.module):
+        shapes = (shapes,)
     with inference(model.module) as module, _silence():
         try:
             program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
@@ -83,6 +86,12 @@ def _export(model: Model) -> OnnxForm:
     layers = _strip(proto, {path for path, _ in model.module.named_modules()})
     _check(proto)
     return OnnxForm(data=proto.SerializeToString(deterministic=True), layers=layers)
+
+
+def _takes_any(module: torch.nn.Module) -> bool:
+    """Whether `forward` is written with `*inputs`, which the exporter sees as one tuple."""
+    kinds = [part.kind for part in inspect.signature(module.forward).parameters.values()]
+    return kinds[:1] == [inspect.Parameter.VAR_POSITIONAL]
 
 
 @contextlib.contextmanager

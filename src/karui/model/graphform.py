@@ -105,6 +105,14 @@ class GraphForm(nn.Module):
         }
         self.train(state.training)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphForm:
+        """A copy with layers and parameters of its own; the programs never change, and are shared."""
+        memo[id(self.programs)] = self.programs  # also, torch's tree specs warn when they are copied
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        vars(copied).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied
+
     def forward(self, *inputs: Any) -> Any:
         """The program of the current mode."""
         run, outputs = self.programs[self.training]
