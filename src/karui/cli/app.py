@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from karui.cli import listing, profiling, screen
+from karui.cli import benching, compressing, listing, planning, profiling, screen
 from karui.errors import KaruiError
 
 app = typer.Typer(
@@ -42,7 +42,7 @@ def start(
         raise screen.MisuseError("No command was given.", "Start with: karui list")
 
 
-for group in (listing, profiling):
+for group in (listing, profiling, planning, compressing, benching):
     group.register(app)
 
 

@@ -1,0 +1,142 @@
+"""`karui compress` and `karui report`: the main job, and the page that tells of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from karui.cli import options, screen
+from karui.errors import UsageError, require
+
+if TYPE_CHECKING:
+    from karui.measuring import Change, Comparison, Ratio, Score
+
+OUT = Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(compress)
+    app.command()(report)
+
+
+def compress(
+    model: options.MODEL,
+    *,
+    recipe: options.RECIPE,
+    out: OUT,
+    data: options.DATA = None,
+    weights: options.WEIGHTS = None,
+    shape: options.INPUT = None,
+    task: options.TASK = "classification",
+    seed: options.SEED = None,
+    epochs: options.EPOCHS = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    json: options.JSON = False,
+) -> None:
+    """Make a trained network lighter by a recipe; measure it against the dense one, verify and save it."""
+    from karui.recipes import recipe_from
+    from karui.recipes.run import Asked, run_recipe
+
+    steps = recipe_from(recipe)
+    number = options.seed_of(seed, steps)
+    splits = options.data_of(data, number)
+    opened = options.model_of(model, weights=weights, shape=shape, task=task, data=splits, seed=number)
+    bench = options.bench_of(splits, steps, seed=number, epochs=epochs, progress=True)
+    if splits is None:
+        hint = "Give --data, or --weights."
+        require(not opened.untrained, f"{model} has no weights, and there is no data to train it on.", hint, UsageError)
+        screen.say("note: without --data nothing is trained, and accuracy is not measured.")
+    if opened.untrained:
+        epochs_told = f"{bench.training.epochs} epoch{'' if bench.training.epochs == 1 else 's'}"
+        screen.say(f"{model} comes without weights, so it is trained first, for {epochs_told}.")
+    asked = Asked(model=model, data=data or "", command=f"karui {' '.join(sys.argv[1:])}")
+    done = run_recipe(
+        opened.model, steps, bench, out, asked=asked, resume=resume, train_first=opened.untrained, tell=screen.say
+    )
+    page = _page(out)
+    if json:
+        screen.out_json(done.to_json())
+        return
+    show_run(done.record)
+    onnx = out / "model.onnx"
+    deploy = f"for deployment: {onnx}" if onnx.is_file() else "no ONNX file (see the note)"
+    screen.out(f"\nThe model: {out}\n{deploy}\nthe whole story: {page}")
+
+
+def _page(out: Path) -> Path:
+    from karui.report import write_report
+
+    return write_report(out)
+
+
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run.")]) -> None:
+    """Write the HTML page of a run, and say where it is."""
+    screen.out(str(_page(folder)))
+
+
+def show_run(record: dict[str, Any]) -> None:
+    """Print the table dense against light, and what it means."""
+    from karui.measuring import Comparison
+
+    both = Comparison.from_json(record)
+    screen.show(comparison_table(both))
+    for sentence in record["verdict"]:
+        screen.out(f"- {sentence}")
+    for note in dict.fromkeys((*both.dense.notes, *both.light.notes, *record["warnings"])):
+        screen.say(f"note: {note}")
+
+
+def comparison_table(both: Comparison) -> Any:
+    """Size, work, time and quality of both, and the gain with its spread."""
+    from karui.measuring.values import bytes_text, count_text, seconds_text
+
+    made = screen.table("", "dense", "light", "gain", "95 % interval", right=("dense", "light"))
+    dense, light = both.dense, both.light
+    for name, quantity, before, after, text in (
+        ("parameters", "parameters", dense.parameters, light.parameters, count_text),
+        ("multiply-adds (MACs)", "macs", dense.macs, light.macs, count_text),
+        ("saved weights", "bytes as saved", dense.stored_bytes, light.stored_bytes, bytes_text),
+        ("ONNX file", "bytes of the ONNX file", dense.onnx_bytes, light.onnx_bytes, bytes_text),
+    ):
+        if before is not None and after is not None:
+            made.add_row(name, text(before), text(after), *_gain(both.ratio(quantity)))
+    engine = ""
+    for time in dense.times:
+        after = light.time(time.engine, time.batch, time.threads)
+        if after is not None:
+            if time.engine != engine:
+                engine = time.engine
+                made.add_row(f"time in {engine}")
+            name = f"  batch {time.batch}, {time.threads} thread{'' if time.threads == 1 else 's'}"
+            ratio = both.ratio("time", time.engine, time.batch, time.threads)
+            made.add_row(name, seconds_text(time.median), seconds_text(after.median), *_gain(ratio))
+    if dense.score is not None and light.score is not None:
+        scores = (_score(dense.score), _score(light.score))
+        made.add_row(f"test {light.score.metric}", *scores, *_change(both.change))
+    return made
+
+
+def _gain(ratio: Ratio | None) -> tuple[str, str]:
+    """The gain in words, and its interval where it was not counted but measured."""
+    if ratio is None:
+        return "", ""
+    word, _, _ = ratio.verdict.partition(" (")
+    if ratio.low == ratio.high:
+        return word, ""
+    low, high = (1 / ratio.high, 1 / ratio.low) if ratio.high < 1 else (ratio.low, ratio.high)
+    return word.replace("no measurable difference", "none seen"), f"{low:.2f}x to {high:.2f}x"
+
+
+def _change(change: Change | None) -> tuple[str, str]:
+    if change is None:
+        return "", ""
+    unit, name = (100, " points") if change.metric == "accuracy" else (1, "")
+    return f"{change.value * unit:+.2f}{name}", f"{change.low * unit:+.2f} to {change.high * unit:+.2f}"
+
+
+def _score(score: Score) -> str:
+    return f"{score.value:.1%}" if score.metric == "accuracy" else f"{score.value:.4g}"

@@ -1,0 +1,94 @@
+"""`karui plan`: what can be cut, what cannot and why, and what each step of a recipe would do, before anything runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from karui.cli import options, screen
+
+if TYPE_CHECKING:
+    from karui.recipes.planned import Preflight
+
+SHOWN = 40
+"""Rows of a long list that are printed; `--all` prints the others, and `--json` always tells all."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(plan)
+
+
+def plan(
+    model: options.MODEL,
+    *,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A TOML file, or steps, as for compress.")
+    ] = None,
+    data: options.DATA = None,
+    weights: options.WEIGHTS = None,
+    shape: options.INPUT = None,
+    task: options.TASK = "classification",
+    everything: Annotated[bool, typer.Option("--all", help="Print every row of a long list.")] = False,
+    json: options.JSON = False,
+) -> None:
+    """Look before anything runs: what can be cut, what cannot and why, what a recipe would gain."""
+    from karui.recipes import recipe_from
+    from karui.recipes.planned import plan_recipe
+
+    steps = None if recipe is None else recipe_from(recipe)
+    seed = options.seed_of(None, steps)
+    splits = options.data_of(data, seed)
+    opened = options.model_of(model, weights=weights, shape=shape, task=task, data=splits, seed=seed)
+    bench = options.bench_of(splits, steps, seed=seed, epochs=None, progress=False)
+    found = plan_recipe(opened.model, steps, bench)
+    if json:
+        screen.out_json({"model": model, **found.to_json()})
+    else:
+        show_plan(found, None if everything else SHOWN)
+    found.check()
+
+
+def show_plan(found: Preflight, limit: int | None) -> None:
+    """Print groups, locked layers and steps."""
+    told = found.to_json()
+    if found.uncaptured:
+        screen.out(f"The network cannot be captured as a graph, so no channels can be cut: {found.uncaptured}\n")
+    groups, locked = told.get("groups", []), told.get("locked", [])
+    if groups:
+        made = screen.table("can be cut", "units", "tensors", "exact", right=("units", "tensors"), wrap=("exact",))
+        for group in groups[:limit]:
+            exact = "yes" if group.get("exact", True) else f"up to normalisation: {group.get('reason', '')}"
+            made.add_row(group["name"], str(group["size"]), str(len(group.get("members", []))), exact)
+        screen.show(made)
+        _more(len(groups), limit)
+    if locked:
+        made = screen.table("cannot be cut", "units", "because", right=("units",), wrap=("because",))
+        for row in locked[:limit]:
+            made.add_row(row["name"], str(row["size"]), row["reason"])
+        screen.show(made)
+        _more(len(locked), limit)
+    if found.steps:
+        _show_steps(found, limit)
+
+
+def _more(count: int, limit: int | None) -> None:
+    if limit is not None and count > limit:
+        screen.out(f"... and {count - limit} more (--all prints them)\n")
+
+
+def _show_steps(found: Preflight, limit: int | None) -> None:
+    from karui.measuring.values import count_text
+
+    made = screen.table("step", "parameters", "MACs", "", right=("parameters", "MACs"))
+    made.add_row("as it is", count_text(found.parameters), count_text(found.macs), "")
+    for number, step in enumerate(found.steps, 1):
+        counts = ["?" if count is None else count_text(count) for count in (step.parameters, step.macs)]
+        made.add_row(f"{number}. {step.technique}", *counts, "REFUSED" if step.refusals else "ready")
+    screen.show(made)
+    for number, step in enumerate(found.steps, 1):
+        told = [*(f"REFUSED: {message} {hint}" for message, hint in step.refusals), *step.remarks]
+        for text in told[:limit]:
+            screen.out(f"{number}. {text}")
+        _more(len(told), limit)

@@ -1,0 +1,171 @@
+"""The pre-flight: what each step can act on, what it lacks and what it would gain, before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from karui.errors import CaptureError, KaruiError, NeedError
+from karui.measuring import count
+from karui.model import Analysis, coupled_groups
+from karui.recipes.recipe import Recipe, slug_of
+from karui.technique import card_of, lacking
+from karui.technique.protocol import needs_of
+
+if TYPE_CHECKING:
+    from karui.model import Model
+    from karui.technique import Bench, Technique
+
+PREDICTABLE = ("cut", "replace", "forward")
+"""Kinds whose change of structure does not wait for a training: it can be tried at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What is known of one step before it runs.
+
+    Settings:
+        technique: its slug.
+        refusals: why it cannot run, each with its remedy; empty where it can.
+        remarks: what else a person should know.
+        parameters, macs: of the model after it, counted in a trial without training; None where only the run can tell.
+    """
+
+    technique: str
+    refusals: tuple[tuple[str, str], ...] = ()
+    remarks: tuple[str, ...] = ()
+    parameters: int | None = None
+    macs: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """The plan of a recipe on a model.
+
+    Settings:
+        parameters, macs: of the model as it is.
+        steps: one plan for each step.
+        surgery: what can be cut, and what cannot and why; None where the model cannot be captured.
+        uncaptured: why it cannot; empty where it can.
+    """
+
+    parameters: int
+    macs: int
+    steps: tuple[StepPlan, ...] = ()
+    surgery: Analysis | None = None
+    uncaptured: str = ""
+
+    @property
+    def refusals(self) -> tuple[tuple[str, str], ...]:
+        """Why the recipe cannot run, each with its remedy, naming the step."""
+        return tuple(
+            (f"Step {number}: {message}", hint)
+            for number, step in enumerate(self.steps, 1)
+            for message, hint in step.refusals
+        )
+
+    def check(self) -> None:
+        """Refuse what cannot run.
+
+        Raises:
+            NeedError: a step cannot run; the message names the first, and how many there are.
+        """
+        if self.refusals:
+            message, hint = self.refusals[0]
+            more = len(self.refusals) - 1
+            raise NeedError(message + (f" ({more} more: karui plan tells them)" if more else ""), hint)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        remarks = [f"{step.technique}: {remark}" for step in self.steps for remark in step.remarks]
+        return {
+            **_surgery_json(self.surgery),
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "steps": [dataclasses.asdict(step) for step in self.steps],
+            "remarks": [*([self.uncaptured] if self.uncaptured else []), *remarks],
+        }
+
+
+def _surgery_json(analysis: Analysis | None) -> dict[str, Any]:
+    if analysis is None:
+        return {"groups": [], "locked": []}
+    return {
+        "groups": [
+            {
+                "name": group.name,
+                "size": group.size,
+                "exact": group.exact,
+                "reason": group.reason,
+                "members": [{"tensor": m.tensor, "dim": m.dim, "role": m.role} for m in group.members],
+            }
+            for group in analysis.groups
+        ],
+        "locked": [dataclasses.asdict(locked) for locked in analysis.locked],
+    }
+
+
+def plan_recipe(model: Model, recipe: Recipe | None, bench: Bench) -> Preflight:
+    """Look at the model and at each step; nothing is trained, and the model stays as it is.
+
+    Args:
+        model: the dense model.
+        recipe: its steps are looked at in order; None looks at the model only.
+        bench: what the recipe would run with.
+    """
+    surgery, uncaptured = None, ""
+    try:
+        surgery = coupled_groups(model)
+    except CaptureError as error:
+        uncaptured = error.message
+    counts = count(model)
+    plans, current = [], model
+    for step in recipe.steps if recipe else ():
+        plan, current = _look(step, current, bench, uncaptured)
+        plans.append(plan)
+        bench = dataclasses.replace(bench, dense=model)
+    return Preflight(
+        parameters=counts.parameters, macs=counts.macs, steps=tuple(plans), surgery=surgery, uncaptured=uncaptured
+    )
+
+
+def _look(step: Technique, model: Model, bench: Bench, uncaptured: str) -> tuple[StepPlan, Model]:
+    """The plan of one step, and the model that the next one would be given."""
+    slug, card = slug_of(step), card_of(step)
+    assert card is not None  # noqa: S101  (what has a slug has a card)
+    missing = tuple(lacking(step, model, bench))
+    if missing:
+        return StepPlan(technique=slug, refusals=missing), model
+    if card.kind == "cut" and uncaptured:
+        hint = "Techniques that replace layers one by one still work; karui list tells them."
+        return StepPlan(technique=slug, refusals=((f"'{slug}' cuts the graph: {uncaptured}", hint),)), model
+    try:
+        remarks = _remarks(step, model)
+        trial = _without_training(step)
+        if card.kind not in PREDICTABLE or "training" in needs_of(trial):
+            return StepPlan(technique=slug, remarks=(*remarks, "what it gains is known after the training")), model
+        tried = trial.apply(model, dataclasses.replace(bench, progress=False, checkpoints=None))
+    except KaruiError as error:
+        return StepPlan(technique=slug, refusals=((f"'{slug}': {error.message}", error.hint),)), model
+    counts, before = count(tried), count(model)
+    if (counts.parameters, counts.macs) == (before.parameters, before.macs) and {"parameters", "macs"} & set(
+        card.reduces
+    ):
+        remarks = (*remarks, "it finds nothing to act on with these settings")
+    return StepPlan(technique=slug, remarks=remarks, parameters=counts.parameters, macs=counts.macs), tried
+
+
+def _remarks(step: Technique, model: Model) -> tuple[str, ...]:
+    """What the technique itself has to say of this model; one need not have anything to say."""
+    own = getattr(step, "remarks", None)
+    return () if own is None else tuple(own(model))
+
+
+def _without_training(step: Technique) -> Technique:
+    """The same settings, with no training after the surgery where the technique leaves that open."""
+    names = {field.name for field in dataclasses.fields(step)}  # pyright: ignore[reportArgumentType]
+    try:
+        return dataclasses.replace(step, epochs=0) if "epochs" in names else step  # pyright: ignore[reportArgumentType, reportCallIssue]
+    except KaruiError:
+        return step

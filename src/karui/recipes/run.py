@@ -1,0 +1,328 @@
+"""Run a recipe: step by step, each kept so that a killed run goes on; then measure, verify, save and tell.
+
+The folder of a run holds the artifact (`model.safetensors`, `model.json`, `model.onnx`) and `run.json`, and until it is
+done the finished steps (`steps/`) and the trainings' checkpoints (`checkpoints/`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from karui.artifact import load, save, stored_bytes
+from karui.artifact.files import BESIDE, OURS, write_file
+from karui.errors import KaruiError, UsageError, require
+from karui.measuring import Comparison, compare, count, ratios_between, this_machine
+from karui.measuring.values import to_json
+from karui.model import edit_to_json
+from karui.recipes.layers import layer_rows
+from karui.recipes.planned import plan_recipe
+from karui.recipes.recipe import Recipe
+from karui.recipes.values import settings
+from karui.recipes.verdict import verdict
+
+if TYPE_CHECKING:
+    from karui.model import Model
+    from karui.technique import Bench, Technique
+
+FORMAT = 1
+RECORD = "run.json"
+STEPS, CHECKPOINTS, DENSE = BESIDE
+OWN = frozenset({*OURS, *BESIDE, RECORD, "report.html"})
+"""What a run's folder may hold; anything else is somebody's, and the folder is refused."""
+
+Tell = Callable[[str], None]
+
+
+def quiet(text: str) -> None:
+    """Tell nobody."""
+    del text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What was asked for, in the words of who asked; told in the report."""
+
+    model: str = ""
+    data: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run: its record as in `run.json`, and the folder that it lies in."""
+
+    record: dict[str, Any]
+    folder: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """The record."""
+        return self.record
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """One piece of work whose result is kept: the dense training, or a step."""
+
+    number: int
+    technique: str
+    settings: dict[str, Any]
+    work: Callable[[Model], Model]
+
+    @property
+    def folder(self) -> str:
+        return f"{self.number:02d}-{self.technique}"
+
+
+@dataclass(kw_only=True)
+class _Keeper:
+    """Keeps the stages of a run on disk, and knows which of them a resumed run need not repeat."""
+
+    out: Path
+    mark: str
+    tell: Tell
+    told: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self, stage: _Stage, model: Model, bench: Bench) -> Model:
+        """The stage's result: read where it is finished, worked out and kept where it is not."""
+        self.mark = _digest(self.mark, stage.technique, stage.settings)
+        folder = self.out / STEPS / stage.folder
+        kept = _read(folder / RECORD)
+        if kept is not None and kept.get("mark") == self.mark:
+            self.tell(f"{stage.technique}: finished before, not repeated")
+            self.told.append(kept["told"])
+            return load(folder, base=model.module if not _replayable(model) else None)
+        self.tell(f"{stage.technique}: started")
+        started = time.perf_counter()
+        result = stage.work(model)
+        told = self._told(stage, result, bench, time.perf_counter() - started)
+        shutil.rmtree(folder, ignore_errors=True)
+        save(result, folder, onnx=False)
+        _write(folder / RECORD, {"mark": self.mark, "told": told})
+        self.told.append(told)
+        return result
+
+    def _told(self, stage: _Stage, model: Model, bench: Bench, seconds: float) -> dict[str, Any]:
+        counts = count(model)
+        judged = bench.validation is not None and model.task is not None
+        score = bench.evaluate(model).to_json() if judged else None
+        self.tell(f"{stage.technique}: done in {seconds:.1f} s; {counts.parameters:,} parameters, {counts.macs:,} MACs")
+        return {
+            "technique": stage.technique,
+            "settings": stage.settings,
+            "seconds": seconds,
+            "parameters": counts.parameters,
+            "macs": counts.macs,
+            "validation": score,
+        }
+
+
+def _replayable(model: Model) -> bool:
+    return bool(model.lineage) and model.lineage[0].kind == "origin"
+
+
+def run_recipe(
+    model: Model,
+    recipe: Recipe,
+    bench: Bench,
+    out: str | Path,
+    *,
+    asked: Asked | None = None,
+    resume: bool = False,
+    train_first: bool = False,
+    tell: Tell = quiet,
+) -> Run:
+    """Apply the recipe to the model; the light one, its measurement beside the dense one and the record go to `out`.
+
+    Args:
+        model: the dense model.
+        recipe: the steps.
+        bench: data, training, clock and seed; see `Recipe.bench` for one with what the recipe itself says of them.
+        out: folder of the run; made if it is not there.
+        asked: what to say in the record about where all this came from.
+        resume: go on with a run of the same recipe, model and data in `out`; finished steps are not repeated, and the
+            result is the same.
+        train_first: train the model before anything else; it then is the dense model.
+        tell: is given a line at each stage.
+
+    Raises:
+        UsageError: `out` holds something else than a run.
+        NeedError: a step cannot run; nothing has been done then.
+    """
+    out = Path(out)
+    bench = dataclasses.replace(bench, checkpoints=out / CHECKPOINTS)
+    _claim(out, resume)
+    plan = plan_recipe(model, recipe, bench)
+    plan.check()
+    mark = _digest(FORMAT, _identity(model), _data(bench), bench.seed, settings(bench.training), recipe.told())
+    done = _read(out / RECORD)
+    if resume and done is not None and done.get("mark") == mark:
+        tell("this run was finished before; nothing is repeated")
+        return Run(record=done, folder=out)
+    keeper = _Keeper(out=out, mark=_digest(mark), tell=tell)
+    dense, light = _stages(model, recipe, bench, keeper, train_first)
+    tell("measuring dense against light, in turns")
+    record = {
+        "format": FORMAT,
+        "karui": _version(),
+        "mark": mark,
+        "asked": _told_asked(asked or Asked(), recipe, bench),
+        "steps": keeper.told,
+        "plan": plan.to_json(),
+        **_finish(dense, light, recipe, bench, out),
+    }
+    if train_first:
+        save(dense, out / DENSE, onnx=False)
+    _write(out / RECORD, record)
+    for name in (STEPS, CHECKPOINTS):
+        shutil.rmtree(out / name, ignore_errors=True)
+    return read_run(out)
+
+
+def _claim(out: Path, resume: bool) -> None:
+    """Make sure that the folder is ours, and empty of unfinished work unless that is to go on."""
+    strangers = sorted(path.name for path in out.iterdir() if path.name not in OWN) if out.is_dir() else []
+    require(
+        not strangers and (not out.exists() or out.is_dir()),
+        f"{out} is no folder of a run: it holds {', '.join(strangers[:3]) or 'a file'}.",
+        "Give --out a new folder, or the folder of an earlier run.",
+        UsageError,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        for name in (STEPS, CHECKPOINTS):
+            shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _stages(model: Model, recipe: Recipe, bench: Bench, keeper: _Keeper, train_first: bool) -> tuple[Model, Model]:
+    """The dense and the light model."""
+    dense = model
+    if train_first:
+        training = settings(bench.training)
+        stage = _Stage(number=0, technique=DENSE, settings=training, work=lambda m: bench.fit(m, label=DENSE))
+        dense = keeper.run(stage, model, bench)
+    light, bench = dense, dataclasses.replace(bench, dense=dense)
+    for number, (step, told) in enumerate(zip(recipe.steps, recipe.told(), strict=True), 1):
+        work = _applied(step, bench)
+        light = keeper.run(_Stage(number=number, work=work, **told), light, bench)
+    return dense, light
+
+
+def _applied(step: Technique, bench: Bench) -> Callable[[Model], Model]:
+    return lambda model: step.apply(model, bench)
+
+
+def _finish(dense: Model, light: Model, recipe: Recipe, bench: Bench, out: Path) -> dict[str, Any]:
+    """Measure both, save the light one, and say what came out."""
+    both = compare(dense, light, test=bench.test, clock=bench.clock, progress=bench.progress)
+    told = {"recipe": recipe.told(), "seed": bench.seed, "training": settings(bench.training)}
+    saved = save(light, out, measurements=both.to_json(), settings=told)
+    both = _with_bytes(both, stored_bytes(dense), saved.weights_bytes)
+    verification = None if saved.verification is None else saved.verification.to_json()
+    return {
+        "machine": to_json(this_machine()),
+        "dense": both.dense.to_json(),
+        "light": both.light.to_json(),
+        "ratios": to_json(both.ratios),
+        "change": to_json(both.change),
+        "layers": {"dense": layer_rows(dense), "light": layer_rows(light)},
+        "example": _example(light),
+        "lineage": [{"kind": edit.kind, "text": edit.describe()} for edit in light.lineage],
+        "verification": verification,
+        "warnings": list(saved.warnings),
+        "files": {path.name: path.stat().st_size for path in sorted(out.glob("model.*"))},
+        "verdict": verdict(both),
+    }
+
+
+def _example(model: Model) -> list[dict[str, Any]]:
+    """Shape and type of each input, for one sample."""
+    tensors = [x for x in model.example if isinstance(x, torch.Tensor)]
+    return [{"shape": [1, *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch.")} for x in tensors]
+
+
+def _with_bytes(both: Comparison, dense: int, light: int) -> Comparison:
+    """The comparison, with the bytes of each model's weights as saved in the same way."""
+    heavy = dataclasses.replace(both.dense, stored_bytes=dense)
+    lean = dataclasses.replace(both.light, stored_bytes=light)
+    ratios = ratios_between(heavy, lean)
+    return dataclasses.replace(both, dense=heavy, light=dataclasses.replace(lean, ratios=ratios), ratios=ratios)
+
+
+def _told_asked(asked: Asked, recipe: Recipe, bench: Bench) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(asked),
+        "name": recipe.name,
+        "recipe": recipe.told(),
+        "seed": bench.seed,
+        "epochs": bench.training.epochs,
+        "training": settings(bench.training),
+    }
+
+
+def _version() -> str:
+    from karui import __version__
+
+    return __version__
+
+
+def _identity(model: Model) -> str:
+    """A digest of the model: its lineage, and every tensor."""
+    digest = hashlib.sha256(json.dumps([edit_to_json(edit) for edit in model.lineage], default=str).encode())
+    for name, tensor in sorted(model.module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _data(bench: Bench) -> list[Any]:
+    """What tells one data set from another without reading all of it: lengths, and the first sample of each split."""
+    told: list[Any] = []
+    for split in (bench.train, bench.validation, bench.test):
+        told += [None] if split is None else [len(split), str(split[0]) if len(split) else ""]
+    return told
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record; None where there is none, or it was not finished."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    write_file(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_run(folder: str | Path) -> Run:
+    """The run that lies in a folder.
+
+    Raises:
+        UsageError: there is none, or it is of another version.
+    """
+    folder = Path(folder)
+    record = _read(folder / RECORD)
+    require(
+        record is not None, f"{folder} holds no finished run.", "Make one: karui compress ... --out DIR", UsageError
+    )
+    assert record is not None  # noqa: S101  (refused above)
+    known = record.get("format") == FORMAT
+    require(
+        known, f"The run in {folder} has format {record.get('format')}.", "Update karui, or run it again.", KaruiError
+    )
+    return Run(record=record, folder=folder)

@@ -1,0 +1,62 @@
+"""A folder with a small network and a recipe that measures briefly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+NET = """
+import torch
+from torch import nn
+
+
+def net():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(),
+        nn.Flatten(), nn.Linear(72, 10),
+    )
+
+
+def wordy():
+    class Wordy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(64, 10)
+
+        def forward(self, x):
+            x = x.flatten(1)
+            return self.layer(x) if x.sum() > 0 else self.layer(-x)
+
+    return Wordy()
+"""
+
+RECIPE = """
+[training]
+epochs = 1
+batch_size = 128
+
+[clock]
+batches = [1]
+threads = [1]
+rounds = 5
+seconds = 0.5
+engines = [{ kind = "OnnxRuntime" }]
+
+[[step]]
+technique = "l1_filter_pruning"
+ratio = 0.5
+epochs = 0
+
+[[step]]
+technique = "knowledge_distillation"
+epochs = 1
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,158 @@
+"""`karui compress`, `report` and `bench`: the main job by one command, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from karui.artifact import load
+from karui.cli.app import run
+from karui.data import Splits
+
+COMPRESS = ["compress", "net.py:net", "--data", "digits", "--recipe", "recipe.toml"]
+
+
+@pytest.mark.slow
+def test_one_command_leaves_a_lighter_deployable_model(
+    folder: Path, capsys: pytest.CaptureFixture[str], digits: Splits
+):
+    assert run([*COMPRESS, "--out", "light"]) == 0
+    told = capsys.readouterr()
+    out = folder / "light"
+    assert max(len(line) for line in told.out.splitlines() if not line.startswith(("-", "The", "for", "the"))) <= 80
+    for words in ("dense", "light", "parameters", "test accuracy", "model.onnx", "report.html", "95 % interval"):
+        assert words in told.out
+    assert "l1_filter_pruning: done" in told.err
+    assert sorted(path.name for path in out.iterdir()) == [
+        "model.json", "model.onnx", "model.safetensors", "report.html", "run.json",
+    ]  # fmt: skip
+    light = load(out)
+    x = torch.stack([digits.test[i][0] for i in range(7)])
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    deployed = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.as_tensor(deployed), light.module(x), rtol=1e-4, atol=1e-4)
+    record = json.loads((out / "run.json").read_text())
+    assert record["asked"]["command"].startswith("karui ")
+    assert record["light"]["counts"]["parameters"] == light.parameters < record["dense"]["counts"]["parameters"]
+
+    (out / "report.html").unlink()
+    assert run(["report", "light"]) == 0
+    assert capsys.readouterr().out.strip() == str(Path("light") / "report.html")
+    assert (out / "report.html").stat().st_size > 1000
+
+    assert run(["profile", "light", "--quick", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["counts"]["parameters"] == light.parameters
+
+
+@pytest.mark.slow
+def test_json_is_alone_on_stdout_and_the_network_is_trained_first(folder: Path, capsys: pytest.CaptureFixture[str]):
+    command = [
+        "compress",
+        "resnet8:width=0.25",
+        *COMPRESS[2:],
+        "--out",
+        "light",
+        "--epochs",
+        "2",
+        "--seed",
+        "5",
+        "--json",
+    ]
+    assert run(command) == 0
+    told = capsys.readouterr()
+    record = json.loads(told.out)
+    assert record["asked"]["seed"] == 5
+    assert record["asked"]["epochs"] == 2
+    assert [step["technique"] for step in record["steps"]] == ["dense", "l1_filter_pruning", "knowledge_distillation"]
+    assert "comes without weights, so it is trained first, for 2 epochs" in told.err
+    assert (folder / "light" / "dense" / "model.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """Killed by a signal when the first step is kept; the resumed result equals an uninterrupted one, bit for bit."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "karui", *COMPRESS, "--out", "cut"]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    kept = folder / "cut" / "steps" / "01-l1_filter_pruning" / "run.json"
+    deadline = time.monotonic() + 120
+    while not kept.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the command ended before it could be killed"
+    assert not (folder / "cut" / "model.json").exists()
+    assert run([*COMPRESS, "--out", "cut", "--resume"]) == 0
+    assert "l1_filter_pruning: finished before, not repeated" in capsys.readouterr().err
+    assert run([*COMPRESS, "--out", "whole"]) == 0
+    one, two = (load(folder / name).module.state_dict() for name in ("cut", "whole"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+@pytest.mark.slow
+def test_bench_compares_recipes_over_seeds(folder: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = (folder / "recipe.toml").read_text()
+    (folder / "mild.toml").write_text(
+        recipe.replace("ratio = 0.5", "ratio = 0.25").partition('[[step]]\ntechnique = "know')[0]
+    )
+    command = ["bench", "net.py:net", "--data", "digits", "-r", "recipe.toml", "-r", "mild.toml", "--seeds", "2"]
+    assert run([*command, "--out", "runs"]) == 0
+    shown = capsys.readouterr().out
+    assert "recipe.toml" in shown
+    assert "mild.toml" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert run([*command, "--out", "runs", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["recipe"] for row in rows] == ["recipe.toml", "mild.toml"]
+    assert rows[0]["macs"]["mean"] > rows[1]["macs"]["mean"] > 1
+    assert all(len(row["light accuracy"]["values"]) == 2 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "hint"),
+    [
+        (["compress"], "Missing argument 'MODEL'.", "karui compress --help"),
+        (
+            [*COMPRESS[:-1], "l1_filter_prunning", "--out", "x"],
+            "Step 1: Technique 'l1_filter_prunning'",
+            "Did you mean",
+        ),
+        ([*COMPRESS[:-1], "cp_decomposition", "--out", "x"], "has no technique yet", "karui list"),
+        ([*COMPRESS[:-1], "lost.toml", "--out", "x"], "There is no recipe file lost.toml.", "TOML"),
+        (["compress", "net.py:lost", *COMPRESS[2:], "--out", "x"], "has no 'lost'", "net"),
+        (["compress", "resnet8", "--recipe", "recipe.toml", "--out", "x"], "no data to train it on", "--data"),
+        (
+            [*COMPRESS, "--out", "x", "--weights", "other.safetensors"],
+            "6.weight is 3x72 there and 10x72",
+            "very network",
+        ),
+        ([*COMPRESS, "--out", "x", "--input", "3x8x8"], "does not take", "shape"),
+        ([*COMPRESS, "--out", "taken"], "taken is no folder of a run: it holds thesis.txt.", "new folder"),
+        ([*COMPRESS, "--out", "x", "--data", "digit"], "Data 'digit'", "digits"),
+        (["report", "nowhere"], "nowhere", "compress"),
+        (["bench", "net.py:net", "-d", "digits", "-r", "recipe.toml", "--seeds", "0"], "--seeds is 0.", "1"),
+    ],
+)
+def test_mistakes(folder: Path, arguments: list[str], error: str, hint: str, capsys: pytest.CaptureFixture[str]):
+    (folder / "taken").mkdir()
+    (folder / "taken" / "thesis.txt").write_text("years of work")
+    shapes = {"0.weight": (8, 1, 3, 3), "0.bias": (8,), "3.weight": (8, 8, 3, 3), "3.bias": (8,), "6.weight": (3, 72)}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder / "other.safetensors")
+    assert run(arguments) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    err = [line for line in told.err.splitlines() if not line.startswith("note: ")]
+    assert len(err) == 2, err
+    assert err[0].startswith("error: ")
+    assert error in err[0]
+    assert hint in err[1]
+    assert not (folder / "x" / "model.json").exists()

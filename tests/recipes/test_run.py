@@ -1,0 +1,208 @@
+"""Runs: kept step by step, resumed with the same result, recorded whole, and refused before anything is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from karui.artifact import load
+from karui.data import Splits
+from karui.errors import KaruiError, NeedError, UsageError
+from karui.measuring import Clock, Comparison, OnnxRuntime
+from karui.model import Classification, Model, resolve
+from karui.recipes import Recipe
+from karui.recipes.run import Asked, read_run, run_recipe
+from karui.technique import Bench
+from karui.train import Training
+
+CLOCK = Clock(batches=(1,), threads=(1,), engines=(OnnxRuntime(),), rounds=5, seconds=0.5)
+
+
+@pytest.fixture
+def bench(digits: Splits) -> Bench:
+    return Bench(
+        train=digits.train,
+        validation=digits.validation,
+        test=digits.test,
+        training=Training(epochs=1),
+        clock=CLOCK,
+        seed=3,
+    )
+
+
+NET = """
+from torch import nn
+
+
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+"""
+
+
+@pytest.fixture
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    file = tmp_path_factory.mktemp("net") / "net.py"
+    file.write_text(NET)
+    torch.manual_seed(0)
+    origin = resolve(f"{file}:net")
+    module = origin.build()
+    assert isinstance(module, nn.Module)
+    return Model(module, example=(torch.rand(2, 1, 8, 8),), task=Classification(), lineage=(origin,))
+
+
+@pytest.fixture
+def calls(dummies: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The epochs of each `TrainMore` that is run."""
+    told: list[int] = []
+    apply = dummies.TrainMore.apply
+    monkeypatch.setattr(dummies.TrainMore, "apply", lambda self, m, b: told.append(self.epochs) or apply(self, m, b))
+    return told
+
+
+class KilledError(BaseException):
+    pass
+
+
+@contextmanager
+def killed_at(technique: type) -> Iterator[None]:
+    """Runs that end, as by a signal, when they come to this technique."""
+
+    def kill(self, model, bench):
+        raise KilledError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(technique, "apply", kill)
+        with pytest.raises(KilledError):
+            yield
+
+
+@pytest.fixture
+def recipe(dummies: ModuleType) -> Recipe:
+    return Recipe(steps=(dummies.TrainMore(epochs=1), dummies.Shrink(ratio=0.1), dummies.TrainMore(epochs=2)))
+
+
+def same(a: Path, b: Path) -> bool:
+    one, two = load(a).module.state_dict(), load(b).module.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_leaves_artifact_and_record(model: Model, recipe: Recipe, bench: Bench, tmp_path: Path):
+    out, lines = tmp_path / "out", []
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    asked = Asked(model="resnet8", data="digits", command="karui compress")
+    run_recipe(model, recipe, bench, out, asked=asked, tell=lines.append)
+    assert sorted(path.name for path in out.iterdir()) == ["model.json", "model.onnx", "model.safetensors", "run.json"]
+    record = json.loads((out / "run.json").read_text())
+    assert record == read_run(out).to_json()
+    assert record["format"] == 1
+    assert record["asked"]["model"] == "resnet8"
+    assert record["asked"]["seed"] == 3
+    assert [step["technique"] for step in record["asked"]["recipe"]] == ["train_more", "shrink", "train_more"]
+    assert [step["settings"].get("epochs") for step in record["steps"]] == [1, None, 2]
+    for step in record["steps"]:
+        assert step["seconds"] > 0
+        assert 0 <= step["validation"]["value"] <= 1
+        assert step["parameters"] == model.parameters
+    both = Comparison.from_json(record)
+    assert both.ratio("time", "onnxruntime", 1, 1) is not None
+    assert both.ratio("bytes as saved") is not None
+    assert both.light.score is not None
+    assert both.light.score.count == len(bench.test)
+    assert [step["kind"] for step in record["lineage"]] == ["origin", "note", "note", "note"]
+    assert record["verification"]["ok"]
+    assert record["files"]["model.onnx"] == (out / "model.onnx").stat().st_size
+    assert record["verdict"]
+    assert record["plan"]["parameters"] == model.parameters
+    assert {row["path"] for row in record["layers"]["dense"]} == {"0", "1", "2", "3", "4"}
+    assert record["example"] == [{"shape": [1, 1, 8, 8], "dtype": "float32"}]
+    assert any("train_more: done" in line for line in lines)
+    assert all(torch.equal(before[name], value) for name, value in model.module.state_dict().items())
+
+
+def test_a_killed_run_goes_on_to_the_same_result(
+    model: Model, recipe: Recipe, bench: Bench, tmp_path: Path, calls: list[int]
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_recipe(model, recipe, bench, whole, train_first=True)
+    with killed_at(type(recipe.steps[1])):
+        run_recipe(model, recipe, bench, cut, train_first=True)
+    assert not (cut / "model.json").exists()
+    calls.clear()
+    run_recipe(model, recipe, bench, cut, train_first=True, resume=True)
+    assert calls == [2]
+    assert same(whole, cut)
+    assert same(whole / "dense", cut / "dense")
+    one, two = (read_run(folder).record for folder in (whole, cut))
+    assert one["lineage"] == two["lineage"]
+    assert [step["validation"] for step in one["steps"]] == [step["validation"] for step in two["steps"]]
+    assert one["light"]["score"] == two["light"]["score"]
+
+
+def test_another_seed_repeats_what_was_finished(
+    model: Model, recipe: Recipe, bench: Bench, tmp_path: Path, calls: list[int]
+):
+    with killed_at(type(recipe.steps[1])):
+        run_recipe(model, recipe, bench, tmp_path)
+    calls.clear()
+    run_recipe(model, recipe, dataclasses.replace(bench, seed=4), tmp_path, resume=True)
+    assert calls == [1, 2]
+
+
+def test_a_finished_run_is_not_repeated(model: Model, recipe: Recipe, bench: Bench, tmp_path: Path, calls: list[int]):
+    first = run_recipe(model, recipe, bench, tmp_path).record
+    calls.clear()
+    assert run_recipe(model, recipe, bench, tmp_path, resume=True).record == first
+    assert calls == []
+    run_recipe(model, recipe, bench, tmp_path)
+    assert calls == [1, 2]
+
+
+def test_a_model_given_as_an_object_is_resumed_too(model: Model, recipe: Recipe, bench: Bench, tmp_path: Path):
+    model = dataclasses.replace(model, lineage=())
+    with killed_at(type(recipe.steps[1])):
+        run_recipe(model, recipe, bench, tmp_path)
+    record = run_recipe(model, recipe, bench, tmp_path, resume=True).record
+    assert len(record["steps"]) == 3
+    assert load(tmp_path, base=model).parameters == model.parameters
+
+
+def test_without_data_nothing_is_judged(model: Model, dummies: ModuleType, tmp_path: Path):
+    record = run_recipe(model, Recipe(steps=(dummies.Shrink(),)), Bench(clock=CLOCK), tmp_path).record
+    assert record["steps"][0]["validation"] is None
+    assert record["light"]["score"] is None
+    assert record["change"] is None
+
+
+def test_what_a_step_lacks_is_refused_before_anything(model: Model, recipe: Recipe, tmp_path: Path):
+    with pytest.raises(
+        NeedError, match=r"Step 1: 'train_more' needs training data\. \(1 more: karui plan tells them\)"
+    ):
+        run_recipe(model, recipe, Bench(clock=CLOCK), tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_somebody_elses_folder_is_refused(model: Model, recipe: Recipe, bench: Bench, tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="no folder of a run: it holds thesis.txt"):
+        run_recipe(model, recipe, bench, tmp_path)
+    with pytest.raises(UsageError, match="holds a file"):
+        run_recipe(model, recipe, bench, tmp_path / "thesis.txt")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no finished run"), ("{", "no finished run"), ('{"format": 9}', "format 9")]
+)
+def test_reading_what_is_no_run(content: str | None, message: str, tmp_path: Path):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(KaruiError, match=message):
+        read_run(tmp_path)
