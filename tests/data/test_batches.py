@@ -66,6 +66,9 @@ def test_targets_are_had_without_reading_inputs() -> None:
     assert targets_of(Own()).tolist() == [4, 5, 6]
     assert targets_of(Subset(Own(), [2, 0])).tolist() == [6, 4]
     assert targets_of(Slow([1, 2])) is None
+    maps = Own()
+    maps.targets = ("a.png", "b.png", "c.png")
+    assert targets_of(maps) is None
     assert targets_of(TensorDataset(torch.zeros(3))) is None
     assert tensors_of(Own()) is None
 

@@ -41,7 +41,10 @@ def targets_of(dataset: Any) -> Tensor | None:
     targets = getattr(dataset, "targets", None)  # the name that torchvision's data sets use
     if targets is None or len(targets) != len(dataset):
         return None
-    return torch.as_tensor(targets)
+    try:
+        return torch.as_tensor(targets)
+    except (TypeError, ValueError, RuntimeError):  # targets that are no numbers, for example files of class maps
+        return None
 
 
 def split_sample(sample: Any) -> tuple[tuple[Any, ...], Any]:
