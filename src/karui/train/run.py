@@ -86,7 +86,8 @@ class Run:
         """What the note tells of the run."""
         facts: dict[str, Any] = {"history": self.standing.history}
         if self.dropped:
-            reason = "batch normalisation needs at least two samples on each device"
+            few = "batch normalisation needs at least two samples on each device"
+            reason = few if self.smallest == 2 else "each device needs a sample"
             facts["left out"] = f"the last {self.dropped} samples of each epoch's order: {reason}"
         return facts
 
@@ -100,7 +101,7 @@ class Run:
         self.rates = [(turn.optimizer or training.optimizer).lr for turn in job.turns]
         self.wrapped, *self.optimizers = self.fabric.setup(forward, *made)
         self.data = [job.batches if turn.data is None else Batches(turn.data) for turn in job.turns]
-        self.smallest = 2 if any(isinstance(layer, _BatchNorm) for layer in job.module.modules()) else 1
+        self.smallest = 2 if _normalises_batches(job.module) else 1
         self.per_epoch = len(list(self._batches(0)))
         require(
             self.per_epoch > 0,
@@ -283,6 +284,12 @@ class Run:
 
     def _bare(self) -> Sequence[torch.optim.Optimizer]:
         return [optimizer.optimizer for optimizer in self.optimizers]
+
+
+def _normalises_batches(module: nn.Module) -> bool:
+    """Whether there is batch normalisation: a layer of it, or, where a graph computes it, its running statistics."""
+    statistics = any(name.endswith("running_mean") for name, _ in module.named_buffers())
+    return statistics or any(isinstance(layer, _BatchNorm) for layer in module.modules())
 
 
 def _unshare(module: nn.Module) -> None:
