@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from karui.data import Splits
 from karui.errors import NeedError, SettingError
 from karui.layers.factored import FactoredConv, FactoredLinear
+from karui.lowrank._common import fine_tune
 from karui.lowrank.svd_restructuring import SvdRestructuring
 from karui.measuring import count
 from karui.model import Classification, Model, Note, edit_from_json, edit_to_json
 from karui.technique import Bench
-from karui.train import Adam, Training
+from karui.train import Adam, Cosine, Training
 
 pytestmark = pytest.mark.paper(11)
 
@@ -210,3 +212,44 @@ def test_fine_tuning_without_data_or_task_is_refused_first(mlp: Model, digits: S
 def test_wrong_settings_name_themselves(settings: dict[str, Any], name: str) -> None:
     with pytest.raises(SettingError, match=name):
         technique(**settings)
+
+
+def judged(model: Model, bench: Bench) -> float:
+    return 100 * bench.evaluate(model, "test").value
+
+
+def with_random_factors(model: Model, seed: int) -> Model:
+    """The same factored shape, with the factors drawn anew."""
+    fresh = model.copy()
+    torch.manual_seed(seed)
+    for layer in fresh.module.modules():
+        if isinstance(layer, FactoredLinear):
+            for part in layer:
+                part.reset_parameters()  # pyright: ignore
+    return fresh
+
+
+@pytest.mark.effect
+@pytest.mark.slow
+def test_four_fifths_go_without_loss_and_fine_tuning_mends_heavier_cuts(digits: Splits) -> None:
+    dense, light, bare, heavy, random = [], [], [], [], []
+    for seed in range(3):
+        training = Training(epochs=30, batch_size=32, optimizer=Adam(lr=1e-3), schedule=Cosine())
+        bench = Bench(train=digits.train, validation=digits.validation, test=digits.test, training=training, seed=seed)
+        torch.manual_seed(seed)
+        model = bench.fit(Model(Perceptron(), example=(torch.rand(2, 1, 8, 8),), task=Classification()))
+        tuned = technique(budget=0.2, epochs=3).apply(model, bench)
+        assert tuned.parameters <= 0.2 * model.parameters
+        start = technique(budget=0.1).apply(model, bench)
+        dense.append(judged(model, bench))
+        light.append(judged(tuned, bench))
+        bare.append(judged(start, bench))
+        heavy.append(judged(technique(budget=0.1, epochs=3).apply(model, bench), bench))
+        # The random factors get a choice of rates, the higher ones made for a training from nothing.
+        rates = (1e-3, 3e-3, 1e-2)
+        again = with_random_factors(start, seed)
+        random.append(max(judged(fine_tune(again, bench, 3, rate, "random"), bench) for rate in rates))
+    dense_mean, light_mean, bare_mean, heavy_mean, random_mean = map(mean, (dense, light, bare, heavy, random))
+    assert light_mean >= dense_mean - 0.7, (dense, light)
+    assert heavy_mean - bare_mean >= 3, (bare, heavy)
+    assert heavy_mean - random_mean >= 5, (heavy, random)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -15,11 +17,11 @@ from karui.errors import NeedError, SettingError
 from karui.layers.factored import FactoredConv, FactoredLinear, FullMapLinear
 from karui.lowrank.tucker2 import Tucker2
 from karui.measuring import count
-from karui.model import Model
+from karui.model import Classification, Model
 from karui.numerics.evbmf import evbmf
 from karui.numerics.unfold import unfold
 from karui.technique import Bench
-from karui.train import Adam, Training
+from karui.train import Adam, Cosine, Training
 
 pytestmark = pytest.mark.paper(12)
 
@@ -250,3 +252,58 @@ def test_wrong_settings_name_themselves(settings: dict[str, Any], name: str) -> 
 def test_ranks_of_layers_that_are_not_there_are_told(small_cnn: Callable[..., Model]) -> None:
     with pytest.raises(SettingError, match="conv9"):
         technique(ranks=(("conv9", 2, 2),)).apply(small_cnn(), Bench())
+
+
+class FourConvolutions(nn.Module):
+    """16, 32, 48 and 48 filters of 3x3, with batch normalisation, on the 8x8 digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (1, 16, 32, 48, 48)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for depth, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = torch.relu(norm(conv(x)))
+            if depth == 1:
+                x = nn.functional.max_pool2d(x, 2)
+        return self.head(x.mean((2, 3)))
+
+
+def kept(model: Model, step: Tucker2) -> int:
+    return model.parameters - sum(c.parameters[0] - c.parameters[1] for c in step.choose(model) if c.replaced)
+
+
+def uniform_ratio(model: Model, parameters: int) -> float:
+    """The share of full rank, the same for all layers, that gives about as many parameters."""
+    return min((step / 100 for step in range(10, 60)), key=lambda r: abs(kept(model, technique(ratio=r)) - parameters))
+
+
+@pytest.mark.effect
+@pytest.mark.slow
+def test_ranks_are_far_below_full_and_fine_tuning_brings_the_accuracy_back(digits: Splits) -> None:
+    dense, bare, light, uniform = [], [], [], []
+    for seed in range(3):
+        training = Training(epochs=12, batch_size=32, optimizer=Adam(lr=2e-2), schedule=Cosine())
+        bench = Bench(train=digits.train, validation=digits.validation, test=digits.test, training=training, seed=seed)
+        torch.manual_seed(seed)
+        model = bench.fit(Model(FourConvolutions(), example=(torch.rand(2, 1, 8, 8),), task=Classification()))
+        start = technique().apply(model, bench)
+        choices = {choice.path: choice for choice in technique().choose(model)}
+        for path in ("convs.2", "convs.3"):
+            assert all(rank <= 0.5 * full for rank, full in zip(choices[path].ranks, choices[path].full, strict=True))
+        assert start.parameters < 0.25 * model.parameters
+        ratio = uniform_ratio(model, start.parameters)
+        assert kept(model, technique(ratio=ratio)) == pytest.approx(start.parameters, rel=0.05)
+        for scores, one in (
+            (dense, model),
+            (bare, start),
+            (light, technique(epochs=5, learning_rate=1e-2).apply(model, bench)),
+            (uniform, technique(ratio=ratio, epochs=5, learning_rate=1e-2).apply(model, bench)),
+        ):
+            scores.append(100 * bench.evaluate(one, "test").value)
+    assert mean(bare) < mean(dense) - 10, (dense, bare)
+    assert mean(light) >= mean(dense) - 1, (dense, light)
+    assert mean(uniform) <= mean(light), (light, uniform)
