@@ -68,8 +68,8 @@ def test_spread_and_gap_are_of_the_means() -> None:
     assert told.mean("random", 0.5, "before") == pytest.approx(0.3)
     assert told.spread(0.5, "before") == pytest.approx(0.4)
     assert told.gap(0.5, "after") == pytest.approx(0.02)
-    assert told.summary()[0]["after_std"] == pytest.approx(0.0707, abs=1e-3)
-    assert told.summary()[1]["after_std"] is None
+    assert told.summary()[0]["after_half_interval"] == pytest.approx(12.706 * 0.0707 / 2**0.5, abs=1e-3)
+    assert told.summary()[1]["after_half_interval"] is None
 
 
 def test_a_bench_of_some_classes_holds_these_only(bench: Bench) -> None:

@@ -205,5 +205,5 @@ def _gradient_norm(module: nn.Module, group: Group) -> Float[Tensor, "units"]:
             gradient = module.get_parameter(member.tensor).grad
             assert gradient is not None  # noqa: S101  (a source lies on the way to the loss)
             rows = gradient.movedim(member.dim, 0)[member.indices]
-            total += rows.abs().flatten(1).sum(1)
+            total += rows.abs().flatten(1).sum(1).cpu()
     return total

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
+from scipy import stats
+
 from karui.measuring import count
 from karui.technique.pruning.plan import candidates, shares
 from karui.technique.pruning.schedule import cut_layer_by_layer, cut_once
@@ -79,7 +81,7 @@ class Trials:
         )
 
     def summary(self) -> list[dict[str, Any]]:
-        """Mean, standard deviation and number of trials, before and after, for each criterion and ratio."""
+        """Mean, its 95 % interval (half of it), and the number of trials, for each criterion and ratio."""
         ratios = dict.fromkeys(row.ratio for row in self.rows)
         return [
             {
@@ -89,7 +91,7 @@ class Trials:
                 **{
                     f"{when}_{what}": read(self.values(name, ratio, when))
                     for when in ("before", "after")
-                    for what, read in (("mean", statistics.fmean), ("std", _deviation))
+                    for what, read in (("mean", statistics.fmean), ("half_interval", half_interval))
                 },
             }
             for ratio in ratios
@@ -101,9 +103,16 @@ class Trials:
         return {"summary": self.summary(), "trials": [dataclasses.asdict(row) for row in self.rows]}
 
 
-def _deviation(values: Sequence[float]) -> float | None:
-    """Standard deviation over trials; None where there is one only."""
-    return statistics.stdev(values) if len(values) > 1 else None
+def half_interval(values: Sequence[float]) -> float | None:
+    """Half the 95 % interval of the mean (Student's t over the trials); None where there is one trial only.
+
+    Example:
+        >>> round(half_interval([0.9, 0.8]), 3)
+        0.635
+    """
+    if len(values) < 2:
+        return None
+    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def compare_criteria(

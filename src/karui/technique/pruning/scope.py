@@ -89,7 +89,7 @@ def makers(group: Group, sizes: Mapping[str, MapSize]) -> tuple[str, ...]:
     Of a squeeze-excite block that is the convolution, not the layer that makes the gate.
     """
     paths = layers_of(group)
-    largest = max(math.prod(sizes.get(path, ())) for path in paths)
+    largest = max((math.prod(sizes.get(path, ())) for path in paths), default=0)
     return tuple(path for path in paths if math.prod(sizes.get(path, ())) == largest)
 
 
@@ -173,6 +173,8 @@ class Scope:
         paths = makers(group, sizes)
         if any(matches(group, pattern) for pattern in self.skip):
             return "skipped by the settings"
+        if not paths:
+            return "no weight makes its units"
         if len(paths) > 1 and not self.tied:
             return f"{len(paths)} layers write into the same maps ({', '.join(paths[:4])}); set tied=true"
         if not group.exact and not self.allow_normalisation:

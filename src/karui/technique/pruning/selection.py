@@ -41,4 +41,4 @@ def weakest(scores: Float[Tensor, "units"], count: int) -> Int[Tensor, "count"]:
     """
     require(bool(torch.isfinite(scores).all()), "A score is not finite, so units cannot be ranked by it")
     require(0 <= count <= len(scores), f"{count} units are to go, but there are only {len(scores)}")
-    return torch.argsort(scores, stable=True)[:count].sort().values
+    return torch.argsort(scores.cpu(), stable=True)[:count].sort().values
