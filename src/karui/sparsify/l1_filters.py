@@ -6,7 +6,9 @@ an ordinary smaller network, faster in every engine.
 
 It pays on wide convolutional networks with layers that no shortcut ties (VGG, the inner layers of residual blocks), at
 ratios up to about a half. It does NOT pay where most channels are tied by shortcuts, where the network cannot be
-retrained, or against random choice once retraining is long: see `random_channel_pruning` (69).
+retrained, or against random choice once retraining is long: see `random_channel_pruning` (69). Where a normalisation
+follows a layer and no weight decay held its weights, their norm says little: the benchmark on the digits then finds L1
+no better than chance (`results/l1_filter_pruning.json`).
 
 Paper -> here: F_{i,j} -> `rows[j]`, s_j -> `scores[j]`, m -> `removed_count(size, ratio)`, independent or greedy
 -> `greedy`, prune once or iteratively and retrain -> `iterative`, sensitivity -> `max_drop`, stage -> layers whose maps
