@@ -224,6 +224,40 @@ def test_a_network_that_computes_something_else_is_refused(tmp_path):
         load(tmp_path / "m", base=net(nn.Sigmoid()))
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_outputs_of_any_size_are_watched(tmp_path, scale):
+    def net(sign):
+        layer = nn.Linear(4, 3, bias=False)
+        nn.init.constant_(layer.weight, scale)
+        return nn.Sequential(layer, nn.Identity() if sign > 0 else nn.Hardtanh(-scale / 2, scale / 2))
+
+    model = Model(net(1), example=(torch.ones(2, 4),))
+    saved = save(model, tmp_path / "m")
+    assert saved.verification.tolerance < 1e-2 * scale
+    assert same(load(tmp_path / "m", base=net(1)), model)
+    with pytest.raises(ArtifactError, match="computes something else"):
+        load(tmp_path / "m", base=net(-1))
+
+
+def test_outputs_that_are_only_rounding_do_not_stop_a_load(tmp_path):
+    class Nothing(nn.Module):
+        """Zero, but for the rounding of two sums."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.linspace(-1, 1, 999))
+
+        def forward(self, x):
+            return (x @ self.weight - (x.flip(1) @ self.weight.flip(0)))[:, None]
+
+    save(Model(Nothing(), example=(torch.randn(2, 999),)), tmp_path / "m", onnx=False)
+    told = json.loads((tmp_path / "m" / "model.json").read_text())
+    assert told["probe"][0]["noise"] > 0
+    told["probe"][0]["values"] = [-value for value in told["probe"][0]["values"]]
+    (tmp_path / "m" / "model.json").write_bytes(sealed(told))
+    load(tmp_path / "m", base=Nothing())
+
+
 def test_a_changed_factory_file_is_told(tmp_path):
     code = tmp_path / "mine.py"
     shutil.copy(NETS, code)

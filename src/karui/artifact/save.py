@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import karui
 from karui.artifact import files
 from karui.artifact.describe import example_from_json, example_to_json, task_to_json
-from karui.artifact.export import Verification, checked_onnx
+from karui.artifact.export import Verification, checked_onnx, rounding
 from karui.artifact.pack import Stored, pack
 from karui.errors import ArtifactError, KaruiError, require
 from karui.measuring import values as json_values
@@ -229,7 +229,8 @@ def _probe(model: Model, example: tuple[Any, ...]) -> list[dict[str, Any]] | Non
             ) from error
     if any(not torch.equal(a, b) for a, b in zip(first, second, strict=True)):
         return None
-    return [probe_of(t) for t in first]
+    noise = rounding(model, example, first)
+    return [{**probe_of(t), "noise": noise} for t in first]
 
 
 def probe_of(output: Tensor) -> dict[str, Any]:
