@@ -14,7 +14,17 @@ from karui.artifact.files import sealed
 from karui.artifact.save import named_tensors
 from karui.errors import ArtifactError, KaruiError, UsageError
 from karui.measuring import count
-from karui.model import Classification, CustomTask, Model, Note, replace_layers, resolve
+from karui.measuring.inference import inference
+from karui.model import (
+    Classification,
+    CustomTask,
+    Model,
+    Note,
+    coupled_groups,
+    remove_units,
+    replace_layers,
+    resolve,
+)
 
 NETS = Path(__file__).with_name("nets.py")
 
@@ -120,6 +130,22 @@ def test_edits_are_replayed(tmp_path):
     back = load(tmp_path / "m")
     assert same(model, back)
     assert back.lineage == model.lineage
+
+
+def test_a_cut_model_comes_back_in_its_graph_form(tmp_path):
+    origin = resolve(f"{NETS}:frozen")
+    model = Model(origin.replay(None, ()), example=(torch.randn(2, 3, 4, 4),), lineage=(origin,))
+    light = remove_units(model, {group.name: torch.arange(2) for group in coupled_groups(model).groups})
+    assert light.parameters < model.parameters
+    saved = save(light, tmp_path / "m")
+    assert saved.verification.ok
+    back = load(tmp_path / "m")
+    assert type(back.module).__name__ == type(light.module).__name__ == "GraphForm"
+    assert same(light, back)
+    with inference(light.module):
+        assert torch.equal(outputs(back, torch.ones(3, 3, 4, 4)), outputs(light, torch.ones(3, 3, 4, 4)))
+    by_layer = {layer.path: layer.macs for layer in count(back).layers}
+    assert by_layer == {"first": 16 * 6 * 27, "norm": 0, "second": 16 * 4 * 6, "head": 16 * 4 * 5}
 
 
 def test_pruned_weights_are_stored_small_and_exactly(tmp_path):

@@ -89,6 +89,19 @@ def test_several_nested_inputs_and_outputs():
     assert torch.equal(torch.from_numpy(got[2]), b)
 
 
+class Star(nn.Module):
+    """Takes any number of inputs, as the graph form of a cut model does."""
+
+    def forward(self, *inputs):
+        return inputs[0] * 2 + inputs[1]
+
+
+def test_any_number_of_inputs():
+    a, b = torch.randn(4, 3), torch.randn(4, 3)
+    form = onnx_form(Model(Star(), example=(torch.zeros(1, 3), torch.zeros(1, 3))))
+    assert torch.allclose(torch.from_numpy(run(form, a, b)[0]), a * 2 + b)
+
+
 def inputs_of(form):
     return onnx.load_model_from_string(form.data).graph.input
 

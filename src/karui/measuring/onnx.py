@@ -70,11 +70,11 @@ def _export(model: Model) -> OnnxForm:
     shapes = pytree.tree_map(
         lambda leaf: {0: torch.export.Dim.DYNAMIC} if isinstance(leaf, Tensor) and leaf.ndim else None, example
     )
-    if _takes_any(model.module):
-        shapes = (shapes,)
     with inference(model.module) as module, _silence():
         try:
-            program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+            # By name, since the shapes of `forward(self, *inputs)` are one tuple.
+            named = dict(inspect.signature(module.forward).bind(*shapes).arguments)
+            program = torch.export.export(module, example, dynamic_shapes=named, strict=False)
         except Exception as error:
             raise CaptureError(*_capture_failed(error)) from error
         try:
@@ -86,12 +86,6 @@ def _export(model: Model) -> OnnxForm:
     layers = _strip(proto, {path for path, _ in model.module.named_modules()})
     _check(proto)
     return OnnxForm(data=proto.SerializeToString(deterministic=True), layers=layers)
-
-
-def _takes_any(module: torch.nn.Module) -> bool:
-    """Whether `forward` is written with `*inputs`, which the exporter sees as one tuple."""
-    kinds = [part.kind for part in inspect.signature(module.forward).parameters.values()]
-    return kinds[:1] == [inspect.Parameter.VAR_POSITIONAL]
 
 
 @contextlib.contextmanager
