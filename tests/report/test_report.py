@@ -99,7 +99,7 @@ def test_the_page_says_what_the_record_says(tmp_path: Path) -> None:
     text = without_scripts(write(tmp_path, record()))
     for told in (
         "2.00x faster",
-        "95 % interval 1.90 to 2.10",
+        "1.90x to 2.10x",
         "97.0 % [96.0, 98.0]",
         "l1_filter_pruning",
         "its units are the model&#39;s output",

@@ -44,6 +44,7 @@ class TimeRow:
     dense: str
     light: str
     change: str
+    interval: str
     tone: str = ""
 
 
@@ -153,7 +154,9 @@ def times(both: Comparison) -> list[TimeRow]:
         where = (ratio.engine, ratio.batch, ratio.threads)
         dense, light = both.dense.time(*where), both.light.time(*where)
         if dense is not None and light is not None:
-            rows.append(TimeRow(*where, str(dense), str(light), ratio.verdict, tone(ratio)))
+            change = ratio.verdict.partition(" (")[0]
+            interval = f"{ratio.low:.2f}x to {ratio.high:.2f}x"
+            rows.append(TimeRow(*where, str(dense), str(light), change, interval, tone(ratio)))
     return rows
 
 
@@ -213,7 +216,10 @@ def headline_time(measurement: Measurement) -> float | None:
 
 def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}={_plain(item)}" for name, item in value.items())
+        inner = {
+            name: f"({_plain(item)})" if isinstance(item, Mapping) else _plain(item) for name, item in value.items()
+        }
+        return ", ".join(f"{name}={item}" for name, item in inner.items())
     return value if isinstance(value, str) else json.dumps(value)
 
 
