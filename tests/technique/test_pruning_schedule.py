@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from karui.model import Model, Note, coupled_groups
 from karui.technique import Bench
@@ -136,3 +137,26 @@ def test_budget_epochs_and_seed_are_the_same_for_every_criterion() -> None:
         cut_layer_by_layer(network(), bench, criterion, COUNTS, label="any", epochs=2)
         asked.append(bench.asked)
     assert asked[0] == asked[1] == asked[2]
+
+
+class Frozen(nn.Module):
+    """Sizes frozen in Python: after a cut the model takes its graph form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.shortcut = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(1, 8, 1)
+        self.hidden, self.head = nn.Linear(8 * 16, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.max_pool2d(torch.relu(self.conv(x) + self.shortcut(x)), 2)
+        return self.head(torch.relu(self.hidden(x.view(-1, 8 * 16))))
+
+
+def test_a_model_in_graph_form_is_scored_and_cut_again() -> None:
+    torch.manual_seed(0)
+    dense = Model(Frozen().eval(), example=(torch.rand(2, 1, 8, 8),))
+    light = cut_layer_by_layer(dense, Recorder(), L1, {"conv": 4, "hidden": 6}, label="l1", epochs=0)
+    assert light.module.get_parameter("hidden.weight").shape == (6, 64)
+    projection = dense.module.get_parameter("shortcut.weight").flatten(1).abs().sum(1)
+    keep = projection.topk(4).indices.sort().values
+    assert torch.equal(light.module.get_parameter("conv.weight"), dense.module.get_parameter("conv.weight")[keep])

@@ -16,6 +16,9 @@ DEPARTURE: units of linear and other layers are drawn like filters (`linear=Fals
 does).
 
 DEPARTURE: the paper trains with one fixed optimiser; here the bench's is used, the same for every criterion compared.
+
+DEPARTURE: of the criteria that chance is compared with, sensitivity is here the L1 norm of the loss's gradient in a
+unit's weights, averaged over batches; the paper's exact form could not be checked.
 """
 
 from __future__ import annotations
