@@ -128,12 +128,15 @@ def test_a_file_is_replaced_in_one_step(tmp_path, monkeypatch):
     assert contents(path.parent) == {"model.onnx": b"old"}
 
 
-def test_a_place_of_other_things_is_refused(tmp_path):
+def test_a_place_that_cannot_be_swapped_is_refused(tmp_path, monkeypatch):
     (tmp_path / "holiday.jpg").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"holiday\.jpg"):
-        write_folder(tmp_path, {JSON: b""})
-    with pytest.raises(UsageError, match="is a file"):
-        write_folder(tmp_path / "holiday.jpg", {JSON: b""})
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "deep")
+    for place, words in ((tmp_path / "holiday.jpg", "is a file"), (tmp_path, "you work in"), (Path(), "you work in")):
+        with pytest.raises(UsageError, match=words):
+            write_folder(place, {JSON: b""})
+    write_folder(Path("model"), {JSON: b"new"})
+    assert contents(tmp_path / "deep" / "model") == {JSON: b"new"}
 
 
 def test_a_seal_holds_only_for_the_very_bytes():

@@ -357,13 +357,13 @@ def test_state_that_is_no_tensor_is_refused(tmp_path):
         save(Model(nn.Sequential(Odd(2, 2)), example=(torch.ones(1, 2),)), tmp_path / "m", onnx=False)
 
 
-def test_a_folder_of_other_things_is_not_overwritten(tmp_path):
+def test_other_things_in_the_folder_are_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match=r"thesis\.tex"):
-        save(Model(nn.Linear(4, 3), example=(torch.ones(2, 4),)), tmp_path, onnx=False)
+    save(Model(nn.Linear(4, 3), example=(torch.ones(2, 4),)), tmp_path, onnx=False)
     with pytest.raises(UsageError, match="is a file"):
         save(Model(nn.Linear(4, 3), example=(torch.ones(2, 4),)), tmp_path / "thesis.tex", onnx=False)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert load(tmp_path, base=nn.Linear(4, 3)).parameters == 15
 
 
 def test_a_second_save_replaces_the_model_and_keeps_other_files(tmp_path):

@@ -111,7 +111,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     A process that is killed while writing leaves the old artifact or the new one, complete.
 
     Raises:
-        UsageError: something else than an artifact is there.
+        UsageError: a folder cannot be put there.
     """
     check_target(folder)
     recover(folder)
@@ -136,23 +136,20 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def check_target(folder: Path) -> None:
-    """Refuse a place where an artifact cannot be put.
+    """Refuse a place where a folder cannot be put, or swapped for another.
 
     Raises:
-        UsageError: there is a file, or a folder of other things.
+        UsageError: it is a file, or this process works in it (it would go on working in the one that was swapped out).
     """
     require(
         not folder.exists() or folder.is_dir(), f"{folder} is a file; a model is saved as a folder.", "", UsageError
     )
-    if folder.is_dir() and not (folder / JSON).exists():
-        names = sorted(entry.name for entry in folder.iterdir())
-        strange = next((name for name in names if not name.endswith((".html", ".json")) and name not in BESIDE), None)
-        require(
-            strange is None,
-            f"{folder} holds other things ('{strange}') and no saved model.",
-            "Give a new or an empty folder.",
-            UsageError,
-        )
+    require(
+        not folder.exists() or not Path.cwd().is_relative_to(folder.resolve()),
+        f"{folder} is the folder that you work in.",
+        "Save into a folder in it.",
+        UsageError,
+    )
 
 
 def recover(folder: Path) -> None:

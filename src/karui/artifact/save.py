@@ -100,7 +100,7 @@ def save(
 
     Raises:
         ArtifactError: a tensor, a setting or an input cannot be saved.
-        UsageError: the folder holds other things.
+        UsageError: a folder cannot be put there.
     """
     folder = Path(folder).expanduser().resolve()
     files.check_target(folder)
