@@ -48,8 +48,7 @@ def test_departures_are_read_as_paragraphs() -> None:
         module="karui.lowrank.x",
         name="X",
         card={"slug": "x"},
-        text="Title.\n\nDEPARTURE: one thing\nfor a reason.\n\nMore.\n\nDEPARTURE: another.",
-        settings=(),
+        source='"""Title.\n\nDEPARTURE: one thing\nfor a reason.\n\nMore.\n\nDEPARTURE: another.\n"""\n',
     )
     assert entry.departures == ("one thing for a reason.", "another.")
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,26 @@ class Setting:
 class Entry:
     """A technique as its source file tells it.
 
-    `card` holds the literal arguments of its `Card`; `text` is the file's docstring, `departures` the lines of it that
-    start with the departure mark.
+    `card` holds the literal arguments of its `Card`, and `source` the whole file, which is parsed only when more is
+    asked for: a list of all techniques needs their cards alone, and has to answer at once.
     """
 
     room: str
     module: str
     name: str
     card: dict[str, Any]
-    text: str
-    settings: tuple[Setting, ...]
+    source: str = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        """The file's docstring."""
+        return ast.get_docstring(ast.parse(self.source)) or ""
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """The settings, in the order of the class."""
+        found = (node for node in ast.parse(self.source).body if isinstance(node, ast.ClassDef))
+        return next((_settings(node) for node in found if node.name == self.name), ())
 
     @property
     def slug(self) -> str:
@@ -92,25 +103,19 @@ def techniques() -> tuple[Entry, ...]:
 
 def _read(room: str, file: Path) -> list[Entry]:
     source = file.read_text(encoding="utf-8")
-    if "@technique(" not in source:
-        return []
-    tree = ast.parse(source)
     module = f"karui.{room}.{file.stem}"
-    text = ast.get_docstring(tree) or ""
-    return [
-        Entry(room=room, module=module, name=node.name, card=card, text=text, settings=_settings(node))
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and (card := _card(node)) is not None
-    ]
+    return [Entry(room=room, module=module, name=name, card=card, source=source) for name, card in _cards(source)]
 
 
-def _card(node: ast.ClassDef) -> dict[str, Any] | None:
-    for mark in node.decorator_list:
-        if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "technique":
-            call = mark.args[0]
-            if isinstance(call, ast.Call):
-                return {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
-    return None
+def _cards(source: str) -> list[tuple[str, dict[str, Any]]]:
+    """Name and card of each technique in a file, read without parsing the rest of it."""
+    found = []
+    for mark in re.finditer(r"^@(technique\(.*?)^(?:@\w[^\n]*\n)*class (\w+)", source, re.MULTILINE | re.DOTALL):
+        decorator = ast.parse(mark[1].strip(), mode="eval").body
+        call = decorator.args[0] if isinstance(decorator, ast.Call) else None
+        if isinstance(call, ast.Call):
+            found.append((mark[2], {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}))
+    return found
 
 
 def _settings(node: ast.ClassDef) -> tuple[Setting, ...]:

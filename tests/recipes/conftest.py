@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import pytest
 
 from karui.errors import require
-from karui.index import Entry, Setting
+from karui.index import Entry
 from karui.model import Model, Note
 from karui.technique import Bench, Card, technique
 from karui.train import Adam, Training
@@ -90,8 +90,7 @@ ENTRIES = tuple(
         module=HERE.__name__,
         name=cls.__name__,
         card={"survey": cls.card.survey, "slug": cls.card.slug, "title": "t", "kind": cls.card.kind},
-        text="",
-        settings=tuple(Setting(name=f.name, type=str(f.type), default="", text="") for f in dataclasses.fields(cls)),
+        source=f"class {cls.__name__}:\n" + "".join(f"    {f.name}: object = 0\n" for f in dataclasses.fields(cls)),
     )
     for cls in (Shrink, TrainMore)
 )

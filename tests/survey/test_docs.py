@@ -6,18 +6,31 @@ from pathlib import Path
 
 import pytest
 
-from karui.index import Entry, Setting
+from karui.index import Entry
 from karui.survey import catalogue
 from karui.survey.docs import END, PAGE, START, main, page, stale, table, write
 
 ROOT = Path(__file__).parents[2]
+SOURCE = '''"""DEPARTURE: we score groups.
+
+More.
+"""
+
+class L1Filters:
+    """Cut.
+
+    Settings:
+        ratio: share cut
+    """
+
+    ratio: float | None = 0.3
+'''
 CUT = Entry(
     room="sparsify",
     module="karui.sparsify.l1_filters",
     name="L1Filters",
     card={"survey": 62, "slug": "l1_filter_pruning", "title": "t", "kind": "cut", "pays": "Wide layers."},
-    text="DEPARTURE: we score groups.\n\nMore.",
-    settings=(Setting(name="ratio", type="float | None", default="0.3", text="share cut"),),
+    source=SOURCE,
 )
 
 

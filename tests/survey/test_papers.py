@@ -28,7 +28,7 @@ SPANS = {
 
 def entry(survey: int, slug: str, room: str = "sparsify", **card: object) -> Entry:
     values = {"survey": survey, "slug": slug, "title": "t", "kind": "cut", **card}
-    return Entry(room=room, module=f"karui.{room}.x", name="X", card=values, text="", settings=())
+    return Entry(room=room, module=f"karui.{room}.x", name="X", card=values, source="")
 
 
 def test_eighty_papers_each_once():

@@ -49,7 +49,6 @@ for group in (listing, profiling, planning, compressing, benching):
 def run(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code. Every error a person can mend is one line and its remedy on stderr."""
     command = typer.main.get_command(app)
-    screen.progress_to_stderr()
     try:
         code = command.main(arguments, prog_name="karui", standalone_mode=False)
     except KaruiError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,6 +78,8 @@ def _run(recipe: Recipe, folder: Path, *, data: str, seed: int, epochs: int | No
 
 def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and spread over the seeds of what the runs' records tell; a ratio is dense over light."""
+    from statistics import fmean
+
     found: dict[str, list[float]] = {}
     for record in records:
         for ratio in record["ratios"]:
@@ -89,7 +90,7 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
                 found.setdefault(f"{which} {score['metric']}", []).append(score["value"])
     return {
         name: {
-            "mean": statistics.fmean(values),
+            "mean": fmean(values),
             "low": min(values),
             "high": max(values),
             "values": values,

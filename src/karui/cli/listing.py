@@ -11,7 +11,6 @@ from karui.cli.options import JSON
 from karui.errors import did_you_mean
 from karui.index import KINDS
 from karui.survey import CHAPTERS, Row, catalogue, coverage, find, find_technique
-from karui.survey.papers import papers
 
 if TYPE_CHECKING:
     from karui.index import Entry
@@ -36,21 +35,21 @@ def list_(
     if json:
         screen.out_json([row.to_json() for row in rows])
         return
+    width = screen.width()
     for name, title in CHAPTERS.items():
         mine = [row for row in rows if row.chapter == name]
         if mine:
-            screen.show(_chapter(f"{title} ({name})", mine))
+            screen.out(f"{title} ({name})")
+            for row in mine:
+                screen.out(_line(row, width))
+            screen.out("")
     screen.out(f"{coverage().share} have a technique. More on one: karui show SLUG (or its number)")
 
 
-def _chapter(title: str, rows: list[Row]) -> Any:
-    made = screen.table("no.", "technique", "paper", title=title, right=("no.",))
-    made.expand, made.columns[2].ratio = True, 1
-    made.columns[0].width = len("no.")
-    made.columns[1].width = max(len(slug) for paper in papers() for slug in paper.slugs)
-    for row in rows:
-        made.add_row(str(row.survey), row.slug if row.technique else "(not yet)", row.title)
-    return made
+def _line(row: Row, width: int) -> str:
+    # Plain text: rich would take longer to load and to lay out nine tables than all else together.
+    line = f"{row.survey:4}  {row.slug if row.technique else '(not yet)':29}  {row.title}"
+    return line if len(line) <= width else f"{line[: width - 1]}…"
 
 
 def show(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from karui.cli import screen
+
 if TYPE_CHECKING:
     from karui.cli.models import Opened
     from karui.data import Splits
@@ -50,6 +52,7 @@ def data_of(spec: str | None, seed: int) -> Splits | None:
     """The data that `--data` names."""
     from karui.data import load_data
 
+    screen.progress_to_stderr()
     return None if spec is None else load_data(spec, seed=seed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import traceback
 from contextvars import ContextVar
@@ -64,6 +65,11 @@ def usage(error: Any) -> tuple[str, str]:
     where = context.command_path if context is not None else "karui"
     message = error.format_message()
     return (message if message.endswith((".", "?")) else f"{message}."), f"See: {where} --help"
+
+
+def width() -> int:
+    """Columns of the terminal; 80 where there is none."""
+    return shutil.get_terminal_size((WIDTH, 24)).columns if sys.stdout.isatty() else WIDTH
 
 
 def show(table: Table) -> None:
