@@ -22,7 +22,7 @@ from karui.technique import Bench
 from karui.train import Adam, Training
 
 SEEDS = 3
-PLANS = {"mnist": (6000, 6), "cifar10": (4000, 12)}
+PLANS = {"mnist": (6000, 12), "cifar10": (4000, 8)}
 WIDTHS = (0.5, 0.375, 0.25, 0.125)
 
 
@@ -44,7 +44,8 @@ def trained(ledger: Ledger, step: MobileNet, data: Splits) -> dict[str, Any]:
         model = step.apply(None, replace(bench(data), seed=seed))
         return 100 * evaluate(model, data.test).value
 
-    scores = [ledger.once(f"{name} seed {seed}", lambda seed=seed: accuracy(seed)) for seed in range(SEEDS)]
+    key = f"{name} {PLANS[data.name]}"
+    scores = [ledger.once(f"{key} seed {seed}", lambda seed=seed: accuracy(seed)) for seed in range(SEEDS)]
     told = count(untrained(step, data))
     return {"network": name, "parameters": told.parameters, "macs": told.macs, "accuracy": interval(scores)}
 

@@ -23,7 +23,7 @@ from karui.model import Model
 from karui.technique import Bench
 from karui.train import SGD, Training
 
-SEEDS, PICTURES, EPOCHS = 3, 4000, 8
+SEEDS, PICTURES, EPOCHS = 3, 3000, 6
 NETWORKS = ((10, 1), (10, 2), (10, 4), (22, 1))
 ROUNDS = 15
 
@@ -45,7 +45,8 @@ def trained(ledger: Ledger, depth: int, width: int, data: Splits) -> dict[str, A
         model = WideResNet(depth=depth, width=width, epochs=EPOCHS).apply(None, replace(bench(data), seed=seed))
         return 100 * evaluate(model, data.test).value
 
-    scores = [ledger.once(f"{name} seed {seed}", lambda seed=seed: accuracy(seed)) for seed in range(SEEDS)]
+    key = f"{name} {PICTURES} x {EPOCHS}"
+    scores = [ledger.once(f"{key} seed {seed}", lambda seed=seed: accuracy(seed)) for seed in range(SEEDS)]
     told = count(build(depth, width, data))
     return {"network": name, "parameters": told.parameters, "macs": told.macs, "accuracy": interval(scores)}
 
