@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,10 +10,13 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from karui.errors import SettingError, did_you_mean
+from karui.measuring.inference import inference
+from karui.model import layer_at
 from karui.numerics.selection import keep_above, keep_largest, keep_largest_overall
 from karui.technique.pruning.sensitivity import Sensitivity
 from karui.train import Influence, Moment
-from karui.train.masks import MaskKeeper, Masks, connections, zero_pruned
+from karui.train.masks import MaskKeeper, Masks, connections, meant, zero_pruned
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -130,3 +133,28 @@ class Gradual(Influence):
     def _prune(self, module: nn.Module, number: int) -> None:
         masks = self.selection.masks(module, self.keeper.held(module), number / self.rounds)
         self.keeper.narrow(module, masks)
+
+
+def by_name(values: Mapping[str, float], weights: list[str], setting: str) -> dict[str, float]:
+    """Settings of single layers by parameter name; of several patterns that match, the first counts."""
+    for pattern in values:
+        if not any(meant(name, [pattern]) for name in weights):
+            layers = [name.rpartition(".")[0] for name in weights]
+            did_you_mean(pattern, layers, f"The layer that {setting} names", SettingError)
+    matched = {name: [value for pattern, value in values.items() if meant(name, [pattern])] for name in weights}
+    return {name: found[0] for name, found in matched.items() if found}
+
+
+def computing_order(model: Model, paths: Iterable[str]) -> list[str]:
+    """The layers at these paths in the order in which the network computes; one that is called twice comes twice."""
+    order: list[str] = []
+    handles = [
+        layer_at(model.module, path).register_forward_hook(lambda *_, path=path: order.append(path)) for path in paths
+    ]
+    try:
+        with inference(model.module) as module:
+            module(*model.example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order

@@ -23,21 +23,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from karui.errors import CaptureError, SettingError, SurgeryError, did_you_mean, require
-from karui.measuring.inference import inference
+from karui.errors import CaptureError, SurgeryError, require
 from karui.model import Analysis, Model, Note, coupled_groups, layer_at, remove_units
 from karui.sparsify._dead_units import settle
-from karui.sparsify._rounds import Gradual, Selection, sensitivity
+from karui.sparsify._rounds import Gradual, Selection, by_name, computing_order, sensitivity
 from karui.technique import Card, technique
 from karui.train import Influence, Together
 from karui.train.conditions import DropoutRates, Penalty, Resting, dropout_rates
-from karui.train.masks import MaskKeeper, connections, density, meant, zero_masks, zero_pruned
+from karui.train.masks import MaskKeeper, connections, density, zero_masks, zero_pruned
 
 if TYPE_CHECKING:
     from karui.technique import Bench
@@ -57,28 +56,13 @@ def retraining_dropout(rate: float, kept: float) -> float:
 
 
 def dropout_after(model: Model) -> dict[str, str]:
-    """The weight whose outputs each dropout layer drops, in the order in which the network computes."""
-    owners = {name.rpartition(".")[0]: name for name in connections(model.module)}
-    found: dict[str, str] = {}
-    last: list[str] = []
-    layers = (*owners, *dropout_rates(model.module))
-
-    def hook(path: str) -> Any:
-        def note(*_: Any) -> None:
-            if path in owners:
-                last.append(owners[path])
-            elif last:
-                found[path] = last[-1]
-
-        return note
-
-    handles = [layer_at(model.module, path).register_forward_hook(hook(path)) for path in layers]
-    try:
-        with inference(model.module) as module:
-            module(*model.example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    """The weight whose outputs each dropout layer drops: the last one used before it."""
+    weights = {name.rpartition(".")[0]: name for name in connections(model.module)}
+    found, last = {}, None
+    for path in computing_order(model, (*weights, *dropout_rates(model.module))):
+        last = weights.get(path, last)
+        if path not in weights and last is not None:
+            found[path] = last
     return found
 
 
@@ -229,12 +213,12 @@ class MagnitudePruning:
     def _selected(self, model: Model, bench: Bench) -> tuple[list[str], Selection]:
         """The weights that are pruned, and by which rule."""
         weights = list(connections(model.module, self.skip))
-        keeps = _by_name(self.keeps, weights, "keeps")
+        keeps = by_name(self.keeps, weights, "keeps")
         if self.max_drop is not None:
             curve = sensitivity(model, bench, skip=self.skip)
             borne = {name: 1 - curve.bearable(name, self.max_drop) for name in weights}
             keeps = {name: max(self.keep, share) for name, share in borne.items()} | keeps
-        qualities = _by_name(self.qualities, weights, "qualities")
+        qualities = by_name(self.qualities, weights, "qualities")
         return weights, Selection(
             keep=self.keep, keeps=keeps, quality=self.quality, qualities=qualities, across=self.across
         )
@@ -270,16 +254,6 @@ class MagnitudePruning:
         return replace(bench, training=slower).fit(
             model, epochs=self.epochs, influence=Together(*parts), label="retrain"
         )
-
-
-def _by_name(values: Mapping[str, float], weights: list[str], setting: str) -> dict[str, float]:
-    """Settings of single layers by parameter name; of several patterns that match, the first counts."""
-    for pattern in values:
-        if not any(meant(name, [pattern]) for name in weights):
-            layers = [name.rpartition(".")[0] for name in weights]
-            did_you_mean(pattern, layers, f"The layer that {setting} names", SettingError)
-    matched = {name: [value for pattern, value in values.items() if meant(name, [pattern])] for name in weights}
-    return {name: found[0] for name, found in matched.items() if found}
 
 
 def _alive(model: Model, weights: list[str]) -> Alive:
