@@ -173,8 +173,9 @@ def test_in_a_browser_it_draws_offline_and_fits_the_screen(tmp_path: Path, width
     (tmp_path / "probe.html").write_text(page, encoding="utf-8")
     frame = (
         f'<iframe id=f src=probe.html style="width:{width}px;height:800px;border:0"></iframe><script>'
-        "setTimeout(() => { const page = document.getElementById('f').contentDocument;"
-        "document.title = page.getElementById('probe').textContent; }, 2500)</script>"
+        "const wait = setInterval(() => { const page = document.getElementById('f').contentDocument;"
+        "const told = page && page.getElementById('probe');"
+        "if (told) { document.title = told.textContent; clearInterval(wait); } }, 100);</script>"
     )
     (tmp_path / "frame.html").write_text(frame, encoding="utf-8")
     assert CHROMIUM is not None
@@ -182,7 +183,7 @@ def test_in_a_browser_it_draws_offline_and_fits_the_screen(tmp_path: Path, width
         [
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=9000",
+            "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=60000",
             "--dump-dom", (tmp_path / "frame.html").as_uri(),
         ],
         capture_output=True, text=True, timeout=120, check=False,
