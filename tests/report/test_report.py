@@ -183,10 +183,10 @@ def test_in_a_browser_it_draws_offline_and_fits_the_screen(tmp_path: Path, width
         [
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=60000",
+            "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000",
             "--dump-dom", (tmp_path / "frame.html").as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     found = re.search(r"<title>(.*?)</title>", done.stdout)
     assert found, done.stderr[-2000:]
