@@ -18,8 +18,6 @@ from karui.errors import ArtifactError, UsageError, require
 
 JSON, TENSORS, ONNX = "model.json", "model.safetensors", "model.onnx"
 OURS = (JSON, TENSORS, ONNX)
-BESIDE = ("steps", "checkpoints", "dense")
-"""Folders that a run keeps beside its artifact while it is under way."""
 _AT_FDCWD, _EXCHANGE = -100, 2
 
 

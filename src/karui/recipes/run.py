@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from karui.artifact import load, save, stored_bytes
-from karui.artifact.files import BESIDE, OURS, write_file
+from karui.artifact.files import OURS, write_file
 from karui.errors import KaruiError, UsageError, require
 from karui.measuring import Comparison, compare, count, ratios_between, this_machine
 from karui.measuring.values import to_json
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 RECORD = "run.json"
-STEPS, CHECKPOINTS, DENSE = BESIDE
-OWN = frozenset({*OURS, *BESIDE, RECORD, "report.html"})
+STEPS, CHECKPOINTS, DENSE = "steps", "checkpoints", "dense"
+OWN = frozenset({*OURS, STEPS, CHECKPOINTS, DENSE, RECORD, "report.html"})
 """What a run's folder may hold; anything else is somebody's, and the folder is refused."""
 
 Tell = Callable[[str], None]
