@@ -93,7 +93,7 @@ def layer_times(
 
     Example:
         >>> net = Model(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), example=(torch.zeros(1, 4),))
-        >>> [(layer.path, layer.kind, layer.macs) for layer in layer_times(net).layers]
+        >>> [(layer.path, layer.kind, layer.macs) for layer in layer_times(net).layers if layer.path]
         [('0', 'Linear', 32), ('1', 'ReLU', 0)]
     """
     engine = engine or Torch()
