@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -161,7 +161,11 @@ def coupled_groups(model: Model) -> Analysis:
         ('0', 8, [('0.weight', 0, (8, 1)), ('0.bias', 0, (8, 1)), ('3.weight', 1, (8, 4))])
     """
     trace = capture(model.module, model.example)
-    return analyse(trace, [name for name, _ in [*model.module.named_parameters(), *model.module.named_buffers()]])
+    weights = [name for name, _ in model.module.named_parameters()]
+    found = analyse(trace, weights + [name for name, _ in model.module.named_buffers()])
+    # Units that own buffers only, such as positions beyond the example's length, hold nothing that could be trained.
+    groups = tuple(g for g in found.groups if any(member.tensor in weights for member in g.members))
+    return replace(found, groups=groups)
 
 
 def analyse(trace: Trace, order: list[str]) -> Analysis:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from karui.errors import CaptureError, SurgeryError, require
 from karui.model.groups import analyse
 from karui.model.survivors import on_survivors
-from karui.model.trace import Trace, brief, first, mode_of, plain_attention, run_traced
+from karui.model.trace import Trace, brief, first, mode_of, plain_attention, run_traced, traced
 
 if TYPE_CHECKING:
     from karui.model.cut import Cut
@@ -184,15 +184,14 @@ class Candidate:
 
 def survivors_only(dense: nn.Module, step: Cut, example: tuple[Any, ...]) -> Run:
     """How to run the masked model with statistics over survivors only."""
-    trace = Trace()
     with double_precision():
-        run_traced(dense, example, trace, training=False)
+        trace = traced(dense, example, training=False)
     found = analyse(trace, [])
     compute = on_survivors(found, found.dead(step.kept))
 
     def run_counted(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
         with double_precision():
-            made = run_traced(module, inputs, Trace(), training=False, compute=compute)
+            made = run_traced(module, inputs, Trace(exported=trace.exported), training=False, compute=compute)
         return [t for t in tree_leaves(made) if isinstance(t, Tensor)]
 
     return run_counted

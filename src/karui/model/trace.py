@@ -8,13 +8,14 @@ changes: buffers that a training-mode run would move are swapped for copies.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._export.utils import _compiling_state_context
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -29,6 +30,10 @@ OUTPUT = "the model's output keeps its size"
 Compute = Callable[[int, Any, Any, Any], Any]
 
 OUTSIDE = "it meets a tensor that is neither a parameter nor a buffer"
+
+
+class DataDependentError(CaptureError):
+    """The model decides by the values of its input."""
 
 
 @dataclass(eq=False)
@@ -65,6 +70,7 @@ class Trace:
         produced, consumed: for each weight, labels that a contraction passed on or summed over.
         counts: sizes that are not shapes: (parameter name, attribute of its module, labels whose survivors it counts).
         steps: the operators, in the order in which they ran.
+        exported: whether the module is told, where it asks, that it is being exported; see `as_exported`.
     """
 
     labels: Labels = field(default_factory=Labels)
@@ -73,6 +79,7 @@ class Trace:
     consumed: dict[str, list[np.ndarray]] = field(default_factory=dict)
     counts: list[tuple[str, str, np.ndarray]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    exported: bool = False
 
 
 class Tracer(TorchDispatchMode):
@@ -113,7 +120,7 @@ class Tracer(TorchDispatchMode):
         inputs = [self.value(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         data = any(v.data for v in inputs)
         if data and func.overloadpacket.__name__ == "_local_scalar_dense":
-            raise CaptureError(
+            raise DataDependentError(
                 "The model takes a number out of a tensor that depends on its input, so its path may vary with it.",
                 "Its channels cannot be cut; techniques that work layer by layer still can.",
             )
@@ -155,6 +162,16 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(was)
 
 
+@contextmanager
+def as_exported(wanted: bool) -> Iterator[None]:
+    """Let `torch.compiler.is_exporting()` be true if wanted, as it is while `torch.export` runs a module.
+
+    The encoders of transformers look whether a mask is all ones, to save the work of applying it, unless exported.
+    """
+    with _compiling_state_context() if wanted else nullcontext():
+        yield
+
+
 def widen(example: tuple[Any, ...]) -> tuple[Any, ...]:
     """The example with its first sample twice: statistics over a batch of one are refused by batch normalisation."""
     return tree_map(lambda t: t[:1].repeat(2, *[1] * (t.ndim - 1)) if isinstance(t, Tensor) and t.ndim else t, example)
@@ -190,7 +207,7 @@ def run_traced(
             tracer.values[t] = Value(tuple(trace.labels.fixed(n, INPUT) for n in t.shape), data=True)
     kept = torch.random.get_rng_state()
     try:
-        with torch.no_grad(), mode_of(module, training), plain_attention(), tracer:
+        with torch.no_grad(), mode_of(module, training), plain_attention(), as_exported(trace.exported), tracer:
             outputs = functional_call(module, buffers, inputs)
     except KaruiError:
         raise
@@ -232,8 +249,20 @@ def capture(module: nn.Module, example: tuple[Any, ...]) -> Trace:
     Raises:
         CaptureError: the model does not run on its example, or control flow depends on the data.
     """
-    trace = Trace()
-    run_traced(module, first(example), trace, training=False)
+    trace = traced(module, first(example), training=False)
     if minds_training(module):
         run_traced(module, widen(example), trace, training=True)
+    return trace
+
+
+def traced(module: nn.Module, example: tuple[Any, ...], *, training: bool) -> Trace:
+    """What one run says of the tensors; where the path depends on the data, that of the path which is exported.
+
+    Raises:
+        CaptureError: the model does not run on its example, or its path depends on the data even when exported.
+    """
+    try:
+        run_traced(module, example, trace := Trace(), training=training)
+    except DataDependentError:
+        run_traced(module, example, trace := Trace(exported=True), training=training)
     return trace

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from karui.errors import CaptureError
+from karui.model import Model, coupled_groups, remove_units
+
+
+class Masked(nn.Module):
+    """An encoder that saves the work of a mask of ones, unless it is exported, as those of transformers do."""
+
+    def __init__(self, *, always: bool = False) -> None:
+        super().__init__()
+        self.always = always
+        self.register_buffer("positions", torch.arange(32).reshape(1, 32), persistent=False)
+        self.words, self.places = nn.Embedding(50, 16), nn.Embedding(32, 16)
+        self.norm = nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        x = self.norm(self.words(tokens) + self.places(self.positions[:, : tokens.shape[1]]))
+        x = x + self.down(torch.relu(self.up(x)))
+        exporting = torch.compiler.is_exporting() and not self.always
+        if exporting or not mask.all():
+            x = x * mask[..., None]
+        return {"hidden": x, "logits": self.head(x[:, 0])}
+
+
+def model(mask: Tensor, **settings: bool) -> Model:
+    torch.manual_seed(0)
+    return Model(Masked(**settings).eval(), example=(torch.randint(0, 50, (2, 9)), mask))
+
+
+@pytest.mark.parametrize("ones", [True, False])
+def test_a_look_at_the_mask_that_the_exporter_skips_hinders_no_cut(ones: bool) -> None:
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[:, 6:] = int(ones)
+    dense = model(mask)
+    light = remove_units(dense, {"up": torch.arange(8)})
+    assert light.module.up.out_features == 16
+    assert not torch.compiler.is_exporting()
+    assert set(light.module(*dense.example)) == {"hidden", "logits"}
+
+
+def test_a_path_that_depends_on_the_data_even_when_exported_is_refused() -> None:
+    with pytest.raises(CaptureError, match="takes a number out of a tensor that depends on its input"):
+        coupled_groups(model(torch.ones(2, 9, dtype=torch.long), always=True))
+
+
+def test_positions_beyond_the_example_are_no_units() -> None:
+    found = coupled_groups(model(torch.ones(2, 9, dtype=torch.long)))
+    assert [group.name for group in found] == ["up"]
