@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from karui.numerics.evbmf import evbmf, evbmf_of_values
+from karui.numerics.evbmf import evbmf, evbmf_of_values, singular_values
 
 pytestmark = pytest.mark.paper(12)
 
@@ -86,6 +86,12 @@ def test_shrunk_values_lie_below_the_seen_ones_and_follow_the_formula() -> None:
     expected = seen / 2 * (inner + (inner**2 - 4 * 64 * 288 * found.variance**2 / seen**4).sqrt())
     torch.testing.assert_close(found.values, expected)
     assert bool((found.values < seen).all())
+
+
+@pytest.mark.parametrize("shape", [(7, 30), (30, 7), (1, 4)])
+def test_singular_values_by_the_gram_matrix(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    torch.testing.assert_close(singular_values(matrix), torch.linalg.svdvals(matrix))
 
 
 def test_matrices_without_noise_or_without_anything() -> None:

@@ -126,7 +126,7 @@ def scan(
     owners = {} if shared else _owners(model.module)
     left, candidates = [], []
     for path, layer in modules:
-        if not any(p.ndim > 1 for p in layer.parameters(recurse=False)) and not _parametrized(layer):
+        if not _is_layer(layer):
             continue
         reason = "named in skip" if path in skip else _objection(model.module, path, layer, owners) or fits(layer)
         if reason:
@@ -137,6 +137,14 @@ def scan(
     unseen = [path for path, _ in candidates if path not in {one.path for one in seen}]
     reason = "the network does not call it on the example input (its weight may be used directly)"
     return seen, (*left, *(Choice(path, reason=reason) for path in unseen))
+
+
+def _is_layer(layer: nn.Module) -> bool:
+    """Whether a module holds a matrix as a layer does, and not beside layers of its own (a class token, a scale)."""
+    if _parametrized(layer):
+        return True
+    own = type(layer).__module__.startswith("torch.nn") or not list(layer.children())
+    return own and any(p.ndim > 1 for p in layer.parameters(recurse=False))
 
 
 def _parametrized(layer: nn.Module) -> bool:

@@ -26,7 +26,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from karui.errors import require
@@ -45,6 +44,7 @@ from karui.lowrank._common import (
     unless_larger,
 )
 from karui.model.taps import layer_at
+from karui.numerics.evbmf import singular_values
 from karui.numerics.svd import Energy, Fixed, RankPolicy, Worth, factored_size
 from karui.technique import Bench, Card, technique
 
@@ -147,7 +147,7 @@ class SvdRestructuring:
     def choose(self, model: Model) -> tuple[Choice, ...]:
         """The rank of each layer, or the reason why it is left."""
         seen, left = scan(model, self._objection, self.skip)
-        spectra = [(one, [torch.linalg.svdvals(block) for block in blocks(one.layer)]) for one in seen]
+        spectra = [(one, [singular_values(block) for block in blocks(one.layer)]) for one in seen]
         own = dict(self.ranks)
         require_ranks(tuple(own), seen, left)
         fixed = {path: Fixed(rank) for path, rank in own.items()}

@@ -49,7 +49,7 @@ def tucker2(
     rank_in: int,
     *,
     sweeps: int = 20,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-5,
 ) -> Tucker2:
     """Tucker-2 of a kernel by HOSVD and up to `sweeps` sweeps of HOOI, until the error falls by less than `tolerance`.
 
