@@ -8,7 +8,18 @@ import torch
 from torch import nn
 
 from karui.errors import ArtifactError, SurgeryError
-from karui.model import Model, Replace, build_layer, describe_layer, edit_from_json, edit_to_json, replace_layers
+from karui.model import (
+    Model,
+    Replace,
+    build_layer,
+    coupled_groups,
+    describe_layer,
+    edit_from_json,
+    edit_to_json,
+    remove_units,
+    replace_layers,
+)
+from karui.model.graphform import GraphForm
 
 
 class Net(nn.Module):
@@ -233,3 +244,32 @@ def test_parametrised_layers_are_refused_rather_than_lost() -> None:
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
     with pytest.raises(SurgeryError, match="ParametrizedLinear"):
         replace_layers(model(), {"first": layer})
+
+
+def test_a_layer_of_a_network_in_graph_form() -> None:
+    class Padded(nn.Module):
+        """Pads channels to a number frozen in Python, so that a cut of them needs the graph form."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3, padding=1)
+            self.head = nn.Linear(8 * 36, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x).reshape(-1, 4, 36)
+            return self.head(nn.functional.pad(y, (0, 0, 2, 2)).reshape(-1, 8 * 36))
+
+    torch.manual_seed(0)
+    dense = Model(Padded().eval(), example=(torch.randn(2, 1, 6, 6),))
+    name = coupled_groups(dense).groups[0].name
+    cut = remove_units(dense, {name: torch.tensor([1])})
+    assert type(cut.module) is GraphForm
+    light = replace_layers(cut, {"conv": nn.Conv2d(1, 3, 3, padding=1, bias=False)})
+    assert run(light).shape == run(dense).shape
+    assert not torch.equal(run(light), run(cut))
+    module = Padded()
+    for step in light.lineage:
+        module = step.replay(module, light.example)
+    assert module is not None
+    module.load_state_dict(light.module.state_dict())
+    assert torch.equal(module.eval()(*light.example), run(light))
