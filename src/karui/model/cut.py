@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from karui.errors import CaptureError, SurgeryError, require
 from karui.model.edits import edit
 from karui.model.graphform import GraphForm, Program, capture_programs
-from karui.model.groups import Analysis, coupled_groups
-from karui.model.proof import BlindError, Candidate, outputs
+from karui.model.groups import Analysis, coupled_groups, tensor_of
+from karui.model.proof import BlindError, Candidate
 from karui.model.proof import prove as prove_cut
 from karui.model.rewrite import apply_rewrites, rewrites
+from karui.model.running import outputs
 from karui.model.sizes import new_sizes
 from karui.model.trace import brief, first, minds_training, widen
 
@@ -44,16 +46,16 @@ class Cut:
     programs: list[Any] | None = None
 
     def replay(self, module: nn.Module | None, example: tuple[Any, ...]) -> nn.Module:
-        """Shrink the tensors of `module`, in place, and set the attributes."""
+        """The module with smaller tensors and new attributes, in its graph form where the cut needs that."""
         require(module is not None, "A cut needs a module to be replayed on.", "", SurgeryError)
         assert module is not None  # noqa: S101  (for the type checker)
-        programs = None if self.programs is None else capture_programs(module, example)
-        self.shrink(module)
-        return module if programs is None else self.form(module, programs)
+        if self.programs is None:
+            return self.shrunk(module)
+        return self.form(self.shrunk(module), capture_programs(module, example))
 
-    def shrink(self, module: nn.Module) -> nn.Module:
-        """Shrink the tensors of `module`, in place, and set the attributes."""
-        shrink(module, self.kept)
+    def shrunk(self, module: nn.Module) -> nn.Module:
+        """A copy of `module` with smaller tensors, and the attributes that say so."""
+        module = copy.deepcopy(module, smaller(module, self.kept))
         for path, name, value in self.sizes:
             setattr(module.get_submodule(path), name, tuple(value) if isinstance(value, list) else value)
         return module
@@ -70,33 +72,22 @@ class Cut:
         return f"cut {sum(self.removed.values())} units of {len(self.removed)} groups"
 
 
-def _holders(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """(name, owner, attribute, tensor) of every parameter and buffer, shared ones under each of their names."""
-    for path, owner in module.named_modules():
-        for table in (owner._parameters, owner._buffers):  # noqa: SLF001  (the public iterators hide shared names)
-            for leaf, tensor in table.items():
-                if tensor is not None:
-                    yield f"{path}.{leaf}" if path else leaf, owner, leaf, tensor
+def smaller(module: nn.Module, kept: list[Any]) -> dict[int, Any]:
+    """The given indices of the given tensors, by the identity of the whole ones: a memo for `copy.deepcopy`.
 
-
-def shrink(module: nn.Module, kept: list[Any]) -> None:
-    """Keep the given indices of the given tensors, in place; a shared tensor stays shared."""
+    So every reference to a tensor, shared names and a recurrent layer's own list included, finds the smaller one.
+    """
     wanted: dict[str, list[tuple[int, list[int]]]] = {}
     for name, dim, indices in kept:
         wanted.setdefault(name, []).append((dim, indices))
-    holders = list(_holders(module))
-    found = {id(tensor): name for name, _, _, tensor in holders if name in wanted}
-    made: dict[int, Tensor] = {}
-    for _, owner, leaf, tensor in holders:
-        name = found.get(id(tensor))
-        if name is None:
-            continue
-        if id(tensor) not in made:
-            value = tensor.detach()
-            for dim, indices in wanted[name]:
-                value = value.index_select(dim, torch.as_tensor(indices, device=value.device))
-            made[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-        setattr(owner, leaf, made[id(tensor)])
+    memo: dict[int, Any] = {}
+    for name, cuts in wanted.items():
+        tensor = tensor_of(module, name)
+        value = tensor.detach()
+        for dim, indices in cuts:
+            value = value.index_select(dim, torch.as_tensor(indices, device=value.device))
+        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    return memo
 
 
 def make_cut(module: nn.Module, analysis: Analysis, removed: Mapping[str, Tensor]) -> Cut:

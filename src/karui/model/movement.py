@@ -45,6 +45,17 @@ def reshape(tracer: Tracer, call: Call) -> None:
         tracer.set(call.result, tracer.labels.reshape(source.dims, call.result.shape), source.origin)
 
 
+@rule("as_strided as_strided_ as_strided_copy")
+def restride(tracer: Tracer, call: Call) -> None:
+    """Another memory order of the same shape keeps the labels; anything else is unknown."""
+    source = tracer.value(call.args[0])
+    if [len(d) for d in source.dims] == list(call.result.shape):
+        if call.result is not call.args[0]:
+            tracer.set(call.result, source.dims, source.origin)
+    else:
+        unknown(tracer, call)
+
+
 @rule("permute permute_copy")
 def permute(tracer: Tracer, call: Call) -> None:
     """Dimensions in another order."""

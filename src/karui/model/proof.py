@@ -10,20 +10,21 @@ proof.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from karui.errors import CaptureError, SurgeryError, require
 from karui.model.groups import analyse
+from karui.model.running import Steady, difference, double, double_precision, random_like, run_double, tensors
 from karui.model.survivors import on_survivors
-from karui.model.trace import Trace, brief, first, mode_of, plain_attention, run_traced, traced
+from karui.model.trace import Trace, brief, first, minds_training, mode_of, plain_attention, run_traced, traced, widen
 
 if TYPE_CHECKING:
     from karui.model.cut import Cut
@@ -31,12 +32,21 @@ if TYPE_CHECKING:
     from karui.model.groups import Analysis
     from karui.model.value import Model
 
-Run = Callable[[nn.Module, tuple[Any, ...]], list[Tensor]]
+
+class Run(Protocol):
+    """How a model is run."""
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], *, training: bool) -> list[Tensor]:
+        """Its outputs."""
+        ...
+
 
 # How far above the measured floor two equal computations may lie: the order of their sums differs.
 SLACK = 256.0
 # How far above the tolerance the units' effect must lie, for equality to mean anything.
 CLEAR = 1e3
+# An effect below this share of the output may be the rounding of single precision, and is measured in double.
+FAINT = 1e-3
 # How often weights are drawn anew where the units do not show.
 DRAWS = 3
 
@@ -70,65 +80,6 @@ class Proof:
 
 class BlindError(SurgeryError):
     """The units do not show in the output, so a proof would prove nothing."""
-
-
-@contextmanager
-def double_precision() -> Iterator[None]:
-    """Tensors made on the way are float64 too."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def outputs(module: nn.Module, inputs: tuple[Any, ...], *, training: bool = False) -> list[Tensor]:
-    """The tensors that a module returns; its buffers and the random state stay as they are."""
-    kept = torch.random.get_rng_state()
-    buffers = {name: b.clone() for name, b in module.named_buffers()} if training else {}
-    try:
-        with torch.no_grad(), mode_of(module, training), plain_attention():
-            made = functional_call(module, buffers, inputs)
-    finally:
-        torch.random.set_rng_state(kept)
-    return [t.detach() for t in tree_leaves(made) if isinstance(t, Tensor)]
-
-
-def run(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
-    """Outputs in evaluation mode and in double precision."""
-    with double_precision():
-        return outputs(module, inputs)
-
-
-def difference(one: list[Tensor], other: list[Tensor]) -> float:
-    """Largest absolute difference of two lists of outputs; infinite where shapes differ."""
-    if [t.shape for t in one] != [t.shape for t in other]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(one, other, strict=True):
-        if a.numel():
-            gap = (a.double() - b.double()).abs()
-            gap = torch.where(a == b, torch.zeros_like(gap), gap)
-            worst = max(worst, float(torch.nan_to_num(gap, nan=float("inf")).max()))
-    return worst
-
-
-def double(value: Any) -> Any:
-    """Floating tensors in float64, others as they are."""
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def random_like(value: Any, generator: torch.Generator) -> Any:
-    """A random input of the same shape and kind."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.is_floating_point():
-        return torch.randn(value.shape, generator=generator, dtype=value.dtype)
-    if value.numel() and value.dtype != torch.bool:
-        order = torch.randperm(value.numel(), generator=generator)
-        return value.reshape(-1)[order].reshape(value.shape)
-    return value
 
 
 def mask(module: nn.Module, analysis: Analysis, removed: Mapping[str, Tensor]) -> None:
@@ -174,7 +125,7 @@ class Candidate:
 
     def build(self, dense: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """The cut model of a whole one, which is left as it is."""
-        module = self.step.shrink(copy.deepcopy(dense))
+        module = self.step.shrunk(dense)
         return module if self.programs is None else self.step.form(module, self.programs, dtype)
 
     def __str__(self) -> str:
@@ -182,71 +133,86 @@ class Candidate:
         return f"Cut of {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}"
 
 
-def survivors_only(dense: nn.Module, step: Cut, example: tuple[Any, ...]) -> Run:
+def survivors_only(dense: nn.Module, step: Cut, example: tuple[Any, ...], *, training: bool) -> Run:
     """How to run the masked model with statistics over survivors only."""
     with double_precision():
-        trace = traced(dense, example, training=False)
+        trace = traced(dense, example, training=training)
     found = analyse(trace, [])
     compute = on_survivors(found, found.dead(step.kept))
 
-    def run_counted(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    def run_counted(module: nn.Module, inputs: tuple[Any, ...], *, training: bool) -> list[Tensor]:
         with double_precision():
-            made = run_traced(module, inputs, Trace(exported=trace.exported), training=False, compute=compute)
-        return [t for t in tree_leaves(made) if isinstance(t, Tensor)]
+            again = Trace(exported=trace.exported)
+            return tensors(run_traced(module, inputs, again, training=training, compute=compute))
 
     return run_counted
 
 
-def hidden(dense: nn.Module, candidate: Candidate, inputs: tuple[Any, ...]) -> list[str]:
-    """Names of the groups of which no removed unit moves the output: to first order, by the slope of its scale."""
+def hidden(
+    dense: nn.Module, candidate: Candidate, inputs: tuple[Any, ...], *, training: bool
+) -> tuple[set[str], list[Tensor]]:
+    """Groups of which no removed unit moves the output, to first order, by the slope of its scale; and the output."""
     parameters = {name: p.detach().requires_grad_(p.is_floating_point()) for name, p in dense.named_parameters()}
+    buffers = {name: b.clone() for name, b in dense.named_buffers()} if training else {}
     generator = torch.Generator().manual_seed(2)
-    with torch.enable_grad(), mode_of(dense, False), plain_attention():
-        made = functional_call(dense, parameters, inputs)
-        leaves = [t for t in tree_leaves(made) if isinstance(t, Tensor) and t.requires_grad]
-        loss = sum(
-            ((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in leaves), torch.zeros(())
-        )
-        names = [name for name, p in parameters.items() if p.requires_grad] if leaves else []
+    with torch.enable_grad(), mode_of(dense, training), plain_attention(), Steady() if training else nullcontext():
+        made = tensors(functional_call(dense, {**parameters, **buffers}, inputs))
+        loss = torch.zeros(())
+        for t in made:
+            if t.requires_grad:
+                loss = loss + (t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()
+        names = [name for name, p in parameters.items() if p.requires_grad and loss.requires_grad]
         slopes = torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True) if names else []
-    effect = {n: (g * parameters[n]).detach() for n, g in zip(names, slopes, strict=True) if g is not None}
+    slope = {n: g for n, g in zip(names, slopes, strict=True) if g is not None}
 
     def shows(name: str, units: Tensor) -> bool:
         for member in candidate.analysis[name].members:
-            if member.tensor in effect:
-                slices = effect[member.tensor].movedim(member.dim, 0)[member.indices[units]]
-                if bool((slices.flatten(1).sum(1) != 0).any()):
+            if member.tensor in slope:
+                gone = member.indices[units].reshape(-1)
+                moved = slope[member.tensor].index_select(member.dim, gone)
+                weight = parameters[member.tensor].detach().index_select(member.dim, gone)
+                if bool(((moved * weight).movedim(member.dim, 0).reshape(len(gone), -1).sum(1) != 0).any()):
                     return True
         return False
 
-    return [name for name, units in candidate.removed.items() if not shows(name, units)]
+    return {name for name, units in candidate.removed.items() if not shows(name, units)}, [t.detach() for t in made]
 
 
-def measure(dense: nn.Module, candidate: Candidate, inputs: list[tuple[Any, ...]]) -> Proof:
-    """Masked against cut, on every input, in double precision."""
+def measure(
+    drawn: nn.Module, candidate: Candidate, inputs: list[tuple[Any, ...]], whole: list[Tensor], *, training: bool
+) -> Proof:
+    """Masked against cut, on every input, in double precision; `whole` is the output of `drawn` before."""
+    dense = copy.deepcopy(drawn).double()
     cut = candidate.build(dense, torch.float64)
-    masked = copy.deepcopy(dense)
-    mask(masked, candidate.analysis, candidate.removed)
-    run_masked = run if candidate.exact else survivors_only(dense, candidate.step, inputs[0])
-    zeroed = [run_masked(masked, i) for i in inputs]
-    gap = max(difference(z, run(cut, i)) for z, i in zip(zeroed, inputs, strict=True))
-    jitter(masked, torch.Generator().manual_seed(1))
-    scale = max((float(t.abs().max()) for t in zeroed[0] if t.numel()), default=0.0)
-    floor = max(difference(run_masked(masked, inputs[0]), zeroed[0]), scale * 2.0**-53)
-    return Proof(gap, floor, difference(run(dense, inputs[0]), zeroed[0]))
+    run_masked = run_double if candidate.exact else survivors_only(dense, candidate.step, inputs[0], training=training)
+    mask(dense, candidate.analysis, candidate.removed)
+    masked = [run_masked(dense, i, training=training) for i in inputs]
+    shrunk = [run_double(cut, i, training=training) for i in inputs]
+    gap = max(difference(one, other) for one, other in zip(masked, shrunk, strict=True))
+    jitter(cut)
+    scale = max((float(t.abs().max()) for t in shrunk[0] if t.numel()), default=0.0)
+    floor = max(difference(run_double(cut, inputs[0], training=training), shrunk[0]), scale * 2.0**-53)
+    effect = difference(whole, masked[0])
+    if effect < FAINT * scale:
+        effect = difference(run_double(copy.deepcopy(drawn).double(), inputs[0], training=training), masked[0])
+    return Proof(gap, floor, effect)
 
 
-def jitter(module: nn.Module, generator: torch.Generator) -> None:
+def jitter(module: nn.Module) -> None:
     """Move every weight by one unit in its last place, up or down; in place."""
     with torch.no_grad():
         for p in module.parameters():
             if p.is_floating_point():
-                sign = torch.randint(0, 2, p.shape, generator=generator, dtype=p.dtype) * 2 - 1
-                p.mul_(1 + sign * torch.finfo(p.dtype).eps)
+                step = torch.finfo(p.dtype).eps
+                flat = p.view(-1) if p.is_contiguous() else p.reshape(-1)
+                for start, way in ((0, 1 + step), (1, 1 - step), (2, 1 + step)):
+                    flat[start::3] *= way
 
 
 def prove(model: Model, candidate: Candidate) -> Proof:
     """Prove that a cut removes its units and changes nothing else.
+
+    Groups that only training shows (an auxiliary head) are proved in training mode too, without dropout.
 
     Raises:
         BlindError: some group's units do not show in the output, whatever the weights.
@@ -254,28 +220,34 @@ def prove(model: Model, candidate: Candidate) -> Proof:
     """
     generator = torch.Generator().manual_seed(0)
     example = first(model.example)
-    inputs = [tree_map(double, example), tree_map(lambda t: double(random_like(t, generator)), example)]
-    drawn = model.module
-    unseen: list[str] = []
+    other = tree_map(lambda t: random_like(t, generator), example)
+    drawn, unseen = model.module, set()
     for attempt in range(DRAWS + 1):
         if attempt:
             drawn = copy.deepcopy(model.module)
             redraw(drawn, generator)
-        unseen = hidden(drawn, candidate, example)
+        unseen, whole = hidden(drawn, candidate, example, training=False)
+        modes = [(False, [example, other], whole)]
+        if unseen and minds_training(model.module):
+            seen, whole = hidden(drawn, candidate, widen(example), training=True)
+            unseen &= seen
+            modes.append((True, [widen(example), widen(other)], whole))
         if not unseen:
-            found = _compared(copy.deepcopy(drawn).double(), candidate, inputs)
-            if found.visible:
-                return replace(found, redrawn=attempt > 0)
-    which = ", ".join(f"'{name}'" for name in unseen[:4]) or "all"
+            found = [_compared(drawn, candidate, inputs, whole, training=mode) for mode, inputs, whole in modes]
+            if all(proof.visible for proof in found):
+                return replace(found[-1], redrawn=attempt > 0)
+    which = ", ".join(f"'{name}'" for name in sorted(unseen)[:4]) or "its groups"
     raise BlindError(
         f"{candidate}: units of {which} do not show in the output, so nothing can be proved.", "Leave the group whole."
     )
 
 
-def _compared(dense: nn.Module, candidate: Candidate, inputs: list[tuple[Any, ...]]) -> Proof:
+def _compared(
+    drawn: nn.Module, candidate: Candidate, inputs: list[tuple[Any, ...]], whole: list[Tensor], *, training: bool
+) -> Proof:
     """The measurement, refused where the two models differ."""
     try:
-        found = measure(dense, candidate, inputs)
+        found = measure(copy.deepcopy(drawn).double(), candidate, tree_map(double, inputs), whole, training=training)
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError) as error:
         raise SurgeryError(f"{candidate}: the model does not run afterwards: {brief(error)}.") from error
     require(

@@ -1,0 +1,93 @@
+"""Running a model so that two runs can be compared: in double precision, without chance, and without traces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from karui.model.trace import mode_of, plain_attention
+
+
+@contextmanager
+def double_precision() -> Iterator[None]:
+    """Tensors made on the way are float64 too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class Steady(TorchDispatchMode):
+    """Dropout keeps everything, so that a training run is the same function each time."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name == "bernoulli_":
+            return args[0].fill_(1)
+        if name == "bernoulli":
+            return torch.ones_like(args[0])
+        if name == "native_dropout":
+            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
+        return func(*args, **(kwargs or {}))
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors of a nested value."""
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def outputs(module: nn.Module, inputs: tuple[Any, ...], *, training: bool = False) -> list[Tensor]:
+    """The tensors that a module returns; its buffers and the random state stay as they are."""
+    kept = torch.random.get_rng_state()
+    buffers = {name: b.clone() for name, b in module.named_buffers()} if training else {}
+    try:
+        with torch.no_grad(), mode_of(module, training), plain_attention(), Steady() if training else nullcontext():
+            made = functional_call(module, buffers, inputs)
+    finally:
+        torch.random.set_rng_state(kept)
+    return [t.detach() for t in tensors(made)]
+
+
+def run_double(module: nn.Module, inputs: tuple[Any, ...], *, training: bool = False) -> list[Tensor]:
+    """The same where tensors made on the way are float64 too."""
+    with double_precision():
+        return outputs(module, inputs, training=training)
+
+
+def difference(one: list[Tensor], other: list[Tensor]) -> float:
+    """Largest absolute difference of two lists of outputs; infinite where shapes differ."""
+    if [t.shape for t in one] != [t.shape for t in other]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(one, other, strict=True):
+        if a.numel():
+            gap = (a.double() - b.double()).abs()
+            gap = torch.where(a == b, torch.zeros_like(gap), gap)
+            worst = max(worst, float(torch.nan_to_num(gap, nan=float("inf")).max()))
+    return worst
+
+
+def double(value: Any) -> Any:
+    """Floating tensors in float64, others as they are."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def random_like(value: Any, generator: torch.Generator) -> Any:
+    """A random input of the same shape and kind."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        return torch.randn(value.shape, generator=generator, dtype=value.dtype)
+    if value.numel() and value.dtype != torch.bool:
+        order = torch.randperm(value.numel(), generator=generator)
+        return value.reshape(-1)[order].reshape(value.shape)
+    return value
