@@ -7,6 +7,7 @@ from karui.model.edits import Note as Note
 from karui.model.edits import edit as edit
 from karui.model.edits import edit_from_json as edit_from_json
 from karui.model.edits import edit_to_json as edit_to_json
+from karui.model.graphform import GraphForm as GraphForm
 from karui.model.groups import Analysis as Analysis
 from karui.model.groups import Group as Group
 from karui.model.groups import Locked as Locked
@@ -14,6 +15,12 @@ from karui.model.groups import Member as Member
 from karui.model.groups import coupled_groups as coupled_groups
 from karui.model.origin import Origin as Origin
 from karui.model.origin import resolve as resolve
+from karui.model.plan import Cuttable as Cuttable
+from karui.model.plan import Plan as Plan
+from karui.model.plan import Refused as Refused
+from karui.model.plan import plan_surgery as plan_surgery
+from karui.model.proof import BlindError as BlindError
+from karui.model.proof import Candidate as Candidate
 from karui.model.proof import Proof as Proof
 from karui.model.proof import prove as prove
 from karui.model.replace import Replace as Replace

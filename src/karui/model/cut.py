@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from karui.errors import CaptureError, SurgeryError, require
 from karui.model.edits import edit
-from karui.model.graphform import GraphForm, Program, capture_programs
+from karui.model.graphform import GraphForm, Program, capture_programs, graph_form
 from karui.model.groups import Analysis, coupled_groups, tensor_of
 from karui.model.proof import BlindError, Candidate
 from karui.model.proof import prove as prove_cut
 from karui.model.rewrite import apply_rewrites, rewrites
 from karui.model.running import outputs
 from karui.model.sizes import new_sizes
-from karui.model.trace import brief, first, minds_training, widen
+from karui.model.trace import brief, minds_training, widen
 
 if TYPE_CHECKING:
     from karui.model.value import Model
@@ -65,7 +65,7 @@ class Cut:
         assert self.programs is not None  # noqa: S101  (asked only where there are some)
         evaluation = apply_rewrites(programs[0], self.programs[0])
         training = evaluation if programs[1] is programs[0] else apply_rewrites(programs[1], self.programs[1])
-        return GraphForm(module, evaluation, training, dtype)
+        return graph_form(module, evaluation, training, dtype)
 
     def describe(self) -> str:
         """What was cut."""
@@ -136,18 +136,42 @@ def remove_units(
     chosen = {name: units for name, units in chosen.items() if len(units)}
     if not chosen:
         return model
-    step = make_cut(model.module, analysis, chosen)
     try:
-        return _finished(model, Candidate(step, analysis, chosen), prove)
+        return cut_own(model, analysis, chosen, prove=prove)
     except BlindError:
         raise
     except SurgeryError as refused:
         own = refused
     try:
-        programs = capture_programs(model.module, model.example)
-        return _finished(model, Candidate(with_rewrites(step, model, programs), analysis, chosen, programs), prove)
+        return cut_graph(model, analysis, chosen, capture_programs(model.module, model.example), prove=prove)
     except (SurgeryError, CaptureError) as refused:
         raise type(refused)(f"{own.message} {refused.message}", refused.hint) from own
+
+
+def cut_own(model: Model, analysis: Analysis, chosen: Mapping[str, Tensor], *, prove: bool = True) -> Model:
+    """Cut these units, keeping the model's own forward.
+
+    Raises:
+        SurgeryError: the forward cannot run after the cut, or computes something else.
+    """
+    return _finished(model, Candidate(make_cut(model.module, analysis, chosen), analysis, chosen), prove)
+
+
+def cut_graph(
+    model: Model,
+    analysis: Analysis,
+    chosen: Mapping[str, Tensor],
+    programs: tuple[Program, Program],
+    *,
+    prove: bool = True,
+) -> Model:
+    """Cut these units; the model takes its graph form, made of `programs` with their sizes rewritten.
+
+    Raises:
+        SurgeryError: the graph form does not run after the cut, or computes something else.
+    """
+    step = with_rewrites(make_cut(model.module, analysis, chosen), model, programs)
+    return _finished(model, Candidate(step, analysis, chosen, programs), prove)
 
 
 def _finished(model: Model, candidate: Candidate, prove: bool) -> Model:
@@ -172,10 +196,9 @@ def _runs(module: nn.Module, model: Model) -> None:
 
 def with_rewrites(step: Cut, model: Model, programs: tuple[Program, Program]) -> Cut:
     """The cut of the graph form: the same tensors, and the programs' arguments that must change."""
-    example = first(model.example)
-    changed = [rewrites(programs[0], model.module, example, step.kept, training=False)]
+    changed = [rewrites(programs[0], model.module, widen(model.example), step.kept, training=False)]
     if programs[1] is not programs[0]:
-        changed.append(rewrites(programs[1], model.module, widen(example), step.kept, training=True))
+        changed.append(rewrites(programs[1], model.module, widen(model.example), step.kept, training=True))
     return replace(step, programs=changed)
 
 

@@ -10,8 +10,10 @@ holds it, over the same layers.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch.export import Dim
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from karui.errors import SurgeryError, require
-from karui.model.trace import brief, minds_training, mode_of, plain_attention, widen
+from karui.model.trace import Trace, brief, minds_training, mode_of, plain_attention, run_traced, widen
 
 # Layers that are called whole: their forward is one operator on their input, and their attributes follow a cut.
 WHOLE: dict[type[nn.Module], tuple[str, ...]] = {
@@ -41,14 +43,22 @@ WHOLE: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Dropout2d: ("feature_dropout",),
     nn.Dropout3d: ("feature_dropout",),
 }
-# Layers of torch that compute otherwise in training and are not called whole.
-MINDFUL = (
-    nn.MultiheadAttention,
-    nn.RNNBase,
-    nn.RReLU,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-    nn.TransformerEncoderLayer,
+NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+# Operators that are told whether they train.
+MINDFUL = frozenset(
+    {
+        "batch_norm",
+        "instance_norm",
+        "dropout",
+        "feature_dropout",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "rrelu",
+        "lstm",
+        "gru",
+        "rnn_tanh",
+        "rnn_relu",
+    }
 )
 
 
@@ -58,11 +68,13 @@ class Program:
 
     Settings:
         graph: its operators; parameters, buffers and whole layers are named by their paths.
+        inputs: the names of the inputs.
         outputs: how the flat outputs are put together.
         constants: tensors that it made once, by name.
     """
 
     graph: fx.Graph
+    inputs: tuple[str, ...]
     outputs: TreeSpec
     constants: dict[str, Tensor] = field(default_factory=dict)
 
@@ -113,11 +125,25 @@ class GraphForm(nn.Module):
         vars(copied).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
         return copied
 
-    def forward(self, *inputs: Any) -> Any:
+    def compute(self, *inputs: Any) -> Any:
         """The program of the current mode."""
         run, outputs = self.programs[self.training]
         flat, _ = tree_flatten((inputs, {}))
         return tree_unflatten(run(self, *flat), outputs)
+
+
+@cache
+def _class_for(inputs: tuple[str, ...]) -> type[GraphForm]:
+    """A graph form whose forward takes inputs of these names, which exporters look at."""
+    space: dict[str, Any] = {}
+    names = ", ".join(inputs)
+    exec(f"def forward(self, {names}):\n    return self.compute({names})", space)  # noqa: S102  (names of parameters)
+    return type("GraphForm", (GraphForm,), {"forward": space["forward"], "__doc__": GraphForm.__doc__})
+
+
+def graph_form(state: nn.Module, evaluation: Program, training: Program, dtype: torch.dtype | None = None) -> GraphForm:
+    """The graph form of two programs over the layers of `state`; float32 may be another type."""
+    return _class_for(evaluation.inputs)(state, evaluation, training, dtype)
 
 
 def capture_programs(module: nn.Module, example: tuple[Any, ...]) -> tuple[Program, Program]:
@@ -128,8 +154,25 @@ def capture_programs(module: nn.Module, example: tuple[Any, ...]) -> tuple[Progr
     """
     module = copy.deepcopy(module)
     evaluation = _export(module, widen(example), training=False)
-    own = minds_training(module) or any(isinstance(m, MINDFUL) for m in module.modules())
-    return evaluation, _export(module, widen(example), training=True) if own else evaluation
+    told = any(n.op == "call_function" and _packet(n) in MINDFUL for n in evaluation.graph.nodes)
+    if not told and (not minds_training(module) or _same_operators(module, widen(example))):
+        return evaluation, evaluation
+    return evaluation, _export(module, widen(example), training=True)
+
+
+def _same_operators(module: nn.Module, example: tuple[Any, ...]) -> bool:
+    """Whether training runs the operators that evaluation does, beside counting batches."""
+    names = []
+    for training in (False, True):
+        trace = Trace()
+        run_traced(module, example, trace, training=training)
+        names.append([s.name for s in trace.steps if not any("num_batches" in v.origin for v in s.inputs)])
+    return names[0] == names[1]
+
+
+def _packet(node: fx.Node) -> str:
+    """The name of a node's operator, without its overload."""
+    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
 
 
 def _export(module: nn.Module, example: tuple[Any, ...], *, training: bool) -> Program:
@@ -145,7 +188,7 @@ def _export(module: nn.Module, example: tuple[Any, ...], *, training: bool) -> P
     frozen = [
         n.name
         for n, given in zip(inputs, tree_leaves((example, {})), strict=False)
-        if isinstance(given, Tensor) and given.ndim and isinstance(n.meta["val"].shape[0], int)
+        if isinstance(given, Tensor) and given.ndim and str(n.meta["val"].shape[0]).isdigit()
     ]
     require(
         not frozen,
@@ -178,7 +221,9 @@ def _export(module: nn.Module, example: tuple[Any, ...], *, training: bool) -> P
     graph.lint()
     spec = exported.call_spec.out_spec
     assert spec is not None  # noqa: S101  (an export has one)
-    return Program(graph, spec, constants)
+    named = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in NAMED][: len(example)]
+    names = (*named, *(f"input_{place}" for place in range(len(named), len(example))))
+    return Program(graph, names, spec, constants)
 
 
 def _tidy(graph: fx.Graph) -> None:
@@ -218,7 +263,7 @@ def _call_layers(graph: fx.Graph, module: nn.Module) -> None:
 def _is_whole(node: fx.Node, layer: nn.Module, module: nn.Module) -> bool:
     """Whether an operator is all that its layer does."""
     names = WHOLE.get(type(layer), ())
-    if getattr(getattr(node.target, "overloadpacket", None), "__name__", "") not in names:
+    if _packet(node) not in names:
         return False
     hooked = layer._forward_hooks or layer._forward_pre_hooks  # noqa: SLF001  (their effect is in the graph already)
     weight = getattr(layer, "weight", None)

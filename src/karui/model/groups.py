@@ -252,8 +252,12 @@ class _Book:
         np.add.at(signature, unit, marks[slot])
         owners, seen = np.unique(unit, return_index=True)
         owners = owners[np.argsort(seen, kind="stable")]
-        kinds, first, kind = np.unique(signature[owners], return_index=True, return_inverse=True)
-        rank = np.argsort(np.argsort(first))[kind] if len(owners) else kind
+        kinds, first, kind, sizes = np.unique(
+            signature[owners], return_index=True, return_inverse=True, return_counts=True
+        )
+        leads = seen[np.argsort(seen, kind="stable")][first]
+        place_of = np.lexsort((-sizes, index[leads], slot[leads])) if len(kinds) else first
+        rank = np.argsort(place_of)[kind] if len(owners) else kind
         place, label = np.full(count, -1), np.full(count, -1)
         label[owners] = rank
         units = [owners[rank == number] for number in range(len(kinds))]

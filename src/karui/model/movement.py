@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from karui.model.rules import Call, broadcast, rule, unknown
 
@@ -244,6 +246,10 @@ def index(tracer: Tracer, call: Call) -> None:
     source = tracer.value(call.args[0])
     name = call.name
     reason = "it is looked up by index"
+    for t in tree_leaves(call.args[1:]):
+        if isinstance(t, Tensor):
+            for labels in tracer.value(t).dims:
+                tracer.labels.lock(labels, "it is an index")
     if name == "index":
         places = [k for k, t in enumerate(call.args[1]) if t is not None]
         plain = all(call.args[1][k].dtype != torch.bool for k in places)

@@ -24,7 +24,7 @@ from karui.errors import CaptureError, SurgeryError, require
 from karui.model.groups import analyse
 from karui.model.running import Steady, difference, double, double_precision, random_like, run_double, tensors
 from karui.model.survivors import on_survivors
-from karui.model.trace import Trace, brief, first, minds_training, mode_of, plain_attention, run_traced, traced, widen
+from karui.model.trace import Trace, brief, minds_training, mode_of, plain_attention, run_traced, traced, widen
 
 if TYPE_CHECKING:
     from karui.model.cut import Cut
@@ -219,7 +219,7 @@ def prove(model: Model, candidate: Candidate) -> Proof:
         SurgeryError: the cut model computes something else, or cannot run.
     """
     generator = torch.Generator().manual_seed(0)
-    example = first(model.example)
+    example = candidate.analysis.trace.example
     other = tree_map(lambda t: random_like(t, generator), example)
     drawn, unseen = model.module, set()
     for attempt in range(DRAWS + 1):
@@ -234,7 +234,7 @@ def prove(model: Model, candidate: Candidate) -> Proof:
             modes.append((True, [widen(example), widen(other)], whole))
         if not unseen:
             found = [_compared(drawn, candidate, inputs, whole, training=mode) for mode, inputs, whole in modes]
-            if all(proof.visible for proof in found):
+            if found[-1].visible:
                 return replace(found[-1], redrawn=attempt > 0)
     which = ", ".join(f"'{name}'" for name in sorted(unseen)[:4]) or "its groups"
     raise BlindError(

@@ -117,4 +117,6 @@ def window(tracer: Tracer, call: Call) -> None:
 @rule("grid_sampler_2d grid_sampler_3d")
 def sample(tracer: Tracer, call: Call) -> None:
     """Reading at positions: channels pass."""
+    for labels in tracer.value(call.args[1]).dims:
+        tracer.labels.lock(labels, "it holds positions")
     spatial(tracer, call.args[0], call.result, 2, call.name)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from karui.errors import ArtifactError, CaptureError, require
-from karui.model.graphform import GraphForm, Program
+from karui.model.graphform import Program, graph_form
 from karui.model.groups import Analysis, analyse
 from karui.model.trace import Step, Trace, Tracer, Value, brief, mode_of
 
@@ -222,7 +222,7 @@ def interpret(
 ) -> tuple[dict[fx.Node, Any], dict[fx.Node, list[Step]], Trace]:
     """Run a program over a module's parameters, and label the result of every node."""
     trace = Trace()
-    form = GraphForm(copy.deepcopy(module), program, program)
+    form = graph_form(copy.deepcopy(module), program, program)
     names = {
         id(t): name for name, t in [*form.named_parameters(), *form.named_buffers()] if name not in program.constants
     }

@@ -71,6 +71,7 @@ class Trace:
         counts: sizes that are not shapes: (parameter name, attribute of its module, labels whose survivors it counts).
         steps: the operators, in the order in which they ran.
         exported: whether the module is told, where it asks, that it is being exported; see `as_exported`.
+        example: the inputs that it ran on.
     """
 
     labels: Labels = field(default_factory=Labels)
@@ -80,6 +81,7 @@ class Trace:
     counts: list[tuple[str, str, np.ndarray]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     exported: bool = False
+    example: tuple[Any, ...] = ()
 
 
 class Tracer(TorchDispatchMode):
@@ -246,10 +248,17 @@ def minds_training(module: nn.Module) -> bool:
 def capture(module: nn.Module, example: tuple[Any, ...]) -> Trace:
     """Label every tensor of the module's evaluation run and, where it may differ, of its training run.
 
+    One sample of the example is enough; a network that takes a fixed batch is run on the whole of it.
+
     Raises:
         CaptureError: the model does not run on its example, or control flow depends on the data.
     """
-    trace = traced(module, first(example), training=False)
+    try:
+        trace = traced(module, first(example), training=False)
+    except DataDependentError:
+        raise
+    except CaptureError:
+        trace = traced(module, example, training=False)
     if minds_training(module):
         run_traced(module, widen(example), trace, training=True)
     return trace
@@ -262,7 +271,7 @@ def traced(module: nn.Module, example: tuple[Any, ...], *, training: bool) -> Tr
         CaptureError: the model does not run on its example, or its path depends on the data even when exported.
     """
     try:
-        run_traced(module, example, trace := Trace(), training=training)
+        run_traced(module, example, trace := Trace(example=example), training=training)
     except DataDependentError:
-        run_traced(module, example, trace := Trace(exported=True), training=training)
+        run_traced(module, example, trace := Trace(example=example, exported=True), training=training)
     return trace

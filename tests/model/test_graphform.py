@@ -1,0 +1,129 @@
+"""The graph form: trainable, exportable, copied, replayed, cut again, with a dynamic batch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from karui.errors import ArtifactError, SurgeryError
+from karui.model import Cut, GraphForm, Model, coupled_groups, edit_from_json, edit_to_json, remove_units
+from karui.model.rewrite import apply_rewrites
+
+
+class Frozen(nn.Module):
+    """Sizes written in Python, a batch normalisation, dropout, and a path that only training takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn, self.drop = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout(0.2)
+        self.b, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6 * 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(functional.relu(self.bn(self.a(x))))
+        x = x.reshape(-1, 8, 16).reshape(-1, 8, 4, 4)
+        y = self.head(self.b(x).reshape(-1, 6 * 16))
+        return y + x.mean((1, 2, 3), keepdim=False)[:, None] * 0 if self.training else y
+
+
+@pytest.fixture(scope="module")
+def light() -> Model:
+    torch.manual_seed(0)
+    dense = Model(Frozen().eval(), example=(torch.randn(1, 3, 4, 4),))
+    return remove_units(dense, {"a": torch.tensor([0, 5]), "b": torch.tensor([2])}, allow_normalisation=True)
+
+
+def test_own_forward_cannot_run_so_the_graph_form_does(light: Model) -> None:
+    assert isinstance(light.module, GraphForm)
+    assert light.module.a.weight.shape == (6, 3, 3, 3)
+    assert light.module(torch.randn(7, 3, 4, 4)).shape == (7, 3)
+
+
+def test_layers_keep_their_names_and_are_called_whole(light: Model) -> None:
+    seen = []
+    module = copy.deepcopy(light.module)
+    module.b.register_forward_hook(lambda *_: seen.append("b"))
+    module(torch.randn(2, 3, 4, 4))
+    assert seen == ["b"]
+    assert set(module.state_dict()) == set(Frozen().state_dict())
+
+
+def test_it_trains_and_moves_running_statistics(light: Model) -> None:
+    module = copy.deepcopy(light.module).train()
+    before = module.bn.running_mean.clone()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    x, target = torch.randn(8, 3, 4, 4), torch.randint(3, (8,))
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(module(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert all(p.grad is not None for p in module.parameters())
+    assert losses[-1] < losses[0]
+    assert not torch.equal(before, module.bn.running_mean)
+    assert int(module.bn.num_batches_tracked) == 20
+    module.eval()
+    torch.testing.assert_close(module(x), module(x))
+
+
+def test_copies_are_independent(light: Model) -> None:
+    twin = copy.deepcopy(light.module)
+    with torch.no_grad():
+        twin.a.weight.zero_()
+    assert not torch.equal(twin.a.weight, light.module.a.weight)
+    x = torch.randn(2, 3, 4, 4)
+    assert not torch.allclose(twin(x), light.module(x))
+
+
+def test_it_exports_with_a_dynamic_batch(light: Model) -> None:
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(light.module.eval(), (torch.randn(2, 3, 4, 4),), dynamic_shapes=({0: batch},))
+    x = torch.randn(5, 3, 4, 4)
+    torch.testing.assert_close(exported.module()(x), light.module(x))
+
+
+def test_replay_from_json_computes_the_same(light: Model) -> None:
+    step = edit_from_json(edit_to_json(light.lineage[0]))
+    again = step.replay(Frozen(), light.example)
+    assert isinstance(again, GraphForm)
+    again.load_state_dict(light.module.state_dict())
+    x = torch.randn(3, 3, 4, 4)
+    torch.testing.assert_close(again.eval()(x), light.module.eval()(x))
+
+
+def test_it_can_be_cut_again(light: Model) -> None:
+    found = coupled_groups(light)
+    assert {g.name: g.size for g in found} == {"a": 6, "b": 5}
+    lighter = remove_units(light, {"b": torch.tensor([0])}, analysis=found)
+    assert lighter.module(torch.randn(2, 3, 4, 4)).shape == (2, 3)
+    assert [type(step) for step in lighter.lineage] == [Cut, Cut]
+
+
+def test_rewrites_for_another_program_are_refused(light: Model) -> None:
+    step = light.lineage[0]
+    assert isinstance(step, Cut)
+    broken = Cut(
+        step.kept, step.sizes, step.removed, [[["no_such", "aten.view.default", "aten.view.default", [], {}]]] * 2
+    )
+    with pytest.raises(ArtifactError, match="no_such"):
+        broken.replay(Frozen(), light.example)
+    assert callable(apply_rewrites)
+
+
+def test_a_frozen_batch_has_no_graph_form() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).view(2, 8))
+
+    model = Model(Single(), example=(torch.randn(2, 3),))
+    with pytest.raises(SurgeryError, match="fixes the batch size"):
+        remove_units(model, {"a": torch.tensor([0])})

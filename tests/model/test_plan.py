@@ -1,0 +1,63 @@
+"""The plan says what can be cut and what cannot, by name, before anything is cut."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor, nn
+
+from karui.model import Model, plan_surgery
+
+
+class Mixed(nn.Module):
+    """One layer that is cut freely, one behind a reshape to a number, one behind an operator without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free, self.frozen, self.odd, self.head = nn.Linear(3, 6), nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.frozen(torch.tanh(self.free(x)))).reshape(-1, 8)
+        return self.head(self.odd(x).sort(dim=1).values)
+
+
+def test_plan_names_groups_forms_and_reasons() -> None:
+    torch.manual_seed(0)
+    model = Model(Mixed().eval(), example=(torch.randn(2, 3),))
+    plan = plan_surgery(model)
+    assert [(g.name, g.units, g.graph_form) for g in plan.groups] == [("free", 6, False), ("frozen", 8, True)]
+    assert plan.groups[0].layers == ("free", "frozen")
+    assert plan.groups[0].parameters == 3 + 1 + 8
+    reasons = {r.name: r.reason for r in plan.refused}
+    assert reasons["odd"] == "sort runs over it"
+    assert reasons["head"] == "the model's output keeps its size"
+    assert json.loads(json.dumps(plan.to_json()))["groups"][1]["name"] == "frozen"
+
+
+def test_plan_of_a_blind_group_refuses_it_and_keeps_the_others() -> None:
+    class Silent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(3, 5), nn.Linear(5, 2), nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.d(torch.tanh(self.c(x))) + 0 * self.b(self.a(x))
+
+    plan = plan_surgery(Model(Silent(), example=(torch.randn(2, 3),)))
+    assert [g.name for g in plan.groups] == ["c"]
+    assert "do not show" in next(r.reason for r in plan.refused if r.name == "a")
+
+
+def test_plan_says_what_is_lost_without_a_capture() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) if x.sum() > 0 else x
+
+    plan = plan_surgery(Model(Branching(), example=(torch.randn(2, 3),)))
+    assert not plan.groups
+    assert "techniques that work layer by layer still can" in plan.lost
