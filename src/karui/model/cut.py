@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from karui.errors import CaptureError, SurgeryError, require
 from karui.model.edits import edit
-from karui.model.graphform import GraphForm, Program, capture_programs, graph_form
+from karui.model.graphform import GraphForm, graph_form
 from karui.model.groups import Analysis, coupled_groups, tensor_of
+from karui.model.program import Program, capture_programs
 from karui.model.proof import BlindError, Candidate
 from karui.model.proof import prove as prove_cut
 from karui.model.rewrite import apply_rewrites, rewrites

@@ -1,96 +1,22 @@
 """The graph form: a model as its captured program, for cuts that its own forward cannot survive.
 
 A forward that reshapes to numbers frozen in Python (heads, groups, a padding) breaks when channels go. Its program,
-captured with `torch.export`, has those numbers as arguments, and `karui.model.rewrite` changes them. The program
+captured by `karui.model.program`, has those numbers as arguments, and `karui.model.rewrite` changes them. The program
 calls the standard layers as modules, so that they keep their names, can be tapped and replaced, and know training
-from evaluation; what lies between them is plain operators. Where training computes something else, a second program
-holds it, over the same layers.
+from evaluation. Where training computes something else, a second program holds it, over the same layers.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.export import Dim
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from karui.errors import SurgeryError, require
-from karui.model.trace import Trace, brief, minds_training, mode_of, plain_attention, run_traced, widen
-
-# Layers that are called whole: their forward is one operator on their input, and their attributes follow a cut.
-WHOLE: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("linear",),
-    nn.Conv1d: ("conv1d",),
-    nn.Conv2d: ("conv2d",),
-    nn.Conv3d: ("conv3d",),
-    nn.ConvTranspose1d: ("conv_transpose1d",),
-    nn.ConvTranspose2d: ("conv_transpose2d",),
-    nn.ConvTranspose3d: ("conv_transpose3d",),
-    nn.BatchNorm1d: ("batch_norm",),
-    nn.BatchNorm2d: ("batch_norm",),
-    nn.BatchNorm3d: ("batch_norm",),
-    nn.LayerNorm: ("layer_norm",),
-    nn.GroupNorm: ("group_norm",),
-    nn.Dropout: ("dropout",),
-    nn.Dropout1d: ("feature_dropout",),
-    nn.Dropout2d: ("feature_dropout",),
-    nn.Dropout3d: ("feature_dropout",),
-}
-NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-# Operators that are told whether they train.
-MINDFUL = frozenset(
-    {
-        "batch_norm",
-        "instance_norm",
-        "dropout",
-        "feature_dropout",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "rrelu",
-        "lstm",
-        "gru",
-        "rnn_tanh",
-        "rnn_relu",
-    }
-)
-
-
-@dataclass(frozen=True)
-class Program:
-    """A captured computation.
-
-    Settings:
-        graph: its operators; parameters, buffers and whole layers are named by their paths.
-        inputs: the names of the inputs.
-        outputs: how the flat outputs are put together.
-        constants: tensors that it made once, by name.
-    """
-
-    graph: fx.Graph
-    inputs: tuple[str, ...]
-    outputs: TreeSpec
-    constants: dict[str, Tensor] = field(default_factory=dict)
-
-    def compiled(self, dtype: torch.dtype | None = None) -> Callable[..., Any]:
-        """A function of the module that holds the parameters, and the flat inputs; float32 may be another type."""
-        graph = self.graph
-        if dtype is not None:
-            graph = fx.Graph()
-            graph.output(graph.graph_copy(self.graph, {}))
-            for node in graph.nodes:
-                swapped = tree_map(lambda a: dtype if a is torch.float32 else a, (list(node.args), dict(node.kwargs)))
-                node.args, node.kwargs = tuple(swapped[0]), swapped[1]
-        code = graph.python_code("self")
-        space = dict(code.globals)
-        exec(code.src, space)  # noqa: S102  (the code is that of the graph, written by torch.fx)
-        return space["forward"]
+from karui.model.program import Program
 
 
 class GraphForm(nn.Module):
@@ -144,146 +70,3 @@ def _class_for(inputs: tuple[str, ...]) -> type[GraphForm]:
 def graph_form(state: nn.Module, evaluation: Program, training: Program, dtype: torch.dtype | None = None) -> GraphForm:
     """The graph form of two programs over the layers of `state`; float32 may be another type."""
     return _class_for(evaluation.inputs)(state, evaluation, training, dtype)
-
-
-def capture_programs(module: nn.Module, example: tuple[Any, ...]) -> tuple[Program, Program]:
-    """The evaluation and the training program of a module, with a dynamic batch.
-
-    Raises:
-        SurgeryError: `torch.export` cannot capture it, or would freeze the batch size.
-    """
-    module = copy.deepcopy(module)
-    evaluation = _export(module, widen(example), training=False)
-    told = any(n.op == "call_function" and _packet(n) in MINDFUL for n in evaluation.graph.nodes)
-    if not told and (not minds_training(module) or _same_operators(module, widen(example))):
-        return evaluation, evaluation
-    return evaluation, _export(module, widen(example), training=True)
-
-
-def _same_operators(module: nn.Module, example: tuple[Any, ...]) -> bool:
-    """Whether training runs the operators that evaluation does, beside counting batches."""
-    names = []
-    for training in (False, True):
-        trace = Trace()
-        run_traced(module, example, trace, training=training)
-        names.append([s.name for s in trace.steps if not any("num_batches" in v.origin for v in s.inputs)])
-    return names[0] == names[1]
-
-
-def _packet(node: fx.Node) -> str:
-    """The name of a node's operator, without its overload."""
-    return getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-
-
-def _export(module: nn.Module, example: tuple[Any, ...], *, training: bool) -> Program:
-    """One program, with whole layers as calls."""
-    shapes = tree_map(lambda t: {0: Dim.AUTO} if isinstance(t, Tensor) and t.ndim else None, example)
-    try:
-        with mode_of(module, training), plain_attention():
-            exported = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
-        captured = exported.module(check_guards=False)
-    except Exception as error:
-        raise SurgeryError(f"The model has no graph form: {brief(error)}.", "Leave the group whole.") from error
-    inputs = [n for n in captured.graph.nodes if n.op == "placeholder"]
-    frozen = [
-        n.name
-        for n, given in zip(inputs, tree_leaves((example, {})), strict=False)
-        if isinstance(given, Tensor) and given.ndim and str(n.meta["val"].shape[0]).isdigit()
-    ]
-    require(
-        not frozen,
-        f"The model has no graph form: it fixes the batch size of its input '{', '.join(frozen)}'.",
-        "Take sizes from its input's shape.",
-        SurgeryError,
-    )
-    known = {
-        name
-        for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    }
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(captured.graph, {}))
-    constants = {}
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target not in known:
-            value = captured.get_submodule(node.target.rpartition(".")[0])
-            value = getattr(value, node.target.rpartition(".")[2])
-            require(
-                isinstance(value, Tensor),
-                f"The model has no graph form: its operator {next(iter(node.users)).target} runs a program of its own.",
-                "",
-                SurgeryError,
-            )
-            mode = "training" if training else "evaluation"
-            constants[f"{mode}_constant_{len(constants)}"] = value.detach()
-            node.target = f"{mode}_constant_{len(constants) - 1}"
-    _tidy(graph)
-    _call_layers(graph, module)
-    graph.lint()
-    spec = exported.call_spec.out_spec
-    assert spec is not None  # noqa: S101  (an export has one)
-    named = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in NAMED][: len(example)]
-    names = (*named, *(f"input_{place}" for place in range(len(named), len(example))))
-    return Program(graph, names, spec, constants)
-
-
-def _tidy(graph: fx.Graph) -> None:
-    """Drop checks that hold sizes and types of the captured run."""
-    for node in list(graph.nodes):
-        asserts = node.op == "call_function" and "_assert" in str(node.target) and not node.users
-        if asserts or (node.op == "call_module" and "guard" in str(node.target)):
-            graph.erase_node(node)
-
-
-def _call_layers(graph: fx.Graph, module: nn.Module) -> None:
-    """Make operators that are a whole layer call the layer."""
-    layers = dict(module.named_modules())
-    for node in list(graph.nodes):
-        stack = node.meta.get("nn_module_stack") or {}
-        path = next(reversed(list(stack.values())), ("", ""))[0] if stack else ""
-        path = path.partition("@")[0]
-        layer = layers.get(path)
-        if node.op != "call_function" or layer is None or not path or not _is_whole(node, layer, module):
-            continue
-        with graph.inserting_before(node):
-            call = graph.call_module(path, (node.args[0],))
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        graph.erase_node(node)
-    for node in list(graph.nodes):
-        counter = (
-            node.args and isinstance(node.args[0], fx.Node) and str(node.args[0].target).endswith("num_batches_tracked")
-        )
-        if node.op == "call_function" and counter and _counts_whole(node, layers):
-            graph.erase_node(node)
-    for node in reversed(list(graph.nodes)):
-        if node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
-
-
-def _is_whole(node: fx.Node, layer: nn.Module, module: nn.Module) -> bool:
-    """Whether an operator is all that its layer does."""
-    names = WHOLE.get(type(layer), ())
-    if _packet(node) not in names:
-        return False
-    hooked = layer._forward_hooks or layer._forward_pre_hooks  # noqa: SLF001  (their effect is in the graph already)
-    weight = getattr(layer, "weight", None)
-    used = [a for a in node.all_input_nodes if a.op == "get_attr"]
-    mine = weight is None or any(_attribute(module, str(a.target)) is weight for a in used)
-    return (
-        not hooked and mine and getattr(layer, "padding_mode", "zeros") == "zeros" and isinstance(node.args[0], fx.Node)
-    )
-
-
-def _counts_whole(node: fx.Node, layers: dict[str, nn.Module]) -> bool:
-    """Whether an operator counts the batches of a layer that is called whole, and so counts them itself."""
-    first = node.args[0]
-    assert isinstance(first, fx.Node)  # noqa: S101  (asked before)
-    return type(layers.get(str(first.target).rpartition(".")[0])) in WHOLE and not node.users
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    owner, _, leaf = path.rpartition(".")
-    try:
-        return getattr(module.get_submodule(owner), leaf)
-    except AttributeError:
-        return None

@@ -72,6 +72,8 @@ class Labels:
 
     def merge(self, one: np.ndarray, other: np.ndarray) -> None:
         """The indices of two dimensions of equal size live and die together."""
+        if one.shape != other.shape:
+            raise ValueError(f"dimensions of {len(one)} and {len(other)} indices cannot merge")
         if one is not other:
             self.merges.append((one, other))
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @rule(
-    "clone detach alias _to_copy contiguous lift_fresh lift_fresh_copy zero fill uniform normal random "
+    "clone detach alias to _to_copy contiguous lift_fresh lift_fresh_copy zero fill uniform normal random "
     "exponential set_data detach_copy view_as_real_copy positive empty_like zeros_like ones_like "
     "full_like rand_like randn_like bernoulli_ randint_like"
 )

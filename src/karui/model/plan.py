@@ -15,8 +15,8 @@ from torch import Tensor
 
 from karui.errors import CaptureError, SurgeryError
 from karui.model.cut import cut_graph, cut_own
-from karui.model.graphform import capture_programs
 from karui.model.groups import Analysis, Group, coupled_groups, tensor_of
+from karui.model.program import capture_programs
 
 if TYPE_CHECKING:
     from karui.model.value import Model

@@ -20,8 +20,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from karui.errors import ArtifactError, CaptureError, require
-from karui.model.graphform import Program, graph_form
+from karui.model.graphform import graph_form
 from karui.model.groups import Analysis, analyse
+from karui.model.program import Program
 from karui.model.trace import Step, Trace, Tracer, Value, brief, mode_of
 
 Rewrite = list[Any]

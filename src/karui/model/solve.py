@@ -1,10 +1,10 @@
 """Resolve what was said of the labels into units that can be cut, each by itself.
 
 Merged labels are one class (connected components). Grids are simplified until nothing changes: an axis that must stay
-drops out; a grid with one axis left is plain merging; grids over the same cells, or over the same axes, are one.
-Where a class is still the cell of two different grids (a channel shuffle into channels that are split elsewhere), the
-shorter axis is held in place. What is left is free: any set of *base* classes may die, and a cell dies where one of
-its axes does.
+drops out, rows with the same cells are one, a grid with one axis left is plain merging; grids over the same cells, or
+over the same axes, are one. Where a class is still the cell of two different grids (a channel shuffle into channels
+that are split elsewhere), the shorter axis is held in place. What is left is free: any set of *base* classes may die,
+and a cell dies where one of its axes does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from karui.model.labels import Labels
+
+GridArrays = tuple[np.ndarray, tuple[np.ndarray, ...]]
 
 HELD = "two ways of splitting the same channels meet, and only one of them can shrink"
 WHOLE = "every index along it is the same unit"
@@ -36,7 +38,7 @@ class Resolved:
     classes: np.ndarray
     locked: np.ndarray
     counted: np.ndarray
-    grids: list[tuple[np.ndarray, tuple[np.ndarray, ...]]] = field(default_factory=list)
+    grids: list[GridArrays] = field(default_factory=list)
 
     def of(self, labels: np.ndarray) -> np.ndarray:
         """The class of each label; -1 where it must stay."""
@@ -116,9 +118,7 @@ def _classes(state: _State) -> Resolved:
     return Resolved(classes.astype(np.int64), locked, locked)
 
 
-def _simplify(
-    grid: tuple[np.ndarray, tuple[np.ndarray, ...]], found: Resolved, state: _State
-) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+def _simplify(grid: GridArrays, found: Resolved, state: _State) -> list[GridArrays]:
     """One grid with dead axes dropped; nothing where it came down to merging."""
     cells, axes = grid
     of_cells = found.of(cells)
@@ -137,24 +137,34 @@ def _simplify(
     if len(axes) == 1:
         state.merge(cells, axes[0])
         return []
-    dead = of_cells < 0
-    if dead.any():
-        why = _why(cells[dead][:1], found)
-        for place, axis in enumerate(axes):
-            stay = dead.any(axis=tuple(k for k in range(len(axes)) if k != place)) & (found.of(axis) >= 0)
-            if stay.any():
-                state.lock(axis[stay], why)
-    alone = np.ones(cells.shape, dtype=bool)
     for place, axis in enumerate(axes):
-        alone &= (found.of(axis) < 0).reshape([-1 if k == place else 1 for k in range(len(axes))])
-    if (alone & ~dead).any():
-        state.lock(cells[alone & ~dead], _why(axes[0][found.of(axes[0]) < 0][:1], found))
+        rows = np.moveaxis(of_cells, place, 0).reshape(len(axis), -1)
+        _, seen, again = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+        if len(seen) < len(axis):
+            state.merge(axis, axis[seen][again.reshape(-1)])
+            one = np.sort(seen)
+            return [(cells.take(one, axis=place), (*axes[:place], axis[one], *axes[place + 1 :]))]
+    _hold(grid, found, state)
     return [grid]
 
 
-def _drop(
-    cells: np.ndarray, axes: tuple[np.ndarray, ...], live: list[int], state: _State
-) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+def _hold(grid: GridArrays, found: Resolved, state: _State) -> None:
+    """A cell that stays holds its axes in place; a cell whose axes all stay, stays."""
+    cells, axes = grid
+    dead = found.of(cells) < 0
+    alone = np.ones(cells.shape, dtype=bool)
+    for place, axis in enumerate(axes):
+        others = tuple(k for k in range(len(axes)) if k != place)
+        held = found.of(axis) < 0
+        alone &= np.expand_dims(held, others)
+        stay = dead.any(axis=others) & ~held
+        if stay.any():
+            state.lock(axis[stay], _why(cells[dead][:1], found))
+    if (alone & ~dead).any():
+        state.lock(cells[alone & ~dead], _why(axes[0][found.of(axes[0]) < 0][:1], found))
+
+
+def _drop(cells: np.ndarray, axes: tuple[np.ndarray, ...], live: list[int], state: _State) -> list[GridArrays]:
     """Without the axes that stay; cells along them are one."""
     gone = [k for k in range(len(axes)) if k not in live]
     flat = np.moveaxis(cells, gone, range(len(gone))).reshape(-1, *[len(axes[k]) for k in live])
@@ -174,9 +184,7 @@ def _why(labels: np.ndarray, found: Resolved) -> int:
     return -1 - label if label < 0 else int(max(found.locked[found.classes[label]], 0))
 
 
-def _same(
-    grids: list[tuple[np.ndarray, tuple[np.ndarray, ...]]], found: Resolved, state: _State
-) -> list[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+def _same(grids: list[GridArrays], found: Resolved, state: _State) -> list[GridArrays]:
     """Grids over the same axes have the same cells, and the other way round."""
     by_axes: dict[bytes, np.ndarray] = {}
     by_cells: dict[bytes, tuple[np.ndarray, ...]] = {}
@@ -200,7 +208,7 @@ def _same(
     return kept
 
 
-def _conflicts(grids: list[tuple[np.ndarray, tuple[np.ndarray, ...]]], found: Resolved, state: _State) -> None:
+def _conflicts(grids: list[GridArrays], found: Resolved, state: _State) -> None:
     """Hold the shorter axis of grids whose cells belong to another grid too, or that lie on their own axes."""
     owner = np.full(len(found.locked), -1)
     depends: dict[int, set[int]] = {}

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from karui.errors import CaptureError, KaruiError
-from karui.model.labels import Dims, Labels
-from karui.model.rules import Call, rule_for
+from karui.model.labels import SINGLE, Dims, Labels
+from karui.model.rules import Call, rule_for, unknown
 
 INPUT = "the model's input keeps its size"
 OUTPUT = "the model's output keeps its size"
@@ -110,7 +110,10 @@ class Tracer(TorchDispatchMode):
         return known
 
     def set(self, tensor: Tensor, dims: Dims, origin: str = "") -> None:
-        """Say what the labels of an operator's output are."""
+        """Say what the labels of an operator's output are; the only index of a dimension must stay."""
+        for labels in dims:
+            if len(labels) == 1 and labels[0] >= 0:
+                self.labels.lock(labels, SINGLE)
         self.values[tensor] = Value(dims, origin)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -129,7 +132,14 @@ class Tracer(TorchDispatchMode):
         number = len(self.trace.steps)
         result = func(*args, **kwargs) if self.compute is None else self.compute(number, func, args, kwargs)
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        rule(self, Call(func, args, kwargs, result))
+        call = Call(func, args, kwargs, result)
+        try:
+            rule(self, call)
+            fits = all([len(d) for d in self.value(t).dims] == list(t.shape) for t in outputs)
+        except (ValueError, IndexError, TypeError, AttributeError):
+            fits = False
+        if not fits:
+            unknown(self, call)
         for t in outputs:
             value = self.values.get(t)
             if value is None:
