@@ -263,7 +263,7 @@ def test_a_layer_of_a_network_in_graph_form() -> None:
     dense = Model(Padded().eval(), example=(torch.randn(2, 1, 6, 6),))
     name = coupled_groups(dense).groups[0].name
     cut = remove_units(dense, {name: torch.tensor([1])})
-    assert type(cut.module) is GraphForm
+    assert isinstance(cut.module, GraphForm)
     light = replace_layers(cut, {"conv": nn.Conv2d(1, 3, 3, padding=1, bias=False)})
     assert run(light).shape == run(dense).shape
     assert not torch.equal(run(light), run(cut))

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from karui.model.rules import Call, broadcast, rule
 
+SHARED = "several query heads share one of keys and values"
+
 if TYPE_CHECKING:
     from karui.model.trace import Tracer, Value
 
@@ -152,13 +154,15 @@ def _grid(tracer: Tracer, target: np.ndarray, group: np.ndarray, each: np.ndarra
 def attention(tracer: Tracer, call: Call) -> None:
     """Queries [..., n, e] with keys [..., m, e], then values [..., m, v]; softmax over m."""
     q, k, v = (tracer.value(t).dims for t in call.args[:3])
-    for one, other in (
-        (q[-1], k[-1]),
-        (k[-2], v[-2]),
-        *zip(q[:-2], k[:-2], strict=True),
-        *zip(q[:-2], v[:-2], strict=True),
-    ):
-        tracer.labels.merge(one, other)
+    tracer.labels.merge(q[-1], k[-1])
+    tracer.labels.merge(k[-2], v[-2])
+    for heads in zip(q[:-2], k[:-2], v[:-2], strict=True):
+        for other in heads[1:]:
+            if len(other) == len(heads[0]):
+                tracer.labels.merge(heads[0], other)
+            elif len(other) > 1:
+                tracer.labels.lock(heads[0], SHARED)
+                tracer.labels.lock(other, SHARED)
     tracer.labels.lock(k[-2], "softmax runs over it")
     mask = call.get("attn_mask")
     if mask is None:

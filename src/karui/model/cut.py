@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,7 +20,7 @@ from karui.model.proof import prove as prove_cut
 from karui.model.rewrite import apply_rewrites, rewrites
 from karui.model.running import outputs
 from karui.model.sizes import new_sizes
-from karui.model.trace import brief, minds_training, widen
+from karui.model.trace import brief, copied, minds_training, widen
 
 if TYPE_CHECKING:
     from karui.model.value import Model
@@ -56,7 +55,7 @@ class Cut:
 
     def shrunk(self, module: nn.Module) -> nn.Module:
         """A copy of `module` with smaller tensors, and the attributes that say so."""
-        module = copy.deepcopy(module, smaller(module, self.kept))
+        module = copied(module, smaller(module, self.kept))
         for path, name, value in self.sizes:
             setattr(module.get_submodule(path), name, tuple(value) if isinstance(value, list) else value)
         return module

@@ -6,7 +6,6 @@ sizes that Python computed.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from karui.errors import SurgeryError, require
 from karui.model.inline import inline
-from karui.model.trace import Trace, brief, minds_training, mode_of, plain_attention, run_traced, widen
+from karui.model.trace import Trace, brief, copied, minds_training, mode_of, plain_attention, run_traced, widen
 
 # Layers that are called whole: their forward is one operator on their input, and their attributes follow a cut.
 WHOLE: dict[type[nn.Module], tuple[str, ...]] = {
@@ -96,7 +95,7 @@ def capture_programs(module: nn.Module, example: tuple[Any, ...]) -> tuple[Progr
     Raises:
         SurgeryError: `torch.export` cannot capture it, or would freeze the batch size.
     """
-    module = copy.deepcopy(module)
+    module = copied(module)
     evaluation = _export(module, widen(example), training=False)
     told = any(n.op == "call_function" and _packet(n) in MINDFUL for n in evaluation.graph.nodes)
     if not told and (not minds_training(module) or _same_operators(module, widen(example))):

@@ -9,7 +9,6 @@ proof.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from karui.model.graphform import graph_form
 from karui.model.groups import analyse
 from karui.model.running import Steady, difference, double, double_precision, outputs, random_like, run_double, tensors
 from karui.model.survivors import on_survivors
-from karui.model.trace import Trace, brief, minds_training, mode_of, plain_attention, run_traced, traced, widen
+from karui.model.trace import Trace, brief, copied, minds_training, mode_of, plain_attention, run_traced, traced, widen
 
 if TYPE_CHECKING:
     from karui.model.cut import Cut
@@ -183,7 +182,7 @@ def measure(
     drawn: nn.Module, candidate: Candidate, inputs: list[tuple[Any, ...]], whole: list[Tensor], *, training: bool
 ) -> Proof:
     """Masked against cut, on every input, in double precision; `whole` is the output of `drawn` before."""
-    dense = copy.deepcopy(drawn).double()
+    dense = copied(drawn).double()
     cut = candidate.build(dense, torch.float64)
     run_masked = run_double if candidate.exact else survivors_only(dense, candidate.step, inputs[0], training=training)
     mask(dense, candidate.analysis, candidate.removed)
@@ -195,7 +194,7 @@ def measure(
     floor = max(difference(run_double(cut, inputs[0], training=training), shrunk[0]), scale * 2.0**-53)
     effect = difference(whole, masked[0])
     if effect < FAINT * scale:
-        effect = difference(run_double(copy.deepcopy(drawn).double(), inputs[0], training=training), masked[0])
+        effect = difference(run_double(copied(drawn).double(), inputs[0], training=training), masked[0])
     return Proof(gap, floor, effect)
 
 
@@ -225,7 +224,7 @@ def prove(model: Model, candidate: Candidate) -> Proof:
     drawn, unseen = model.module, set()
     for attempt in range(DRAWS + 1):
         if attempt:
-            drawn = copy.deepcopy(model.module)
+            drawn = copied(model.module)
             redraw(drawn, generator)
         unseen, whole = hidden(drawn, candidate, example, training=False)
         modes = [(False, [example, other], whole)]
@@ -255,12 +254,12 @@ def _compared(
     try:
         found = measure(drawn, candidate, tree_map(double, inputs), whole, training=training)
         if not found.holds and candidate.programs is not None and found.difference < FAINT * found.effect:
-            program = graph_form(copy.deepcopy(drawn), *candidate.programs)
+            program = graph_form(copied(drawn), *candidate.programs)
             again = outputs(program, inputs[0], training=training)
             jitter(program)
             floor = difference(outputs(program, inputs[0], training=training), again)
             if difference(again, whole) <= SLACK * floor:
-                program = graph_form(copy.deepcopy(drawn), *candidate.programs, torch.float64)
+                program = graph_form(copied(drawn), *candidate.programs, torch.float64)
                 found = measure(program, candidate, tree_map(double, inputs), whole, training=training)
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError) as error:
         raise SurgeryError(f"{candidate}: the model does not run afterwards: {brief(error)}.") from error

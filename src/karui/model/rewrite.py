@@ -8,7 +8,6 @@ where an argument may name a node of the graph ({"node": name}) or compute somet
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from karui.errors import ArtifactError, CaptureError, require
 from karui.model.graphform import graph_form
 from karui.model.groups import Analysis, analyse
 from karui.model.program import Program
-from karui.model.trace import Step, Trace, Tracer, Value, brief, mode_of
+from karui.model.trace import Step, Trace, Tracer, Value, brief, copied, mode_of
 
 Rewrite = list[Any]
 PLAIN: dict[str, Callable[..., Any]] = {"mul": operator.mul, "floordiv": operator.floordiv}
@@ -223,7 +222,7 @@ def interpret(
 ) -> tuple[dict[fx.Node, Any], dict[fx.Node, list[Step]], Trace]:
     """Run a program over a module's parameters, and label the result of every node."""
     trace = Trace()
-    form = graph_form(copy.deepcopy(module), program, program)
+    form = graph_form(copied(module), program, program)
     names = {
         id(t): name for name, t in [*form.named_parameters(), *form.named_buffers()] if name not in program.constants
     }

@@ -7,6 +7,7 @@ changes: buffers that a training-mode run would move are swapped for copies.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -153,14 +154,29 @@ class Tracer(TorchDispatchMode):
 
 @contextmanager
 def mode_of(module: nn.Module, training: bool) -> Iterator[None]:
-    """The module in training or evaluation mode, and afterwards as it was."""
+    """The module in training or evaluation mode, and afterwards as it was.
+
+    What layers keep between evaluation runs (attention biases that were looked up once) is dropped before and after, by
+    a turn to training mode, as such layers do when they train.
+    """
     before = [(m, m.training) for m in module.modules()]
+    module.train(True)
     module.train(training)
     try:
         yield
     finally:
+        module.train(True)
         for m, was in before:
             m.training = was
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, without what layers keep between evaluation runs; `memo` as in `copy.deepcopy`."""
+    with mode_of(module, True):
+        twin = copy.deepcopy(module, memo)
+    for one, other in zip(module.modules(), twin.modules(), strict=True):
+        other.training = one.training
+    return twin
 
 
 @contextmanager
