@@ -93,7 +93,7 @@ class SvdRestructuring:
     Relations: `Tucker2` (12) is for convolutions and finds its ranks itself.
 
     Example:
-        >>> import karui
+        >>> import karui, torch
         >>> model = karui.Model(nn.Linear(64, 64), example=(torch.zeros(1, 64),))
         >>> SvdRestructuring(rank=8, epochs=0).apply(model, karui.Bench()).parameters
         1088
