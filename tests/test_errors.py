@@ -23,3 +23,10 @@ def test_an_unknown_word_is_answered_by_the_closest_one() -> None:
         did_you_mean("l1_filter_prunning", ["l1_filter_pruning", "tucker2"], "Technique")
     with pytest.raises(UsageError, match="Known: tucker2"):
         did_you_mean("zzz", ["tucker2"], "Technique")
+
+
+def test_every_name_at_the_front_door_opens() -> None:
+    import karui
+
+    for name in dir(karui):
+        assert getattr(karui, name) is not None or name.startswith("__"), name

@@ -32,7 +32,7 @@ _DOOR = {
     "load_data": "karui.data",
     "save": "karui.artifact",
     "load": "karui.artifact",
-    "plan": "karui.model",
+    "plan_surgery": "karui.model",
     "KaruiError": "karui.errors",
 }
 _FLOORS = (
