@@ -127,7 +127,7 @@ def timed(words: int, window: int, share: float) -> dict[str, str]:
     clock = Clock(batches=(1, 16), threads=(1,), engines=(Torch(), OnnxRuntime()), cpu_time=True)
     found = clock.time({"dense": dense, "light": light})
     sides = zip(found.of("dense"), found.of("light"), strict=True)
-    return {f"{heavy.engine}, batch {heavy.batch}": str(time_ratio(heavy, lean)) for heavy, lean in sides}
+    return {f"{heavy.engine}, batch {heavy.batch}": time_ratio(heavy, lean).verdict for heavy, lean in sides}
 
 
 def main() -> None:
