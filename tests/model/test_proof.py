@@ -97,6 +97,21 @@ def test_units_hidden_by_zero_weights_are_proved_on_redrawn_ones() -> None:
         prove(model, Candidate(wrong, wrongly(found, "0", "2.weight", [[1]] * 5), units))
 
 
+def test_statistics_of_the_old_weights_do_not_blow_up_redrawn_ones() -> None:
+    torch.manual_seed(0)
+    blocks = [part for _ in range(24) for part in (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU6())]
+    net = nn.Sequential(*blocks, nn.Linear(8, 2)).eval()
+    for layer in net:
+        if isinstance(layer, nn.BatchNorm1d) and layer.running_var is not None:
+            layer.running_var.fill_(1e-3)
+            layer.weight.data.fill_(0.05)
+    net[1].weight.data[3] = net[1].bias.data[3] = 0
+    model = Model(net, example=(torch.randn(2, 8),))
+    found = coupled_groups(model)
+    units = {"0": torch.tensor([3])}
+    assert prove(model, Candidate(make_cut(net, found, units), found, units)).redrawn
+
+
 def test_blind_proofs_are_refused() -> None:
     class Silent(nn.Module):
         def __init__(self) -> None:

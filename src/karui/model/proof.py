@@ -93,8 +93,14 @@ def mask(module: nn.Module, analysis: Analysis, removed: Mapping[str, Tensor]) -
 
 
 def redraw(module: nn.Module, generator: torch.Generator) -> None:
-    """Draw every weight anew, at a scale that keeps activations alive; in place."""
+    """Draw every weight anew, at a scale that keeps activations alive; in place.
+
+    Statistics of the weights that were would blow the new activations up, and with them the rounding floor.
+    """
     with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, nn.modules.batchnorm._NormBase):  # noqa: SLF001  (it has no public name)
+                layer.reset_running_stats()
         for p in module.parameters():
             if p.is_floating_point():
                 fan = max(p[0].numel(), 1) if p.ndim > 1 else 1
