@@ -28,7 +28,13 @@ WIDTHS = (0.5, 0.375, 0.25, 0.125)
 
 def bench(data: Splits) -> Bench:
     training = Training(batch_size=32, optimizer=Adam(lr=5e-3))
-    return Bench(train=data.train, validation=data.validation, test=data.test, training=training)
+    return Bench(
+        train=data.train,
+        validation=data.validation,
+        test=data.test,
+        training=training,
+        checkpoints=CACHE / "mobilenet",
+    )
 
 
 def untrained(step: MobileNet, data: Splits) -> Model:

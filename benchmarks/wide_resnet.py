@@ -30,7 +30,13 @@ ROUNDS = 15
 
 def bench(data: Splits) -> Bench:
     training = Training(batch_size=64, optimizer=SGD(lr=0.1))
-    return Bench(train=data.train, validation=data.validation, test=data.test, training=training)
+    return Bench(
+        train=data.train,
+        validation=data.validation,
+        test=data.test,
+        training=training,
+        checkpoints=CACHE / "wide_resnet",
+    )
 
 
 def build(depth: int, width: int, data: Splits) -> Model:
