@@ -53,3 +53,31 @@ def test_a_path_that_depends_on_the_data_even_when_exported_is_refused() -> None
 def test_positions_beyond_the_example_are_no_units() -> None:
     found = coupled_groups(model(torch.ones(2, 9, dtype=torch.long)))
     assert [group.name for group in found] == ["up"]
+
+
+class MaskedHeads(nn.Module):
+    """Two heads of frozen number, whose training reads the mode: it needs its graph form where a head's width goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 16)
+        self.query, self.key, self.value = (nn.Linear(16, 8) for _ in range(3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        x = self.words(tokens)
+        q, k, v = (layer(x).view(*tokens.shape, 2, 4).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        bias = None
+        if torch.compiler.is_exporting() or not mask.all():
+            bias = mask.bool()[:, None, None, :]
+        x = nn.functional.scaled_dot_product_attention(q, k, v, bias, 0.1 if self.training else 0.0)
+        return self.head(x.transpose(1, 2).flatten(2).mean(1))
+
+
+def test_a_look_at_the_mask_hinders_no_graph_form() -> None:
+    torch.manual_seed(0)
+    example = (torch.randint(0, 50, (2, 9)), torch.ones(2, 9, dtype=torch.long))
+    dense = Model(MaskedHeads().eval(), example=example)
+    light = remove_units(dense, {"value": torch.tensor([1])})
+    assert light.parameters < dense.parameters
+    assert light.module(*example).shape == (2, 3)

@@ -18,7 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from karui.errors import SurgeryError, require
 from karui.model.inline import inline
-from karui.model.trace import Trace, brief, copied, minds_training, mode_of, plain_attention, run_traced, widen
+from karui.model.trace import brief, copied, minds_training, mode_of, plain_attention, traced, widen
 
 # Layers that are called whole: their forward is one operator on their input, and their attributes follow a cut.
 WHOLE: dict[type[nn.Module], tuple[str, ...]] = {
@@ -107,8 +107,7 @@ def _same_operators(module: nn.Module, example: tuple[Any, ...]) -> bool:
     """Whether training runs the operators that evaluation does, beside counting batches."""
     names = []
     for training in (False, True):
-        trace = Trace()
-        run_traced(module, example, trace, training=training)
+        trace = traced(module, example, training=training)
         names.append([s.name for s in trace.steps if not any("num_batches" in v.origin for v in s.inputs)])
     return names[0] == names[1]
 
