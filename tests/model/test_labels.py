@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
+from karui.model import Model, coupled_groups
 from karui.model.labels import Labels
 from karui.model.solve import HELD, solve
 
@@ -92,3 +95,17 @@ def test_merging_with_a_fixed_label_locks_for_its_reason() -> None:
     labels.merge(one, labels.fixed(3, "the model's input keeps its size"))
     found = solve(labels)
     assert {labels.reasons[c] for c in found.locked} == {"the model's input keeps its size"}
+
+
+def test_rows_and_columns_that_own_alike_slices_are_groups_of_their_own() -> None:
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x.view(x.shape[0], 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2))
+
+    found = coupled_groups(Model(Square(), example=(torch.randn(1, 3, 2, 2),)))
+    assert [group.size for group in found] == [2, 2]

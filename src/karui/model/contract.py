@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from karui.model.rules import Call, broadcast, rule
+from karui.model.rules import Call, broadcast, rule, tensors_in
 
 SHARED = "several query heads share one of keys and values"
 
@@ -175,7 +174,7 @@ def attention(tracer: Tracer, call: Call) -> None:
             [len(d) for d in scores],
         )
     tracer.set(call.result[0], (*q[:-1], v[-1]))
-    for other in tree_leaves(call.result[1:]):
+    for other in tensors_in(call.result[1:]):
         if isinstance(other, Tensor):
             tracer.set(
                 other,
@@ -225,7 +224,7 @@ def batch_norm(tracer: Tracer, call: Call) -> None:
         for k, d in enumerate(x.dims):
             if k != 1:
                 tracer.labels.normalised(d, "a batch statistic counts it")
-    for place, out in enumerate(tree_leaves(call.result)):
+    for place, out in enumerate(tensors_in(call.result)):
         if isinstance(out, Tensor):
             tracer.set(
                 out,
@@ -250,7 +249,7 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
     for d in x.dims[kept:]:
         tracer.labels.normalised(d, "layer normalisation counts it")
     one = tracer.labels.fixed(1, "")
-    for place, out in enumerate(tree_leaves(call.result)):
+    for place, out in enumerate(tensors_in(call.result)):
         tracer.set(out, x.dims if place == 0 else (*x.dims[:kept], *[one] * (out.ndim - kept)))
 
 
@@ -276,5 +275,5 @@ def group_norm(tracer: Tracer, call: Call) -> None:
         tracer.trace.counts.append((tracer.value(weight).origin, "num_groups", group))
     for d in x.dims[2:]:
         tracer.labels.normalised(d, "group normalisation counts it")
-    for place, out in enumerate(tree_leaves(call.result)):
+    for place, out in enumerate(tensors_in(call.result)):
         tracer.set(out, x.dims if place == 0 else (x.dims[0], group))

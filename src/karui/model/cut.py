@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -92,15 +93,22 @@ def smaller(module: nn.Module, kept: list[Any]) -> dict[int, Any]:
 
 def make_cut(module: nn.Module, analysis: Analysis, removed: Mapping[str, Tensor]) -> Cut:
     """The edit that removes these units."""
-    dead = analysis.chosen(removed)
+    alive = analysis.left(removed)
     kept, touched = [], {}
     for name, dims in analysis.trace.slots.items():
         for dim, labels in enumerate(dims):
-            stay = analysis.survivors(labels, dead)
-            if len(stay) < len(labels):
+            stays = alive[labels]
+            if not stays.all():
+                stay = np.flatnonzero(stays)
+                require(
+                    len(stay) > 0,
+                    f"Nothing would be left of '{name}'.",
+                    "Leave more units of the groups that it belongs to.",
+                    SurgeryError,
+                )
                 kept.append([name, dim, stay.tolist()])
                 touched.setdefault(name, {})[dim] = len(stay)
-    return Cut(kept, new_sizes(module, analysis, touched, dead), {n: len(u) for n, u in removed.items()})
+    return Cut(kept, new_sizes(module, analysis, touched, alive), {n: len(u) for n, u in removed.items()})
 
 
 def remove_units(

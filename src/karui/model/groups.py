@@ -104,8 +104,11 @@ class Analysis:
             did_you_mean(name, [g.name for g in self.groups], "Group")
         return found
 
-    def dead(self, kept: list[Any]) -> np.ndarray:
-        """For each class whether it dies when only the `kept` indices of tensors stay: (name, dimension, indices)."""
+    def alive(self, kept: list[Any]) -> np.ndarray:
+        """For each label whether it stays when only the `kept` indices of tensors do: (name, dimension, indices).
+
+        Labels that never die are negative, and count from the end of the array; so it may be indexed by any label.
+        """
         dead = np.zeros(len(self.resolved.locked), dtype=bool)
         for name, dim, indices in kept:
             labels = self.trace.slots[name][dim] if name in self.trace.slots else np.zeros(0, dtype=np.int64)
@@ -118,27 +121,24 @@ class Analysis:
             for place, axis in enumerate(axes):
                 slab = whole.all(axis=tuple(k for k in range(len(axes)) if k != place)) & (axis >= 0)
                 dead[axis[slab]] = True
-        return self.spread(dead)
+        return self._by_label(dead)
 
-    def chosen(self, removed: Mapping[str, Tensor]) -> np.ndarray:
-        """For each class whether it dies when these units are removed."""
+    def left(self, removed: Mapping[str, Tensor]) -> np.ndarray:
+        """The same when these units are removed."""
         dead = np.zeros(len(self.resolved.locked), dtype=bool)
         for name, units in removed.items():
             dead[self[name].classes[units.cpu().numpy()]] = True
-        return self.spread(dead)
+        return self._by_label(dead)
 
-    def spread(self, dead: np.ndarray) -> np.ndarray:
-        """The same with the cells of grids whose axes die."""
+    def _by_label(self, dead: np.ndarray) -> np.ndarray:
+        """Dead classes, with the cells of grids whose axes die, as labels that stay."""
         for _ in self.resolved.grids:
             for cell, axis in self.resolved.bases():
                 live = (axis >= 0) & (cell >= 0)
                 dead[cell[live][dead[axis[live]]]] = True
-        return dead
-
-    def survivors(self, labels: np.ndarray, dead: np.ndarray) -> np.ndarray:
-        """Which indices of a dimension stay."""
-        found = self.resolved.of(labels)
-        return np.flatnonzero((found < 0) | ~dead[found]) if len(dead) else np.arange(len(labels))
+        dead &= self.resolved.locked < 0
+        fixed = np.ones(len(self.trace.labels.reasons), dtype=bool)
+        return np.concatenate([~dead[self.resolved.classes], fixed])
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor:
@@ -247,9 +247,13 @@ class _Book:
         """Units that own as many indices of the same slots form a group."""
         slot, index, unit = self.ownership()
         count = len(self.resolved.locked)
-        marks = np.random.default_rng(0).integers(1, 2**62, size=max(len(self.slots), 1), dtype=np.uint64)
+        chance = np.random.default_rng(0)
+        marks = chance.integers(1, 2**62, size=max(len(self.slots), 1), dtype=np.uint64)
         signature = np.zeros(count, dtype=np.uint64)
         np.add.at(signature, unit, marks[slot])
+        for _, axes in self.resolved.grids:
+            for axis in axes:  # rows and columns of a grid may own alike slices, but one of each must stay
+                signature[axis[axis >= 0]] += np.uint64(chance.integers(1, 2**62))
         owners, seen = np.unique(unit, return_index=True)
         owners = owners[np.argsort(seen, kind="stable")]
         kinds, first, kind, sizes = np.unique(

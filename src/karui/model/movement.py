@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from karui.model.rules import Call, broadcast, rule, unknown
+from karui.model.rules import Call, broadcast, rule, tensors_in, unknown
 
 FACTOR = "a pixel shuffle keeps its factor"
 
@@ -246,7 +245,7 @@ def index(tracer: Tracer, call: Call) -> None:
     source = tracer.value(call.args[0])
     name = call.name
     reason = "it is looked up by index"
-    for t in tree_leaves(call.args[1:]):
+    for t in tensors_in(call.args[1:]):
         if isinstance(t, Tensor):
             for labels in tracer.value(t).dims:
                 tracer.labels.lock(labels, "it is an index")

@@ -144,7 +144,7 @@ def survivors_only(dense: nn.Module, step: Cut, example: tuple[Any, ...], *, tra
     with double_precision():
         trace = traced(dense, example, training=training)
     found = analyse(trace, [])
-    compute = on_survivors(found, found.dead(step.kept))
+    compute = on_survivors(trace.steps, found.alive(step.kept))
 
     def run_counted(module: nn.Module, inputs: tuple[Any, ...], *, training: bool) -> list[Tensor]:
         with double_precision():
@@ -232,8 +232,8 @@ def prove(model: Model, candidate: Candidate) -> Proof:
         if attempt:
             drawn = copied(model.module)
             redraw(drawn, generator)
-        unseen, whole = hidden(drawn, candidate, example, training=False)
-        modes = [(False, [example, other], whole)]
+        inputs, (unseen, whole) = _together(drawn, candidate, example, other)
+        modes = [(False, inputs, whole)]
         if unseen and minds_training(model.module):
             seen, whole = hidden(drawn, candidate, widen(example), training=True)
             unseen &= seen
@@ -246,6 +246,17 @@ def prove(model: Model, candidate: Candidate) -> Proof:
     raise BlindError(
         f"{candidate}: units of {which} do not show in the output, so nothing can be proved.", "Leave the group whole."
     )
+
+
+def _together(
+    drawn: nn.Module, candidate: Candidate, example: tuple[Any, ...], other: tuple[Any, ...]
+) -> tuple[list[tuple[Any, ...]], tuple[set[str], list[Tensor]]]:
+    """The inputs to compare on, and what `hidden` says of them: in one batch where the model takes it, else in two."""
+    both = tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim else a, example, other)
+    try:
+        return [both], hidden(drawn, candidate, both, training=False)
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError):
+        return [example, other], hidden(drawn, candidate, example, training=False)
 
 
 def _compared(

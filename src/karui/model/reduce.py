@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from karui.model.rules import Call, pointwise, rule
+from karui.model.rules import Call, pointwise, rule, tensors_in
 
 if TYPE_CHECKING:
     from karui.model.trace import Tracer
@@ -28,7 +27,7 @@ def reduced(tracer: Tracer, call: Call, say: Callable[[np.ndarray], None]) -> No
     over = axes_of(call.get("dim"), call.args[0].ndim)
     for d in over:
         say(source.dims[d])
-    for out in tree_leaves(call.result):
+    for out in tensors_in(call.result):
         if not isinstance(out, Tensor):
             continue
         if out.ndim == len(source.dims):
@@ -55,7 +54,7 @@ def average(tracer: Tracer, call: Call) -> None:
 def extremum(tracer: Tracer, call: Call) -> None:
     """An extremum over cut indices is another one than over zeros."""
     name = call.name
-    inputs = [t for t in tree_leaves(call.args) if isinstance(t, Tensor)]
+    inputs = [t for t in tensors_in(call.args) if isinstance(t, Tensor)]
     if len(inputs) > 1:
         pointwise(tracer, call)
     else:
@@ -75,7 +74,7 @@ def along(tracer: Tracer, call: Call) -> None:
         return
     dim = call.get("dim", -1) % call.args[0].ndim
     tracer.labels.lock(source.dims[dim], f"{name} runs over it")
-    for out in tree_leaves(call.result):
+    for out in tensors_in(call.result):
         if isinstance(out, Tensor):
             ends = tracer.labels.fixed(out.shape[dim], f"{name} runs over it")
             tracer.set(out, tuple(ends if k == dim else d for k, d in enumerate(source.dims)))
@@ -86,7 +85,7 @@ def spatial(tracer: Tracer, tensor: Tensor, result: Any, kept: int, what: str) -
     source = tracer.value(tensor)
     for d in source.dims[kept:]:
         tracer.labels.lock(d, f"{what} runs over it")
-    for out in tree_leaves(result):
+    for out in tensors_in(result):
         if isinstance(out, Tensor):
             rest = tuple(tracer.labels.fixed(n, f"{what} runs over it") for n in out.shape[kept:])
             tracer.set(out, (*source.dims[:kept], *rest))

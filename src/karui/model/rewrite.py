@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from karui.errors import ArtifactError, CaptureError, require
 from karui.model.graphform import graph_form
-from karui.model.groups import Analysis, analyse
+from karui.model.groups import analyse
 from karui.model.program import Program
-from karui.model.trace import Step, Trace, Tracer, Value, brief, copied, mode_of
+from karui.model.trace import INPUT, Step, Trace, Tracer, Value, brief, copied, mode_of
 
 Rewrite = list[Any]
 PLAIN: dict[str, Callable[..., Any]] = {"mul": operator.mul, "floordiv": operator.floordiv}
@@ -36,18 +36,17 @@ class Site:
         node: the operator in the graph.
         found: the labels of every node's result.
         steps: the plain operators that it ran as.
-        analysis, dead: which labels die.
+        alive: which labels stay.
     """
 
     node: fx.Node
     found: dict[fx.Node, Any]
     steps: list[Step]
-    analysis: Analysis
-    dead: np.ndarray
+    alive: np.ndarray
 
     def kept(self, labels: np.ndarray) -> np.ndarray:
         """Which indices stay."""
-        return self.analysis.survivors(labels, self.dead)
+        return np.flatnonzero(self.alive[labels])
 
     def labels(self, place: int) -> tuple[np.ndarray, ...]:
         """The labels of an argument."""
@@ -230,7 +229,7 @@ def interpret(
     flat, _ = tree_flatten((tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, example), {}))
     for t in flat:
         if isinstance(t, Tensor):
-            tracer.values[t] = Value(tuple(trace.labels.fixed(n, "input") for n in t.shape), data=True)
+            tracer.put(t, Value(tuple(trace.labels.fixed(n, INPUT) for n in t.shape), data=True))
     found: dict[fx.Node, Any] = {}
     ran: dict[fx.Node, list[Step]] = {}
 
@@ -258,14 +257,13 @@ def rewrites(
 ) -> list[Rewrite]:
     """What must change in a program when only the `kept` indices of the module's tensors stay."""
     found, ran, trace = interpret(program, module, example, training=training)
-    analysis = analyse(trace, [])
-    dead = analysis.dead(kept)
+    alive = analyse(trace, []).alive(kept)
     changed: list[Rewrite] = []
     for node in program.graph.nodes:
         if node.op != "call_function" or not hasattr(node.target, "overloadpacket"):
             continue
         name = node.target.overloadpacket.__name__
-        site = Site(node, found, ran[node], analysis, dead)
+        site = Site(node, found, ran[node], alive)
         if name == "scaled_dot_product_attention":
             changed += _scale(site)
         elif name in CHANGES and _touched(site):

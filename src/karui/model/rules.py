@@ -7,14 +7,13 @@ reductions and windows in `karui.model.reduce`, contractions and normalisations 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from karui.model.labels import Dims
 
@@ -44,6 +43,18 @@ class Call:
                     return self.args[place]
                 return self.kwargs.get(name, known.default_value if known.has_default_value() else default)
         return default
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments or results, in order; these nest lists and tuples only."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_in(part)
 
 
 Rule = Callable[["Tracer", Call], None]
@@ -106,24 +117,21 @@ def broadcast(tracer: Tracer, operands: Sequence[tuple[Dims, Sequence[int]]], sh
 
 def pointwise(tracer: Tracer, call: Call) -> None:
     """Labels that meet are one."""
-    inputs = [t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor) and t.ndim]
-    for out in tree_leaves(call.result):
-        if isinstance(out, Tensor):
-            dims = broadcast(tracer, [(tracer.value(t).dims, t.shape) for t in inputs], out.shape)
-            if not any(out is t for t in inputs):
-                tracer.set(out, dims)
+    inputs = [t for t in tensors_in((call.args, call.kwargs)) if t.ndim]
+    for out in tensors_in(call.result):
+        dims = broadcast(tracer, [(tracer.value(t).dims, t.shape) for t in inputs], out.shape)
+        if not any(out is t for t in inputs):
+            tracer.set(out, dims)
 
 
 def unknown(tracer: Tracer, call: Call) -> None:
     """Every index that flows through an operator without a rule must stay."""
     reason = f"operator {call.func} has no rule"
-    for t in tree_leaves((call.args, call.kwargs)):
-        if isinstance(t, Tensor):
-            for d in tracer.value(t).dims:
-                tracer.labels.lock(d, reason)
-    for out in tree_leaves(call.result):
-        if isinstance(out, Tensor):
-            tracer.set(out, tuple(tracer.labels.fixed(n, reason) for n in out.shape))
+    for t in tensors_in((call.args, call.kwargs)):
+        for d in tracer.value(t).dims:
+            tracer.labels.lock(d, reason)
+    for out in tensors_in(call.result):
+        tracer.set(out, tuple(tracer.labels.fixed(n, reason) for n in out.shape))
 
 
 rule("_prelu_kernel copy lerp")(pointwise)

@@ -24,7 +24,7 @@ RECURRENT = {"hidden_size": ("weight_hh_l0", "weight_hh"), "input_size": ("weigh
 
 
 def new_sizes(
-    module: nn.Module, analysis: Analysis, touched: dict[str, dict[int, int]], dead: np.ndarray
+    module: nn.Module, analysis: Analysis, touched: dict[str, dict[int, int]], alive: np.ndarray
 ) -> list[list[Any]]:
     """(path, attribute, value) for every module that owns a tensor that shrinks.
 
@@ -32,29 +32,29 @@ def new_sizes(
         module: the network before the cut.
         analysis: its labels.
         touched: the new size of each dimension that shrinks, by tensor.
-        dead: which classes of labels die.
+        alive: which labels stay.
     """
-    counts = {(name, attribute): labels for name, attribute, labels in analysis.trace.counts}
+    owned: dict[str, dict[str, dict[int, int]]] = {}
+    for name, dims in touched.items():
+        path, _, leaf = name.rpartition(".")
+        owned.setdefault(path, {})[leaf] = dims
+    counts: dict[str, dict[str, np.ndarray]] = {}
+    for name, attribute, labels in analysis.trace.counts:
+        counts.setdefault(name, {})[attribute] = labels
     sizes: list[list[Any]] = []
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in touched):
+    for path, leaves in owned.items():
         owner = module.get_submodule(path)
-        prefix = f"{path}." if path else ""
-        shapes = {
-            name.removeprefix(prefix): tuple(dims.get(k, n) for k, n in enumerate(tensor_of(module, name).shape))
-            for name, dims in touched.items()
-            if name.rpartition(".")[0] == path
-        }
-        counted = {
-            attribute: len(analysis.survivors(labels, dead))
-            for (name, attribute), labels in counts.items()
-            if name == f"{prefix}weight"
-        }
         known = vars(owner)
+        shapes = {
+            leaf: tuple(dims.get(k, int(n)) for k, n in enumerate(getattr(owner, leaf).shape))
+            for leaf, dims in leaves.items()
+        }
+        weight = f"{path}.weight" if path else "weight"
+        counted = {a: int(alive[labels].sum()) for a, labels in counts.get(weight, {}).items()}
         new = _repeated(known, shapes) | {k: v for k, v in counted.items() if k in known}
         if known.get("groups", 1) > 1 and "in_channels" in counted:
-            new["groups"] = _conv_groups(
-                known, shapes.get("weight", tuple(tensor_of(module, f"{prefix}weight").shape)), counted
-            )
+            whole = tuple(map(int, tensor_of(module, weight).shape))
+            new["groups"] = _conv_groups(known, shapes.get("weight", whole), counted)
         sizes += [[path, attribute, value] for attribute, value in new.items() if known[attribute] != value]
     return sizes
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from karui.errors import SurgeryError, require
-from karui.model.groups import Analysis
-from karui.model.trace import Value
+from karui.model.trace import Step, Value
 
 COUNTING = frozenset(
     {
@@ -35,12 +34,11 @@ COUNTING = frozenset(
 )
 
 
-def on_survivors(analysis: Analysis, dead: np.ndarray) -> Callable[[int, Any, Any, Any], Any]:
-    """How a tracer is to compute each operator, `compute(number, func, args, kwargs)`, when these classes are dead."""
-    steps = analysis.trace.steps
+def on_survivors(steps: list[Step], alive: np.ndarray) -> Callable[[int, Any, Any, Any], Any]:
+    """How a tracer is to compute each operator, `compute(number, func, args, kwargs)`, when only these labels stay."""
 
     def stay(value: Value) -> list[Tensor | None]:
-        kept = [analysis.survivors(d, dead) for d in value.dims]
+        kept = [np.flatnonzero(alive[d]) for d in value.dims]
         return [None if len(k) == len(d) else torch.from_numpy(k) for k, d in zip(kept, value.dims, strict=True)]
 
     def compute(number: int, func: Any, args: Any, kwargs: Any) -> Any:
@@ -57,7 +55,7 @@ def on_survivors(analysis: Analysis, dead: np.ndarray) -> Callable[[int, Any, An
             return func(*args, **kwargs)
         rest = iter(kept)
         small_args, small_kwargs = tree_map_only(Tensor, lambda t: _take(t, next(rest)), (args, kwargs))
-        groups = len(analysis.survivors(step.outputs[-1].dims[-1], dead)) if step.outputs[-1].dims else 1
+        groups = int(alive[step.outputs[-1].dims[-1]].sum()) if step.outputs[-1].dims else 1
         result = func(*_resized(name, small_args, groups), **small_kwargs)
         outputs = iter(zip([stay(v) for v in step.outputs], step.outputs, strict=True))
         return tree_map_only(Tensor, lambda t: _spread(t, *next(outputs)), result)

@@ -20,11 +20,10 @@ from torch._export.utils import _compiling_state_context
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakIdKeyDictionary
 
 from karui.errors import CaptureError, KaruiError
 from karui.model.labels import SINGLE, Dims, Labels
-from karui.model.rules import Call, rule_for, unknown
+from karui.model.rules import Call, rule_for, tensors_in, unknown
 
 INPUT = "the model's input keeps its size"
 OUTPUT = "the model's output keeps its size"
@@ -94,11 +93,23 @@ class Tracer(TorchDispatchMode):
         self.compute = compute
         self.labels = trace.labels
         self.names = names
-        self.values: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.known: dict[int, tuple[Tensor, Value]] = {}
+
+    def find(self, tensor: Tensor) -> Value | None:
+        """What was said of a tensor, if anything.
+
+        Tensors that the run makes carry their value, as the run's activations must not be kept alive by it; those that
+        outlive the run are held in `known`.
+        """
+        held = self.known.get(id(tensor))
+        if held is not None:
+            return held[1]
+        owner, value = getattr(tensor, "_karui_value", (None, None))
+        return value if owner is self.trace else None
 
     def value(self, tensor: Tensor) -> Value:
         """What is known of a tensor; a parameter or buffer is labelled when it is first met."""
-        known = self.values.get(tensor)
+        known = self.find(tensor)
         if known is None:
             name = self.names.get(id(tensor), "")
             if name:
@@ -107,7 +118,7 @@ class Tracer(TorchDispatchMode):
                 known = Value(self.trace.slots[name], origin=name)
             else:
                 known = Value(tuple(self.labels.fixed(n, OUTSIDE) for n in tensor.shape))
-            self.values[tensor] = known
+            self.known[id(tensor)] = (tensor, known)
         return known
 
     def set(self, tensor: Tensor, dims: Dims, origin: str = "") -> None:
@@ -115,7 +126,15 @@ class Tracer(TorchDispatchMode):
         for labels in dims:
             if len(labels) == 1 and labels[0] >= 0:
                 self.labels.lock(labels, SINGLE)
-        self.values[tensor] = Value(dims, origin)
+        self.put(tensor, Value(dims, origin))
+
+    def put(self, tensor: Tensor, value: Value) -> None:
+        """Keep what is known of a tensor."""
+        held = self.known.get(id(tensor))
+        if held is not None:
+            self.known[id(tensor)] = (tensor, value)
+        else:
+            tensor._karui_value = (self.trace, value)  # pyright: ignore[reportAttributeAccessIssue]  # noqa: SLF001  (ours)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -123,7 +142,7 @@ class Tracer(TorchDispatchMode):
         if split is not None:
             with self:
                 return split(*args, **kwargs)
-        inputs = [self.value(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inputs = [self.value(t) for t in tensors_in((args, kwargs))]
         data = any(v.data for v in inputs)
         if data and func.overloadpacket.__name__ == "_local_scalar_dense":
             raise DataDependentError(
@@ -132,7 +151,7 @@ class Tracer(TorchDispatchMode):
             )
         number = len(self.trace.steps)
         result = func(*args, **kwargs) if self.compute is None else self.compute(number, func, args, kwargs)
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        outputs = list(tensors_in(result))
         call = Call(func, args, kwargs, result)
         try:
             rule(self, call)
@@ -141,14 +160,10 @@ class Tracer(TorchDispatchMode):
             fits = False
         if not fits:
             unknown(self, call)
-        for t in outputs:
-            value = self.values.get(t)
-            if value is None:
-                value = self.values[t] = Value(
-                    tuple(self.labels.fixed(n, f"operator {func} is not known") for n in t.shape)
-                )
+        made = [self.value(t) for t in outputs]
+        for value in made:
             value.data = value.data or data
-        self.trace.steps.append(Step(str(func), tuple(inputs), tuple(self.values[t] for t in outputs)))
+        self.trace.steps.append(Step(str(func), tuple(inputs), tuple(made)))
         return result
 
 
@@ -159,15 +174,25 @@ def mode_of(module: nn.Module, training: bool) -> Iterator[None]:
     What layers keep between evaluation runs (attention biases that were looked up once) is dropped before and after, by
     a turn to training mode, as such layers do when they train.
     """
-    before = [(m, m.training) for m in module.modules()]
-    module.train(True)
-    module.train(training)
+    modules = list(module.modules())
+    before = [m.training for m in modules]
+    minds = any(type(m).train is not nn.Module.train for m in modules)
+
+    def turn(training: bool) -> None:
+        if minds:
+            module.train(True)
+            module.train(training)
+        else:
+            for m in modules:
+                m.__dict__["training"] = training  # what `train` sets, without its walk
+
+    turn(training)
     try:
         yield
     finally:
-        module.train(True)
-        for m, was in before:
-            m.training = was
+        turn(True)
+        for m, was in zip(modules, before, strict=True):
+            m.__dict__["training"] = was
 
 
 def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
@@ -232,7 +257,7 @@ def run_traced(
     inputs = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, example)
     for t in tree_leaves(inputs):
         if isinstance(t, Tensor):
-            tracer.values[t] = Value(tuple(trace.labels.fixed(n, INPUT) for n in t.shape), data=True)
+            tracer.put(t, Value(tuple(trace.labels.fixed(n, INPUT) for n in t.shape), data=True))
     kept = torch.random.get_rng_state()
     try:
         with torch.no_grad(), mode_of(module, training), plain_attention(), as_exported(trace.exported), tracer:
