@@ -12,16 +12,17 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from karui.errors import CaptureError, SurgeryError, require
+from karui.model.copying import copied
 from karui.model.edits import edit
 from karui.model.graphform import GraphForm, graph_form
-from karui.model.groups import Analysis, coupled_groups, tensor_of
+from karui.model.groups import Analysis, coupled_groups
 from karui.model.program import Program, capture_programs
 from karui.model.proof import BlindError, Candidate
 from karui.model.proof import prove as prove_cut
 from karui.model.rewrite import apply_rewrites, rewrites
 from karui.model.running import outputs
 from karui.model.sizes import new_sizes
-from karui.model.trace import brief, copied, minds_training, widen
+from karui.model.trace import brief, minds_training, widen
 
 if TYPE_CHECKING:
     from karui.model.value import Model
@@ -82,8 +83,9 @@ def smaller(module: nn.Module, kept: list[Any]) -> dict[int, Any]:
     for name, dim, indices in kept:
         wanted.setdefault(name, []).append((dim, indices))
     memo: dict[int, Any] = {}
+    known = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, cuts in wanted.items():
-        tensor = tensor_of(module, name)
+        tensor = known[name]
         value = tensor.detach()
         for dim, indices in cuts:
             value = value.index_select(dim, torch.as_tensor(indices, device=value.device))

@@ -181,11 +181,16 @@ def analyse(trace: Trace, order: list[str]) -> Analysis:
 
 def _role(trace: Trace, resolved: Resolved, name: str, dim: int) -> Role:
     """Whether contractions passed the dimension's labels on, or summed over them."""
+    if name not in trace.produced and name not in trace.consumed:
+        return "both"
     labels = trace.slots[name][dim]
     mine = set(resolved.classes[labels[labels >= 0]].tolist())
 
     def touches(what: dict[str, list[np.ndarray]]) -> bool:
-        return any(not mine.isdisjoint(resolved.classes[a[a >= 0]].tolist()) for a in what.get(name, []))
+        seen = what.get(name, [])
+        return any(a is labels for a in seen) or any(
+            not mine.isdisjoint(resolved.classes[a[a >= 0]].tolist()) for a in seen
+        )
 
     made, read = touches(trace.produced), touches(trace.consumed)
     if made == read:
@@ -237,8 +242,8 @@ class _Book:
         classes = np.concatenate(flat or [np.zeros(0, dtype=np.int64)])
         live = classes >= 0
         slot, index, classes = slot[live], index[live], classes[live]
-        if not len(classes):
-            return slot, index, classes
+        if not self.resolved.grids:
+            return slot, index, classes  # in order already, and every class is its own unit
         owned = coo_matrix(_closure(self.resolved)[classes])
         order = np.lexsort((index[owned.row], slot[owned.row]))
         return slot[owned.row][order], index[owned.row][order], owned.col.astype(np.int64)[order]

@@ -17,8 +17,9 @@ from torch.export import Dim
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from karui.errors import SurgeryError, require
+from karui.model.copying import copied
 from karui.model.inline import inline
-from karui.model.trace import brief, copied, minds_training, mode_of, plain_attention, traced, widen
+from karui.model.trace import brief, minds_training, mode_of, plain_attention, traced, widen
 
 # Layers that are called whole: their forward is one operator on their input, and their attributes follow a cut.
 WHOLE: dict[type[nn.Module], tuple[str, ...]] = {

@@ -20,11 +20,12 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from karui.errors import CaptureError, SurgeryError, require
+from karui.model.copying import copied
 from karui.model.graphform import graph_form
 from karui.model.groups import analyse
 from karui.model.running import Steady, difference, double, double_precision, outputs, random_like, run_double, tensors
 from karui.model.survivors import on_survivors
-from karui.model.trace import Trace, brief, copied, minds_training, mode_of, plain_attention, run_traced, traced, widen
+from karui.model.trace import Trace, brief, minds_training, mode_of, plain_attention, run_traced, traced, widen
 
 if TYPE_CHECKING:
     from karui.model.cut import Cut

@@ -19,10 +19,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from karui.errors import ArtifactError, CaptureError, require
+from karui.model.copying import copied
 from karui.model.graphform import graph_form
 from karui.model.groups import analyse
 from karui.model.program import Program
-from karui.model.trace import INPUT, Step, Trace, Tracer, Value, brief, copied, mode_of
+from karui.model.trace import INPUT, Step, Trace, Tracer, Value, brief, mode_of
 
 Rewrite = list[Any]
 PLAIN: dict[str, Callable[..., Any]] = {"mul": operator.mul, "floordiv": operator.floordiv}

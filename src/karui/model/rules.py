@@ -37,12 +37,15 @@ class Call:
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of an argument, however it was given."""
-        for place, known in enumerate(self.func._schema.arguments):  # noqa: SLF001  (the only way to an operator's schema)
-            if known.name == name:
-                if place < len(self.args):
-                    return self.args[place]
-                return self.kwargs.get(name, known.default_value if known.has_default_value() else default)
-        return default
+        place, usual = _arguments(self.func).get(name, (len(self.args), default))
+        return self.args[place] if place < len(self.args) else self.kwargs.get(name, usual)
+
+
+@cache
+def _arguments(func: Any) -> dict[str, tuple[int, Any]]:
+    """Place and default of each argument of an operator."""
+    known = func._schema.arguments  # noqa: SLF001  (the only way to an operator's schema)
+    return {a.name: (k, a.default_value if a.has_default_value() else None) for k, a in enumerate(known)}
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -51,7 +51,7 @@ def outputs(module: nn.Module, inputs: tuple[Any, ...], *, training: bool = Fals
     buffers = {name: b.clone() for name, b in module.named_buffers()} if training else {}
     try:
         with torch.no_grad(), mode_of(module, training), plain_attention(), Steady() if training else nullcontext():
-            made = functional_call(module, buffers, inputs)
+            made = functional_call(module, buffers, inputs) if buffers else module(*inputs)
     finally:
         torch.random.set_rng_state(kept)
     return [t.detach() for t in tensors(made)]

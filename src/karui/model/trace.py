@@ -7,7 +7,6 @@ changes: buffers that a training-mode run would move are swapped for copies.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -94,6 +93,11 @@ class Tracer(TorchDispatchMode):
         self.labels = trace.labels
         self.names = names
         self.known: dict[int, tuple[Tensor, Value]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while this mode is on, so it need not be hidden from the compiler at every operator."""
+        return False
 
     def find(self, tensor: Tensor) -> Value | None:
         """What was said of a tensor, if anything.
@@ -193,15 +197,6 @@ def mode_of(module: nn.Module, training: bool) -> Iterator[None]:
         turn(True)
         for m, was in zip(modules, before, strict=True):
             m.__dict__["training"] = was
-
-
-def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy, without what layers keep between evaluation runs; `memo` as in `copy.deepcopy`."""
-    with mode_of(module, True):
-        twin = copy.deepcopy(module, memo)
-    for one, other in zip(module.modules(), twin.modules(), strict=True):
-        other.training = one.training
-    return twin
 
 
 @contextmanager

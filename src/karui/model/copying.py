@@ -1,0 +1,89 @@
+"""Copies of modules: what `copy.deepcopy` makes, several times faster, and smaller where a cut says so.
+
+Surgery copies a network three times (the cut one, and two in double precision for the proof), and a network of a
+hundred layers is thousands of small dictionaries. Nearly all of them are empty or hold numbers, which are taken as
+they are; whatever is out of the ordinary goes through `copy.deepcopy`, with the same memo.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from karui.model.trace import mode_of
+
+PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
+HELD = ("_parameters", "_buffers", "_modules")
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, without what layers keep between evaluation runs; `memo` as in `copy.deepcopy`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> twin = copied(net)
+        >>> torch.equal(twin[0].weight, net[0].weight), twin[0].weight is net[0].weight
+        (True, False)
+    """
+    with mode_of(module, True):
+        twin = _module(module, {} if memo is None else memo)
+    for one, other in zip(module.modules(), twin.modules(), strict=True):
+        other.__dict__["training"] = one.training
+    return twin
+
+
+def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A module's twin; one that copies itself in a way of its own does."""
+    if id(module) in memo:
+        return memo[id(module)]
+    if not _usual(type(module)):
+        return copy.deepcopy(module, memo)
+    twin = type(module).__new__(type(module))
+    memo[id(module)] = twin
+    for name, value in vars(module).items():
+        if name in HELD:
+            twin.__dict__[name] = {leaf: _value(held, memo) for leaf, held in value.items()}
+        elif name != "_compiled_call_impl":  # a compiled forward belongs to the module it was compiled for
+            twin.__dict__[name] = _value(value, memo)
+    return twin
+
+
+@cache
+def _usual(cls: type[nn.Module]) -> bool:
+    """Whether a class is copied as `nn.Module` is."""
+    restored = next(c for c in cls.__mro__ if "__setstate__" in vars(c))
+    return (
+        not hasattr(cls, "__deepcopy__")
+        and cls.__getstate__ is nn.Module.__getstate__
+        and cls.__reduce_ex__ is object.__reduce_ex__
+        and cls.__reduce__ is object.__reduce__
+        and restored.__module__.startswith("torch.nn.")
+    )
+
+
+def _value(value: Any, memo: dict[int, Any]) -> Any:
+    """The twin of an attribute."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, nn.Module):
+        return _module(value, memo)
+    if id(value) in memo:
+        return memo[id(value)]
+    kind = type(value)
+    if kind is nn.Parameter:
+        made: Any = nn.Parameter(value.detach().clone(), value.requires_grad)
+    elif kind is Tensor and not value.requires_grad and not vars(value):
+        made = value.clone()
+    elif kind is tuple and all(isinstance(part, PLAIN) for part in value):
+        return value
+    elif kind in (dict, list, set, OrderedDict) and not value:
+        made = kind()
+    else:
+        return copy.deepcopy(value, memo)
+    memo[id(value)] = made
+    return made
