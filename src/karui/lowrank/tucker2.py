@@ -8,7 +8,9 @@ becomes a pointwise one, a smaller spatial one and a pointwise one. Fine-tuning:
 
 It pays for convolutions with many channels that were trained to convergence. It does not pay for kernels that are full
 rank already (small networks, depthwise convolutions, networks pruned before), which are left and reported; and the
-added pointwise layers are bound by memory, so time falls less than multiply-adds do: measure it.
+added pointwise layers are bound by memory, so time falls less than multiply-adds do: measure it. In narrow networks
+variational Bayes takes more for noise than the network can spare: ResNet-20 for CIFAR-10 does not recover in a short
+fine-tuning (`results/cifar_resnets.md`); give `ratio` there.
 
 Paper -> here: `K` -> the kernel, `S`, `T` (input and output channels) -> channels, filters, `R3` -> rank_in, `R4` ->
 rank_out, `U^(3)` -> inner, `U^(4)` -> outer, core tensor `C` -> core.
