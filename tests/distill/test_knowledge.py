@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from karui.distill.knowledge import KnowledgeDistillation, best_offset, lift_cla
 from karui.errors import NeedError, SettingError, UsageError
 from karui.measuring import count, evaluate, sample_scores
 from karui.model import Classification, Model, Origin
+from karui.recipes import recipe_from
 from karui.technique import Bench, Then, lacking
 from karui.train import Adam, Constant, Together, Training
 from karui.train.masks import connections
 from karui.train.teaching import SoftTargets
 
 pytestmark = pytest.mark.paper(30)
+FACTORY = f"{__file__}:saved_teacher"
 
 
 def mlp(*sizes: int, seed: int = 0) -> Model:
@@ -86,7 +89,7 @@ def test_a_later_step_learns_from_the_model_at_the_start(digits: Splits) -> None
 def test_a_teacher_may_be_a_folder_or_several(digits: Splits, tmp_path: Path) -> None:
     bench, student = bench_of(digits), mlp(64, 8, 10)
     teachers = [bench.fit(mlp(64, 16, 10, seed=seed)) for seed in (1, 2)]
-    saved = replace(teachers[0], lineage=(Origin(f"{__file__}:saved_teacher"),))
+    saved = replace(teachers[0], lineage=(Origin(FACTORY),))
     save(saved, tmp_path / "teacher", onnx=False)
     by_folder = KnowledgeDistillation(teacher=str(tmp_path / "teacher"), epochs=1).apply(student, bench)
     by_value = KnowledgeDistillation(teacher=teachers[0], epochs=1).apply(student, bench)
@@ -286,3 +289,22 @@ def cnn(seed: int) -> Model:
             *(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10)),
         )
     return Model(net, example=(torch.zeros(1, 1, 8, 8),), task=Classification())
+
+
+def test_a_pruned_network_learns_back_from_what_it_was(
+    digits: Splits, small_cnn: Callable[..., Model], tmp_path: Path
+) -> None:
+    """[62] then [30], as a recipe: no teacher is named, and none is in the saved result."""
+    recipe = recipe_from("l1_filter_pruning:ratio=0.5,epochs=0+knowledge_distillation:epochs=4")
+    bench = bench_of(digits, 6)
+    dense = bench.fit(small_cnn())
+    pruned, light = (technique.apply(dense, bench) for technique in (Then(*recipe.steps[:1]), recipe.technique()))
+    assert light.parameters == pruned.parameters < dense.parameters
+    assert light.module.state_dict().keys() == dense.module.state_dict().keys()
+    scores = [evaluate(model, digits.test).value for model in (pruned, light)]
+    assert scores[1] > scores[0] + 0.1, scores
+    weights = [
+        save(replace(model, lineage=(Origin(FACTORY), *model.lineage)), tmp_path / name, onnx=False).weights_bytes
+        for name, model in (("pruned", pruned), ("light", light))
+    ]
+    assert weights[1] == weights[0]
