@@ -109,9 +109,9 @@ def main() -> None:
         "hard targets stay below 40 % recall, whatever the bias": hard["recall after"]["mean"] < 40,
         "100 pictures: soft targets at T = 4 are 4 points better": few["T = 4"]["mean"] - few["hard targets"]["mean"]
         >= 4,
-        "a distilled ensemble of five beats a single net on hard targets": members["soft"]["mean"]
+        "a distilled ensemble of five beats a single net on hard targets, on average": members["soft"]["mean"]
         > members["hard"]["mean"],
-        "MNIST: the small net learns from the large one": (
+        "MNIST: the small net is better for what the large one tells it, on average": (
             sizes["small net, T = 20"]["mean"] > sizes["small net, hard targets"]["mean"]
         ),
     }

@@ -5,7 +5,9 @@ values, and again: several gentle rounds bear much more than one. Units that los
 
 Pays in bytes: nine of ten weights of an over-parametrised network can go, and the saved file holds only those that are
 left, with relative indices. Does NOT pay in time: a matrix with zeros all over is multiplied no faster by the engines
-that people deploy on; for time, cut whole units (`l1_filter_pruning`).
+that people deploy on; for time, cut whole units (`l1_filter_pruning`). Nor do rounds where the passes are counted: on
+the digits one cut that is retrained as long as all rounds together does better; they pay where each retraining is short
+(`results/iterative_magnitude_pruning.md`).
 
 Paper -> here: q -> `quality`, C_ir / C_io -> the density of a layer's mask, D_r -> `retraining_dropout`, iterations ->
 `rounds`, retraining at a tenth of the learning rate -> `rate`.
