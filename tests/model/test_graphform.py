@@ -127,3 +127,29 @@ def test_a_frozen_batch_has_no_graph_form() -> None:
     model = Model(Single(), example=(torch.randn(2, 3),))
     with pytest.raises(SurgeryError, match="fixes the batch size"):
         remove_units(model, {"a": torch.tensor([0])})
+
+
+def test_a_batch_normalisation_that_is_no_layer_of_torch_trains_too() -> None:
+    class Own(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(super().forward(x))
+
+    class Reshaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.bn, self.b = nn.Conv2d(3, 6, 1), Own(6), nn.Linear(6 * 16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.bn(self.a(x)).reshape(-1, 6 * 16))
+
+    torch.manual_seed(0)
+    dense = Model(Reshaped().eval(), example=(torch.randn(1, 3, 4, 4),))
+    module = remove_units(dense, {"a": torch.tensor([1, 2])}).module
+    x = torch.randn(8, 3, 4, 4) * 3 + 1
+    module.train()
+    one = module(x)
+    assert int(module.bn.num_batches_tracked) == 1
+    assert float(module.bn.running_mean.abs().max()) > 0
+    expected = module.b(module.bn(module.a(x)).flatten(1))
+    torch.testing.assert_close(one, expected)
+    assert not torch.allclose(module.eval()(x), one)

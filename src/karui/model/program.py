@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -99,9 +99,29 @@ def capture_programs(module: nn.Module, example: tuple[Any, ...]) -> tuple[Progr
     module = copied(module)
     evaluation = _export(module, widen(example), training=False)
     told = any(n.op == "call_function" and _packet(n) in MINDFUL for n in evaluation.graph.nodes)
-    if not told and (not minds_training(module) or _same_operators(module, widen(example))):
+    if not told and not minds_training(module):
         return evaluation, evaluation
+    if _same_operators(module, widen(example)):
+        return evaluation, _trained(evaluation, module) if told else evaluation
     return evaluation, _export(module, widen(example), training=True)
+
+
+def _trained(evaluation: Program, module: nn.Module) -> Program:
+    """The evaluation program where batch normalisations that are not called whole take the batch's statistics.
+
+    This is all that training changes where it runs the same operators.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(evaluation.graph, {}))
+    for node in list(graph.nodes):
+        mean = node.args[3] if node.op == "call_function" and _packet(node) == "batch_norm" else None
+        if isinstance(mean, fx.Node):
+            node.args = (*node.args[:5], True, *node.args[6:])
+            counter = str(mean.target).rpartition(".")[0] + ".num_batches_tracked"
+            if isinstance(_attribute(module, counter), Tensor):
+                with graph.inserting_before(node):
+                    graph.call_function(torch.ops.aten.add_.Tensor, (graph.get_attr(counter), 1))
+    return replace(evaluation, graph=graph)
 
 
 def _same_operators(module: nn.Module, example: tuple[Any, ...]) -> bool:

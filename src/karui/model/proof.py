@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from karui.model.value import Model
 
 
+Pair = tuple[tuple[Any, ...], tuple[Any, ...]]
+
+
 class Run(Protocol):
     """How a model is run."""
 
@@ -140,12 +143,10 @@ class Candidate:
         return f"Cut of {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}"
 
 
-def survivors_only(dense: nn.Module, step: Cut, example: tuple[Any, ...], *, training: bool) -> Run:
-    """How to run the masked model with statistics over survivors only."""
-    with double_precision():
-        trace = traced(dense, example, training=training)
-    found = analyse(trace, [])
-    compute = on_survivors(trace.steps, found.alive(step.kept))
+def survivors_only(module: nn.Module, step: Cut, inputs: tuple[Any, ...], *, training: bool) -> Run:
+    """How to run the masked model with statistics over survivors only; `module` runs once, for its operators."""
+    trace = traced(module, inputs, training=training)
+    compute = on_survivors(trace.steps, analyse(trace, []).alive(step.kept))
 
     def run_counted(module: nn.Module, inputs: tuple[Any, ...], *, training: bool) -> list[Tensor]:
         with double_precision():
@@ -155,10 +156,23 @@ def survivors_only(dense: nn.Module, step: Cut, example: tuple[Any, ...], *, tra
     return run_counted
 
 
-def hidden(
-    dense: nn.Module, candidate: Candidate, inputs: tuple[Any, ...], *, training: bool
-) -> tuple[set[str], list[Tensor]]:
-    """Groups of which no removed unit moves the output, to first order, by the slope of its scale; and the output."""
+@dataclass(frozen=True)
+class Sight:
+    """What one run shows of the groups.
+
+    Settings:
+        unseen: groups of which no removed unit moves the output, to first order, by the slope of its scale.
+        unused: those whose parameters have no part in the run at all.
+        output: the output.
+    """
+
+    unseen: set[str]
+    unused: set[str]
+    output: list[Tensor]
+
+
+def look(dense: nn.Module, candidate: Candidate, inputs: tuple[Any, ...], *, training: bool) -> Sight:
+    """Which groups the output shows."""
     parameters = {name: p.detach().requires_grad_(p.is_floating_point()) for name, p in dense.named_parameters()}
     buffers = {name: b.clone() for name, b in dense.named_buffers()} if training else {}
     generator = torch.Generator().manual_seed(2)
@@ -182,27 +196,61 @@ def hidden(
                     return True
         return False
 
-    return {name for name, units in candidate.removed.items() if not shows(name, units)}, [t.detach() for t in made]
+    unseen = {name for name, units in candidate.removed.items() if not shows(name, units)}
+    unused = {name for name in unseen if not any(m.tensor in slope for m in candidate.analysis[name].members)}
+    return Sight(unseen, unused, [t.detach() for t in made])
 
 
-def measure(
-    drawn: nn.Module, candidate: Candidate, inputs: list[tuple[Any, ...]], whole: list[Tensor], *, training: bool
-) -> Proof:
-    """Masked against cut, on every input, in double precision; `whole` is the output of `drawn` before."""
+def measure(drawn: nn.Module, candidate: Candidate, pair: Pair, whole: list[Tensor], *, training: bool) -> Proof:
+    """Masked against cut, on both inputs, in double precision; `whole` is the output of `drawn` for the second one.
+
+    The rounding floor is measured where it is cheap, in the precision of `drawn`, and scaled to that of the proof.
+    """
+    kind = next((p.dtype for p in drawn.parameters() if p.is_floating_point()), torch.float32)
+    light = candidate.build(drawn, kind)
+    single = outputs(light, pair[1], training=training)
+    jitter(light)
+    eps = torch.finfo(torch.float64).eps
+    floor = difference(outputs(light, pair[1], training=training), single) * eps / torch.finfo(kind).eps
+    scale = max((float(t.abs().max()) for t in single if t.numel()), default=0.0)
+    effect = difference(whole, single)
+
     dense = copied(drawn).double()
     cut = candidate.build(dense, torch.float64)
-    run_masked = run_double if candidate.exact else survivors_only(dense, candidate.step, inputs[0], training=training)
+    if not effect > FAINT * scale:
+        whole = run_double(dense, double(pair[1]), training=training)
+        effect = difference(whole, run_double(cut, double(pair[1]), training=training))
     mask(dense, candidate.analysis, candidate.removed)
-    masked = [run_masked(dense, i, training=training) for i in inputs]
-    shrunk = [run_double(cut, i, training=training) for i in inputs]
-    gap = max(difference(one, other) for one, other in zip(masked, shrunk, strict=True))
-    jitter(cut)
-    scale = max((float(t.abs().max()) for t in shrunk[0] if t.numel()), default=0.0)
-    floor = max(difference(run_double(cut, inputs[0], training=training), shrunk[0]), scale * 2.0**-53)
-    effect = difference(whole, masked[0])
-    if effect < FAINT * scale:
-        effect = difference(run_double(copied(drawn).double(), inputs[0], training=training), masked[0])
-    return Proof(gap, floor, effect)
+    both = joined(*pair)
+    try:
+        gap = _gap(drawn, dense, cut, candidate, [both], training=training)
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError):
+        gap = _gap(drawn, dense, cut, candidate, list(pair), training=training)
+    return Proof(gap, max(floor, scale * eps / 2), effect)
+
+
+def _gap(
+    drawn: nn.Module, dense: nn.Module, cut: nn.Module, candidate: Candidate, inputs: list[Any], *, training: bool
+) -> float:
+    """The largest difference between the masked and the cut model."""
+    wide = [double(given) for given in inputs]
+    if candidate.exact:
+        masked = [run_double(dense, given, training=training) for given in wide]
+    else:
+        try:
+            counted = survivors_only(drawn, candidate.step, inputs[0], training=training)
+            masked = [counted(dense, given, training=training) for given in wide]
+        except SurgeryError:  # other operators in double precision (a recurrent layer): look at those
+            with double_precision():
+                counted = survivors_only(dense, candidate.step, wide[0], training=training)
+            masked = [counted(dense, given, training=training) for given in wide]
+    shrunk = [run_double(cut, given, training=training) for given in wide]
+    return max(difference(one, other) for one, other in zip(masked, shrunk, strict=True))
+
+
+def joined(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Two inputs as one batch."""
+    return tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim else a, one, other)
 
 
 def jitter(module: nn.Module) -> None:
@@ -233,14 +281,15 @@ def prove(model: Model, candidate: Candidate) -> Proof:
         if attempt:
             drawn = copied(model.module)
             redraw(drawn, generator)
-        inputs, (unseen, whole) = _together(drawn, candidate, example, other)
-        modes = [(False, inputs, whole)]
-        if unseen and minds_training(model.module):
-            seen, whole = hidden(drawn, candidate, widen(example), training=True)
-            unseen &= seen
-            modes.append((True, [widen(example), widen(other)], whole))
+        sight = look(drawn, candidate, other, training=False)
+        unseen = sight.unseen
+        modes = [(False, (example, other), sight.output)]
+        if sight.unused and minds_training(model.module):
+            sight = look(drawn, candidate, widen(other), training=True)
+            unseen = unseen & sight.unseen
+            modes.append((True, (widen(example), widen(other)), sight.output))
         if not unseen:
-            found = [_compared(drawn, candidate, inputs, whole, training=mode) for mode, inputs, whole in modes]
+            found = [_compared(drawn, candidate, pair, whole, training=mode) for mode, pair, whole in modes]
             if found[-1].visible:
                 return replace(found[-1], redrawn=attempt > 0)
     which = ", ".join(f"'{name}'" for name in sorted(unseen)[:4]) or "its groups"
@@ -249,20 +298,7 @@ def prove(model: Model, candidate: Candidate) -> Proof:
     )
 
 
-def _together(
-    drawn: nn.Module, candidate: Candidate, example: tuple[Any, ...], other: tuple[Any, ...]
-) -> tuple[list[tuple[Any, ...]], tuple[set[str], list[Tensor]]]:
-    """The inputs to compare on, and what `hidden` says of them: in one batch where the model takes it, else in two."""
-    both = tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim else a, example, other)
-    try:
-        return [both], hidden(drawn, candidate, both, training=False)
-    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError):
-        return [example, other], hidden(drawn, candidate, example, training=False)
-
-
-def _compared(
-    drawn: nn.Module, candidate: Candidate, inputs: list[tuple[Any, ...]], whole: list[Tensor], *, training: bool
-) -> Proof:
+def _compared(drawn: nn.Module, candidate: Candidate, pair: Pair, whole: list[Tensor], *, training: bool) -> Proof:
     """The measurement, refused where the two models differ.
 
     A forward that computes some constants in single precision differs from its captured program in double by their
@@ -270,15 +306,15 @@ def _compared(
     model equals the own forward in single precision, and the cut program equals the masked program.
     """
     try:
-        found = measure(drawn, candidate, tree_map(double, inputs), whole, training=training)
+        found = measure(drawn, candidate, pair, whole, training=training)
         if not found.holds and candidate.programs is not None and found.difference < FAINT * found.effect:
             program = graph_form(copied(drawn), *candidate.programs)
-            again = outputs(program, inputs[0], training=training)
+            again = outputs(program, pair[1], training=training)
             jitter(program)
-            floor = difference(outputs(program, inputs[0], training=training), again)
+            floor = difference(outputs(program, pair[1], training=training), again)
             if difference(again, whole) <= SLACK * floor:
-                program = graph_form(copied(drawn), *candidate.programs, torch.float64)
-                found = measure(program, candidate, tree_map(double, inputs), whole, training=training)
+                program = graph_form(copied(drawn).double(), *candidate.programs, torch.float64)
+                found = measure(program, candidate, double(pair), whole, training=training)
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError) as error:
         raise SurgeryError(f"{candidate}: the model does not run afterwards: {brief(error)}.") from error
     require(

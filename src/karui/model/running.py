@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from karui.model.trace import mode_of, plain_attention
 
@@ -77,8 +77,8 @@ def difference(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def double(value: Any) -> Any:
-    """Floating tensors in float64, others as they are."""
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    """A nested value with its floating tensors in float64."""
+    return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, value)
 
 
 def random_like(value: Any, generator: torch.Generator) -> Any:
