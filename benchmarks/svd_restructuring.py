@@ -101,7 +101,8 @@ def main() -> None:
     claims = {
         "80 % of the parameters go within 0.7 points": fifth["after"]["mean"] >= dense["mean"] - 0.7,
         "at 90 % fine-tuning wins back 3 points and more": tenth["after"]["mean"] >= tenth["before"]["mean"] + 3,
-        "at 95 % it does": cuts[0.05]["after"]["mean"] >= cuts[0.05]["before"]["mean"] + 3,
+        "at 95 % it does (looked at after the miss at 90 %, not a claim set beforehand)": cuts[0.05]["after"]["mean"]
+        >= cuts[0.05]["before"]["mean"] + 3,
         "at 90 % the SVD start beats random factors": tenth["after"]["low"] > tenth["random"]["high"],
     }
     rows = [

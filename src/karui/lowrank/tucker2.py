@@ -18,9 +18,9 @@ rank_out, `U^(3)` -> inner, `U^(4)` -> outer, core tensor `C` -> core.
 DEPARTURE: a mode that keeps its full rank gets no pointwise layer, which could only rotate it.
 
 DEPARTURE: variational Bayes may find nothing but noise in a mode, above all in small layers (a first convolution, an
-output layer over few classes), whose directions all matter although none stands out. The paper has no such case; rank 1
-there, as its implementations take, ruins a trained network. Such a mode keeps its full rank, unless `noise_rank` says
-otherwise.
+output layer over few classes), whose directions all matter although none stands out. The method takes a rank of 0 as 1;
+on small trained networks that lost the accuracy, so such a mode keeps its full rank here. `noise_rank=1` gives the
+method's own rule.
 
 DEPARTURE: the groups of a grouped convolution are decomposed one by one and share the largest of their ranks; the
 paper has no grouped convolutions.
