@@ -1,20 +1,26 @@
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from statistics import mean
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
+from torch.utils.data import TensorDataset
 
 from karui.architectures import MobileNet
 from karui.architectures.mobilenet import build_mobilenet, widened
 from karui.data import Splits
 from karui.errors import SettingError, UsageError
 from karui.layers.separable import Separable2d
-from karui.measuring import Counts, count
+from karui.measuring import Counts, count, evaluate
 from karui.model import Classification, Model, Regression
 from karui.technique import Bench
+from karui.train import Adam, Training
 
 pytestmark = pytest.mark.paper(4)
 
@@ -144,3 +150,51 @@ def test_a_task_that_is_not_pictures_of_classes(digits: Splits) -> None:
 def test_settings_out_of_range(settings: dict[str, float]) -> None:
     with pytest.raises(SettingError, match=next(iter(settings))):
         MobileNet(**settings)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Splits) -> Callable[..., list[float]]:
+    """Percent of the test digits (16x16) that a shallow MobileNet gets right, for each of three seeds."""
+
+    def larger(part: TensorDataset) -> TensorDataset:
+        pictures, labels = part.tensors
+        return TensorDataset(interpolate(pictures, scale_factor=2, mode="bilinear"), labels)
+
+    test = larger(digits.test)
+    bench = Bench(
+        train=larger(digits.train),
+        validation=larger(digits.validation),
+        training=Training(batch_size=32, optimizer=Adam(lr=1e-2)),
+    )
+
+    @functools.cache
+    def run(width: float, dense: bool = False) -> list[float]:
+        step = MobileNet(width=width, dense=dense, shallow=True, epochs=4)
+        models = [step.apply(None, replace(bench, seed=seed)) for seed in range(3)]
+        return [100 * evaluate(model, test).value for model in models]
+
+    return run
+
+
+@pytest.mark.effect
+@pytest.mark.slow
+def test_separable_layers_cost_little_accuracy_and_save_most_of_the_work(trained: Callable[..., list[float]]) -> None:
+    """At full length (28 pixels, 1.5 points) this is the benchmark; four epochs leave a wider gap."""
+    macs = [
+        count(
+            Model(build_mobilenet(10, 0.25, 1, 16, shallow=True, dense=dense), example=(torch.zeros(1, 1, 16, 16),))
+        ).macs
+        for dense in (False, True)
+    ]
+    assert macs[1] > 5 * macs[0]
+    light, dense = mean(trained(0.25)), mean(trained(0.25, dense=True))
+    assert light > 94
+    assert light > dense - 3
+
+
+@pytest.mark.effect
+@pytest.mark.slow
+def test_accuracy_falls_with_the_width(trained: Callable[..., list[float]]) -> None:
+    means = [mean(trained(width)) for width in (0.25, 0.125, 0.0625)]
+    assert means == sorted(means, reverse=True)
+    assert means[0] > means[-1] + 2
