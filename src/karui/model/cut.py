@@ -83,12 +83,16 @@ def smaller(module: nn.Module, kept: list[Any]) -> dict[int, Any]:
     for name, dim, indices in kept:
         wanted.setdefault(name, []).append((dim, indices))
     memo: dict[int, Any] = {}
+    indexes: dict[tuple[int, ...], Tensor] = {}  # coupled tensors keep the same ones
     known = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, cuts in wanted.items():
         tensor = known[name]
         value = tensor.detach()
         for dim, indices in cuts:
-            value = value.index_select(dim, torch.as_tensor(indices, device=value.device))
+            stay = tuple(indices)
+            if stay not in indexes:
+                indexes[stay] = torch.tensor(indices)
+            value = value.index_select(dim, indexes[stay].to(value.device))
         memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
     return memo
 
@@ -189,7 +193,7 @@ def _finished(model: Model, candidate: Candidate, prove: bool) -> Model:
     module = candidate.build(model.module)
     _runs(module, model)
     if prove:
-        prove_cut(model, candidate)
+        prove_cut(model, candidate, module)
     return model.evolve(module, candidate.step)
 
 

@@ -9,8 +9,8 @@ proof.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -172,8 +172,21 @@ class Sight:
 
 
 def look(dense: nn.Module, candidate: Candidate, inputs: tuple[Any, ...], *, training: bool) -> Sight:
-    """Which groups the output shows."""
-    parameters = {name: p.detach().requires_grad_(p.is_floating_point()) for name, p in dense.named_parameters()}
+    """Which groups the output shows.
+
+    The slopes of vectors (a bias, a normalisation's scale) cost the least and nearly always tell; only for groups that
+    they do not show is the run repeated with the slopes of all parameters.
+    """
+    sight = _sight(dense, candidate, inputs, training=training, vectors=True)
+    return _sight(dense, candidate, inputs, training=training, vectors=False) if sight.unseen else sight
+
+
+def _sight(dense: nn.Module, candidate: Candidate, inputs: tuple[Any, ...], *, training: bool, vectors: bool) -> Sight:
+    """What one run shows of the groups, by the slopes of vectors alone or of all parameters."""
+    parameters = {
+        name: p.detach().requires_grad_(p.is_floating_point() and (p.ndim == 1 or not vectors))
+        for name, p in dense.named_parameters()
+    }
     buffers = {name: b.clone() for name, b in dense.named_buffers()} if training else {}
     generator = torch.Generator().manual_seed(2)
     with torch.enable_grad(), mode_of(dense, training), plain_attention(), Steady() if training else nullcontext():
@@ -201,22 +214,32 @@ def look(dense: nn.Module, candidate: Candidate, inputs: tuple[Any, ...], *, tra
     return Sight(unseen, unused, [t.detach() for t in made])
 
 
-def measure(drawn: nn.Module, candidate: Candidate, pair: Pair, whole: list[Tensor], *, training: bool) -> Proof:
+def measure(
+    drawn: nn.Module,
+    candidate: Candidate,
+    pair: Pair,
+    whole: list[Tensor],
+    *,
+    training: bool,
+    light: nn.Module | None = None,
+) -> Proof:
     """Masked against cut, on both inputs, in double precision; `whole` is the output of `drawn` for the second one.
 
-    The rounding floor is measured where it is cheap, in the precision of `drawn`, and scaled to that of the proof.
+    The rounding floor is measured where it is cheap, in the precision of `drawn`, and scaled to that of the proof, on
+    the cut model: `light`, where it is there already (it is left as it was).
     """
     kind = next((p.dtype for p in drawn.parameters() if p.is_floating_point()), torch.float32)
-    light = candidate.build(drawn, kind)
+    light = candidate.build(drawn, kind) if light is None else light
     single = outputs(light, pair[1], training=training)
-    jitter(light)
     eps = torch.finfo(torch.float64).eps
-    floor = difference(outputs(light, pair[1], training=training), single) * eps / torch.finfo(kind).eps
+    with jittered(light):
+        floor = difference(outputs(light, pair[1], training=training), single) * eps / torch.finfo(kind).eps
     scale = max((float(t.abs().max()) for t in single if t.numel()), default=0.0)
     effect = difference(whole, single)
 
     dense = copied(drawn).double()
-    cut = candidate.build(dense, torch.float64)
+    own = candidate.programs is None and candidate.step.programs is None
+    cut = copied(light).double() if own else candidate.build(dense, torch.float64)
     if not effect > FAINT * scale:
         whole = run_double(dense, double(pair[1]), training=training)
         effect = difference(whole, run_double(cut, double(pair[1]), training=training))
@@ -253,19 +276,27 @@ def joined(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
     return tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim else a, one, other)
 
 
-def jitter(module: nn.Module) -> None:
-    """Move every weight by one unit in its last place, up or down; in place."""
+@contextmanager
+def jittered(module: nn.Module) -> Iterator[None]:
+    """Every weight moved by one unit in its last place, up or down, for a while."""
+    moved = [p for p in module.parameters() if p.is_floating_point()]
+    before = [p.detach().clone() for p in moved]
     with torch.no_grad():
-        for p in module.parameters():
-            if p.is_floating_point():
-                step = torch.finfo(p.dtype).eps
-                flat = p.view(-1) if p.is_contiguous() else p.reshape(-1)
-                for start, way in ((0, 1 + step), (1, 1 - step), (2, 1 + step)):
-                    flat[start::3] *= way
+        for p in moved:
+            step = torch.finfo(p.dtype).eps
+            flat = p.view(-1) if p.is_contiguous() else p.reshape(-1)
+            for start, way in ((0, 1 + step), (1, 1 - step), (2, 1 + step)):
+                flat[start::3] *= way
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(moved, before, strict=True):
+                p.copy_(value)
 
 
-def prove(model: Model, candidate: Candidate) -> Proof:
-    """Prove that a cut removes its units and changes nothing else.
+def prove(model: Model, candidate: Candidate, light: nn.Module | None = None) -> Proof:
+    """Prove that a cut removes its units and changes nothing else; `light` is the cut model, where it is there already.
 
     Groups that only training shows (an auxiliary head) are proved in training mode too, without dropout.
 
@@ -289,7 +320,10 @@ def prove(model: Model, candidate: Candidate) -> Proof:
             unseen = unseen & sight.unseen
             modes.append((True, (widen(example), widen(other)), sight.output))
         if not unseen:
-            found = [_compared(drawn, candidate, pair, whole, training=mode) for mode, pair, whole in modes]
+            given = light if drawn is model.module else None
+            found = [
+                _compared(drawn, candidate, pair, whole, training=mode, light=given) for mode, pair, whole in modes
+            ]
             if found[-1].visible:
                 return replace(found[-1], redrawn=attempt > 0)
     which = ", ".join(f"'{name}'" for name in sorted(unseen)[:4]) or "its groups"
@@ -298,7 +332,15 @@ def prove(model: Model, candidate: Candidate) -> Proof:
     )
 
 
-def _compared(drawn: nn.Module, candidate: Candidate, pair: Pair, whole: list[Tensor], *, training: bool) -> Proof:
+def _compared(
+    drawn: nn.Module,
+    candidate: Candidate,
+    pair: Pair,
+    whole: list[Tensor],
+    *,
+    training: bool,
+    light: nn.Module | None = None,
+) -> Proof:
     """The measurement, refused where the two models differ.
 
     A forward that computes some constants in single precision differs from its captured program in double by their
@@ -306,12 +348,12 @@ def _compared(drawn: nn.Module, candidate: Candidate, pair: Pair, whole: list[Te
     model equals the own forward in single precision, and the cut program equals the masked program.
     """
     try:
-        found = measure(drawn, candidate, pair, whole, training=training)
+        found = measure(drawn, candidate, pair, whole, training=training, light=light)
         if not found.holds and candidate.programs is not None and found.difference < FAINT * found.effect:
             program = graph_form(copied(drawn), *candidate.programs)
             again = outputs(program, pair[1], training=training)
-            jitter(program)
-            floor = difference(outputs(program, pair[1], training=training), again)
+            with jittered(program):
+                floor = difference(outputs(program, pair[1], training=training), again)
             if difference(again, whole) <= SLACK * floor:
                 program = graph_form(copied(drawn).double(), *candidate.programs, torch.float64)
                 found = measure(program, candidate, double(pair), whole, training=training)
