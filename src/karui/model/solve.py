@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -42,10 +43,14 @@ class Resolved:
 
     def of(self, labels: np.ndarray) -> np.ndarray:
         """The class of each label; -1 where it must stay."""
+        return self._free[np.maximum(labels, -1)]
+
+    @cached_property
+    def _free(self) -> np.ndarray:
+        """The class of each label, -1 where it must stay, and -1 once more for what has no label."""
         if not self.classes.size:
-            return np.full(labels.shape, -1)
-        found = np.where(labels >= 0, self.classes[np.maximum(labels, 0)], -1)
-        return np.where((found >= 0) & (self.locked[found] < 0), found, -1)
+            return np.full(1, -1)
+        return np.append(np.where(self.locked[self.classes] < 0, self.classes, -1), -1)
 
     def bases(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Pairs (cell, axis) of classes: the first dies if the second does."""

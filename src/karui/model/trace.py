@@ -146,7 +146,7 @@ class Tracer(TorchDispatchMode):
         if split is not None:
             with self:
                 return split(*args, **kwargs)
-        inputs = [self.value(t) for t in tensors_in((args, kwargs))]
+        inputs = [self.value(t) for t in tensors_in((*args, kwargs))]
         data = any(v.data for v in inputs)
         if data and func.overloadpacket.__name__ == "_local_scalar_dense":
             raise DataDependentError(
@@ -155,7 +155,7 @@ class Tracer(TorchDispatchMode):
             )
         number = len(self.trace.steps)
         result = func(*args, **kwargs) if self.compute is None else self.compute(number, func, args, kwargs)
-        outputs = list(tensors_in(result))
+        outputs = tensors_in(result)
         call = Call(func, args, kwargs, result)
         try:
             rule(self, call)
