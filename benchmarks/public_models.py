@@ -1,10 +1,13 @@
 """Public models with random weights, about 30 % of the channels cut by L1 and proved: how many, how fast, and what not.
 
-The smallest member of each family of torchvision and timm, as listed in `public_models.json`. Each model runs in a
-process of its own with a limit of 90 seconds of processor time and 12 GB of memory. Groups that a normalisation across
-channels mixes are cut too, and told apart ("up to normalisation"). Needs torchvision and timm (the extra `vision`).
+The smallest member, by parameters, of each family of torchvision (27) and timm (105), as listed in
+`public_models.json`: torchvision's classifiers by the paper that they come from, three networks for segmentation and
+one for video; of timm one for each of its 98 modules, and seven families that share a module with another. Each model
+runs in a process of its own with a limit of 90 seconds of processor time and 12 GB of memory. Groups that a
+normalisation across channels mixes are cut too, and told apart ("up to normalisation"). Needs torchvision and timm (the
+extra `vision`).
 
-    python benchmarks/public_models.py [--only NAME] [--jobs 2]
+    python benchmarks/public_models.py [--only NAME] [--jobs 2] [--resume]
 """
 
 from __future__ import annotations
@@ -62,6 +65,8 @@ def one(library: str, name: str) -> dict[str, Any]:
 def _size(library: str, name: str, net: Any) -> tuple[int, ...]:
     if library == "timm":
         return tuple(net.pretrained_cfg.get("input_size", (3, 224, 224)))
+    if name == "r3d_18":
+        return (3, 16, 112, 112)
     return (3, 299, 299) if "inception" in name else (3, 224, 224)
 
 
@@ -121,6 +126,7 @@ def main() -> None:
     options.add_argument("--one", nargs=2, metavar=("LIBRARY", "MODEL"), help="cut one model and print its row")
     options.add_argument("--only", help="models whose name contains this; keeps nothing")
     options.add_argument("--jobs", type=int, default=1, help="models at a time")
+    options.add_argument("--resume", action="store_true", help="keep the rows of results/ whose outcome is 'proved'")
     asked = options.parse_args()
     if asked.one:
         print(json.dumps(one(*asked.one)))
@@ -130,9 +136,18 @@ def main() -> None:
         return
     listed = json.loads((HERE / "public_models.json").read_text(encoding="utf-8"))
     chosen = [row for row in listed if asked.only is None or asked.only in row["model"]]
+    kept = {}
+    if asked.resume:
+        known = json.loads((RESULTS / "public_models.json").read_text(encoding="utf-8"))
+        kept = {(row["library"], row["model"]): row for row in known if row["outcome"] == "proved"}
+
+    def row_of(model: dict[str, str]) -> dict[str, Any]:
+        key = (model["library"], model["model"])
+        return kept[key] if key in kept else limited(*key)
+
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(asked.jobs) as pool:
-        for row in pool.map(lambda model: limited(model["library"], model["model"]), chosen):
+        for row in pool.map(row_of, chosen):
             rows.append(row)
             print(f"{len(rows)}/{len(chosen)} {row['model']}: {row['outcome']}", flush=True)
             if asked.only is None:  # kept as it grows, so that a run that is stopped leaves what it has

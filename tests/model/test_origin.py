@@ -211,6 +211,14 @@ def test_zoos(zoo: str) -> None:
         resolve(f"{zoo}:resnet81")
 
 
+@pytest.mark.external
+def test_a_network_for_segmentation_fetches_no_weights_of_its_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", pytest.fail)
+    module = resolve("torchvision:lraspp_mobilenet_v3_large", {"num_classes": 3}).replay(None, ())
+    assert module.classifier.low_classifier.out_channels == 3
+
+
 @pytest.mark.parametrize("zoo", ["timm", "torchvision"])
 def test_a_zoo_that_is_not_installed(zoo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, zoo, None)

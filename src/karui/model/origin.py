@@ -231,8 +231,12 @@ def _timm(timm: ModuleType, name: str, error: type[KaruiError]) -> Callable[...,
 def _torchvision(torchvision: ModuleType, name: str, error: type[KaruiError]) -> Callable[..., Any]:
     _known(f"torchvision:{name}", name, torchvision.models.list_models(), error)
 
+    takes = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+    # Without its own, a network for segmentation or detection would fetch the weights of its backbone.
+    untrained = dict.fromkeys(key for key in ("weights", "weights_backbone") if key in takes)
+
     def create(**settings: Any) -> nn.Module:
-        return torchvision.models.get_model(name, **{**settings, "weights": None})
+        return torchvision.models.get_model(name, **{**settings, **untrained})
 
     return create
 

@@ -3,9 +3,9 @@
 Training tells which connections matter. The small weights are removed, the surviving ones retrained from their trained
 values, and again, in rounds. Units that lose all their connections go too.
 
-Pays in bytes: the saved file holds only the weights that are left, with relative indices. What that costs in accuracy is
-the network's matter: on the digits, 15 % of an over-parametrised network's weights retrain to what the dense one has. A
-network that is tight already does not bear it: at 10 % of the weights and two passes of fine-tuning the CIFAR-10
+Pays in bytes: the saved file holds only the weights that are left, with relative indices. What that costs in accuracy
+is the network's matter: on the digits, 15 % of an over-parametrised network's weights retrain to what the dense one
+has. A network that is tight already does not bear it: at 10 % of the weights and two passes of fine-tuning the CIFAR-10
 ResNet-20 falls from 91.73 to 78.69 % and ResNet-56 from 93.39 to 86.64 % (`results/cifar_resnets.md`).
 
 Does NOT pay in time: a matrix with zeros all over is multiplied no faster by the engines that people deploy on, and
@@ -88,7 +88,7 @@ def dropout_after(model: Model) -> dict[str, str]:
         arxiv="1506.02626",
         pays="Bytes: the saved file holds only what is left; 15 % of an over-parametrised network's weights can do.",
         costs="A tight network falls far (a CIFAR ResNet-20 at 10 %, two passes: 91.7 to 78.7 %). Time does not fall; "
-        "with dead units cut out, ONNX Runtime took 1.2 times as long. One long retraining beats rounds of equal passes.",
+        "with dead units cut, ONNX Runtime took 1.2 times as long. One long retraining beats rounds of equal passes.",
     )
 )
 @dataclass(frozen=True, kw_only=True)
