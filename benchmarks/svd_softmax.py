@@ -2,6 +2,10 @@
 
 The word model (two words of context) is trained on the validation part of WikiText-2 and judged on its test part, with
 the words that occur twice and more; the train part is not at hand, so no perplexity here compares with a published one.
+So little text makes a weak model: it offers few different words as its best, and agreeing with it on those is easy. How
+few, and its perplexity beside that of the words' frequencies alone, is part of the results. The output layer starts
+small (standard deviation 0.02), so that rows of words that were rarely met are no noise.
+
 Times are for a hidden width of 512 and weights with a decaying spectrum drawn at random. Three seeds.
 """
 
@@ -90,7 +94,7 @@ def one_seed(seed: int) -> dict[str, Any]:
     with torch.no_grad():
         hidden = trained.features(context)
         exact = trained.head(hidden)
-        told: dict[str, Any] = {"words": vocabulary, "loss": float(nn.functional.cross_entropy(exact, target))}
+        told: dict[str, Any] = {"words": vocabulary, "model": described(exact, target, train, vocabulary)}
         for window, share in SIZES:
             full_view = round(share * vocabulary)
             head = SvdSoftmaxHead.from_linear(trained.head, window, full_view).eval()
@@ -99,6 +103,19 @@ def one_seed(seed: int) -> dict[str, Any]:
             with_random_basis(trained.head, 16, round(0.05 * vocabulary)), hidden, exact, target
         )
     return told
+
+
+def described(exact: Tensor, target: Tensor, train: Tensor, vocabulary: int) -> dict[str, float]:
+    """How good the model is beside word frequencies (each counted once more), and how few words it ever puts first."""
+    frequencies = (torch.bincount(train, minlength=vocabulary) + 1.0).log()
+    loss = nn.functional.cross_entropy
+    return {
+        "perplexity": float(loss(exact, target).exp()),
+        "perplexity of word frequencies": float(loss(frequencies.expand(len(target), -1), target).exp()),
+        "positions": len(target),
+        "different words in the top 1": len(exact.argmax(1).unique()),
+        "different words in the top 10": len(exact.topk(10).indices.unique()),
+    }
 
 
 def judged(head: SvdSoftmaxHead, hidden: Tensor, exact: Tensor, target: Tensor) -> dict[str, float]:
@@ -145,13 +162,17 @@ def main() -> None:
     keys = ("multiply-adds", "top-1", "top-10", "perplexity")
     found = {name: {key: interval([told[name][key] for told in seeds]) for key in keys} for name in names}
     best, preview = found["16, 5%"], found["16, 0%"]
+    model = {key: interval([told["model"][key] for told in seeds]) for key in seeds[0]["model"]}
     claims = {
         "top-1 of 97 % and top-10 of 95 % at 35 % of the multiply-adds": best["top-1"]["mean"] >= 97
         and best["top-10"]["mean"] >= 95
         and best["multiply-adds"]["mean"] <= 35,
         "perplexity within 1 %": abs(best["perplexity"]["mean"]) <= 1,
         "the preview alone is clearly worse": preview["top-1"]["high"] < best["top-1"]["low"],
-        "a random basis is clearly worse": found["random basis"]["perplexity"]["low"] > best["perplexity"]["high"],
+        "a random basis is clearly worse in perplexity (not in its best words)": found["random basis"]["perplexity"][
+            "low"
+        ]
+        > best["perplexity"]["high"],
     }
     head = ["window, full view", "multiply-adds, %", "top-1 agreement, %", "top-10 recall, %", "perplexity, +%"]
     engines = list(next(iter(clocks.values())))
@@ -161,12 +182,21 @@ def main() -> None:
             f"WikiText-2, {seeds[0]['words']:,} words, width {WIDTH}, {SEEDS} seeds, mean and 95 % interval. "
             "The random basis is at window 16 and 5 % in full view."
         ),
+        (
+            "Agreement is an easy score here: over "
+            f"{model['positions']['mean']:,.0f} positions of the test text the model puts only "
+            f"{shown(model['different words in the top 1'])} different words first, and "
+            f"{shown(model['different words in the top 10'])} among the first ten. Its perplexity is "
+            f"{shown(model['perplexity'])}, that of the words' frequencies alone "
+            f"{shown(model['perplexity of word frequencies'])}. The random basis finds the best words, too, as so many "
+            "are in full view; it spoils the distribution."
+        ),
         table(head, [[name, *(shown(told[key]) for key in keys)] for name, told in found.items()]),
         "Output layer with softmax at width 512, one thread (processor time), in turns with the plain layer:",
         table(["", *engines], [[name, *(told.get(e, "-") for e in engines)] for name, told in clocks.items()]),
         claims_table(claims),
     ]
-    publish("svd_softmax", {"runs": found, "times": clocks, "claims": claims}, "\n\n".join(parts))
+    publish("svd_softmax", {"model": model, "runs": found, "times": clocks, "claims": claims}, "\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,12 @@ It pays for vocabularies of ten thousand words and more, at small batches (a ste
 for small vocabularies, where the rotation costs more than it saves, nor for large batches, where gathering the rows of
 each position's own words costs more than a dense product; it never makes the model smaller.
 
+What was measured flatters it in one respect: small word models put few different words first (about 40 over 12,279
+positions of WikiText-2, 280 among the first ten, at perplexity 211 against 433 of word frequencies alone), so agreeing
+with them on the best words is easy; perplexity is the harder score. A random basis in place of the singular one agrees
+on 99.4 % of the best words there, too, and is worse in perplexity only: 33 % higher against 0.3 %
+(`results/svd_softmax.md`). The output layers started small (standard deviation 0.02), as language models' do.
+
 Paper -> here: `V` -> out_features, `D` -> in_features, `W` -> window, `N` -> full_view; see
 `karui.layers.svd_softmax` for the tensors.
 
@@ -51,7 +57,8 @@ _FULL_VIEWS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5)
         identity={"window": 1.0},
         quick={"layer": "head", "window": 0.25, "full_view": 0.3},
         pays="output layers over ten thousand words and more, at small batches",
-        costs="small vocabularies, large batches; the model becomes no smaller and is for inference only",
+        costs="small vocabularies, large batches; the model becomes no smaller and is for inference only; shown on "
+        "weak word models, on whose few best words it is easy to agree",
     )
 )
 @dataclass(frozen=True, kw_only=True)
