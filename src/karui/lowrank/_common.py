@@ -40,6 +40,7 @@ class Seen:
         first: whether it is the first convolution that was called.
         final: whether the network's output has this layer's outputs as its last (or its class) dimension.
         map: shape of the feature map, channels first, whose flattening was its input; empty where it was none.
+        space: sizes of a convolution's input in space (of the last call); empty for a linear layer.
     """
 
     path: str
@@ -51,6 +52,7 @@ class Seen:
     first: bool
     final: bool
     map: tuple[int, ...]
+    space: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Choice:
     """What is done with one layer: its ranks (empty: left as it is, for the reason), parameters and multiply-adds.
 
     `error` is the relative Frobenius error of the weight, known once the layer is built. `remark` is worth telling.
+    `form` says what takes the layer's place where ranks do not.
     """
 
     path: str
@@ -68,6 +71,7 @@ class Choice:
     macs: tuple[int, int] = (0, 0)
     remark: str = ""
     error: float | None = None
+    form: str = ""
 
     @property
     def replaced(self) -> bool:
@@ -78,9 +82,12 @@ class Choice:
         """One line for a person."""
         if not self.replaced:
             return f"{self.path}: left as it is: {self.reason}"
-        ranks, full = (" x ".join(map(str, numbers)) for numbers in (self.ranks, self.full))
         sizes = f"{self.parameters[0]:,} -> {self.parameters[1]:,} parameters"
-        return f"{self.path}: rank {ranks} of {full}, {sizes}{'; ' if self.remark else ''}{self.remark}"
+        return f"{self.path}: {self._made()}, {sizes}{'; ' if self.remark else ''}{self.remark}"
+
+    def _made(self) -> str:
+        ranks, full = (" x ".join(map(str, numbers)) for numbers in (self.ranks, self.full))
+        return self.form or f"rank {ranks} of {full}"
 
     def to_json(self) -> dict[str, Any]:
         """Its values, for the lineage."""
@@ -94,6 +101,7 @@ class Choice:
             "macs": list(self.macs),
             "error": self.error,
             **({"remark": self.remark} if self.remark else {}),
+            **({"form": self.form} if self.form else {}),
         }
 
 
@@ -101,8 +109,8 @@ def unless_larger(choice: Choice) -> Choice:
     """The choice, or the layer left as it is where its factors would hold or compute as much as it does."""
     for what, (before, after) in (("parameters", choice.parameters), ("multiply-adds", choice.macs)):
         if after >= before:
-            ranks = " x ".join(map(str, choice.ranks))
-            return Choice(choice.path, reason=f"rank {ranks} would not save {what} ({before:,} -> {after:,})")
+            made = choice.form or f"rank {' x '.join(map(str, choice.ranks))}"
+            return Choice(choice.path, reason=f"{made} would not save {what} ({before:,} -> {after:,})")
     return choice
 
 
@@ -216,7 +224,8 @@ def _watch(model: Model) -> tuple[Seen, ...]:
             if calls > 1 and taken != seen[path].map:
                 taken = ()
             places = (_positions(layer, given), _positions(layer, output))
-            seen[path] = Seen(path, layer, order, calls, *places, first=False, final=False, map=taken)
+            space = () if isinstance(layer, nn.Linear) else tuple(given.shape[-len(layer.kernel_size) :])
+            seen[path] = Seen(path, layer, order, calls, *places, first=False, final=False, map=taken, space=space)
 
         return hook
 

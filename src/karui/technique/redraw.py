@@ -51,7 +51,7 @@ def _rebuilt(model: Model, seed: int) -> nn.Module:
 
 
 def _reset(module: nn.Module) -> None:
-    for path, layer in module.named_modules():
+    for path, layer in sorted(module.named_modules(), key=_turn):
         own = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
         if callable(own):
             own()
@@ -62,3 +62,10 @@ def _reset(module: nn.Module) -> None:
             "Give it reset_parameters(), build the model by a named factory, or set draw=False on an untrained one.",
             UsageError,
         )
+
+
+def _turn(item: tuple[str, nn.Module]) -> tuple[bool, int]:
+    """Layers that hold others come last, the inner ones first: they may have a rule of their own for what they hold."""
+    path, layer = item
+    holds = next(layer.children(), None) is not None
+    return holds, -len(path) if holds else 0
