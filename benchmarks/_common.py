@@ -104,12 +104,25 @@ def claims_table(claims: dict[str, bool]) -> str:
     return table(["claim", "shown here"], [[claim, "yes" if held else "no"] for claim, held in claims.items()])
 
 
-def publish(name: str, values: dict[str, Any], text: str) -> None:
-    """Keep the results in `results/NAME.json` and `results/NAME.md`, with the machine they were taken on."""
+def unseen(claims: dict[str, bool]) -> list[str]:
+    """A line for each claim that was not seen, for `measured`."""
+    return [f"not shown: {claim}" for claim, held in claims.items() if not held]
+
+
+def publish(name: str, values: dict[str, Any], text: str, measured: dict[str, list[str]] | None = None) -> None:
+    """Keep the results in `results/NAME.json` and `results/NAME.md`, with the machine they were taken on.
+
+    Args:
+        name: the benchmark.
+        values: what was measured.
+        text: the same for people, as Markdown.
+        measured: by slug, the few lines that `karui show` and the catalogue tell of each technique. A benchmark has
+            them of a function `measured(values)`, so that they can be worded anew without measuring again.
+    """
     machine = this_machine()
     folder = ROOT / "results"
     folder.mkdir(exist_ok=True)
-    told = {"machine": str(machine), **values}
+    told = {"machine": str(machine), **values} | ({"measured": measured} if measured else {})
     (folder / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
     (folder / f"{name}.md").write_text(f"{text.strip()}\n\nMachine: {machine}.\n", "utf-8")
     print(text)

@@ -1,24 +1,20 @@
-"""What the benchmarks of pruning on the digits share: the network, its training, and how results are written."""
+"""What the benchmarks of pruning on the digits share: the network, its training, and its tables."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from _common import table
 from karui.data import load_data
-from karui.measuring import this_machine
 from karui.model import Classification, Model
 from karui.technique import Bench
 from karui.technique.pruning.harness import Trials
 from karui.train import Adam, Constant, Training
 
-RESULTS = Path(__file__).parent.parent / "results"
 BASE_EPOCHS = 25
 
 torch.set_num_threads(1)
@@ -57,16 +53,30 @@ def trained(bench: Bench, seeds: int, *, normalised: bool = False) -> dict[int, 
 
 def show(title: str, told: Trials) -> None:
     print(f"{title}: accuracy in %, mean and half of its 95 % interval")
-    for row in told.summary():
-        before, after = (
-            f"{100 * row[f'{when}_mean']:5.1f} +- {100 * (row[f'{when}_half_interval'] or 0):4.1f}"
-            for when in ("before", "after")
-        )
-        print(f"  {row['criterion']:16} {row['ratio']:.2f}  before {before}  after {after}  ({row['trials']} trials)")
+    print(trials_table(told.to_json()))
 
 
-def write(name: str, values: dict[str, Any]) -> None:
-    """`results/NAME.json`, with the machine it was measured on."""
-    RESULTS.mkdir(exist_ok=True)
-    values = {"machine": dataclasses.asdict(this_machine()), **values}
-    (RESULTS / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+def trials_table(told: dict[str, Any]) -> str:
+    """Every criterion at every ratio, before and after retraining."""
+    rows = [
+        [
+            row["criterion"],
+            f"{row['ratio']:.0%}",
+            *(accuracy(row, when) for when in ("before", "after")),
+            str(row["trials"]),
+        ]
+        for row in told["summary"]
+    ]
+    return table(["criterion", "cut", "before, %", "after, %", "trials"], rows)
+
+
+def accuracy(row: dict[str, Any], when: str) -> str:
+    """Mean and half of its 95 % interval, in percent."""
+    mean, half = (row[f"{when}_{what}"] for what in ("mean", "half_interval"))
+    return f"{100 * mean:.2f} +- {100 * (half or 0):.2f}"
+
+
+def of_criterion(told: dict[str, Any], criterion: str, ratio: float, when: str = "after") -> str:
+    """One of the accuracies of the table."""
+    rows = (row for row in told["summary"] if (row["criterion"], row["ratio"]) == (criterion, ratio))
+    return accuracy(next(rows), when)

@@ -126,7 +126,7 @@ class Session:
         )
         light = self.compressed(key, case)
         after = self.judged(f"{key}: after", light)
-        facts = self.ledger.once(f"{key}: measured", lambda: measured(self.dense, light))
+        facts = self.ledger.once(f"{key}: measured", lambda: in_turns(self.dense, light))
         return {**told, "before": before, "after": after, "seconds": self.ledger.parts.get(f"{key}: seconds"), **facts}
 
     def judged(self, key: str, model: Model) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Session:
         return load(where)
 
 
-def measured(dense: Model, light: Model) -> dict[str, Any]:
+def in_turns(dense: Model, light: Model) -> dict[str, Any]:
     """Counts, bytes on disk and times of both, dense and compressed in turns."""
     clock = Clock(threads=(1,), engines=(OnnxRuntime(),), cpu_time=True, rounds=25)
     found = compare(dense, light, clock=clock)
@@ -162,6 +162,27 @@ def measured(dense: Model, light: Model) -> dict[str, Any]:
         ratio = found.ratio("time", "onnxruntime", batch, 1)
         told[f"time at batch {batch}"] = [*(str(timing) for timing in times), str(ratio).partition("): ")[2]]
     return told
+
+
+def measured(told: dict[str, Any]) -> dict[str, list[str]]:
+    """What `karui show` tells of each technique: of a pipeline under its last step."""
+    slugs = {
+        "[62]": "l1_filter_pruning",
+        "[12]": "tucker2",
+        "[63]": "iterative_magnitude_pruning",
+        "[30]": "knowledge_distillation",
+    }
+    lines: dict[str, list[str]] = {}
+    for row in told["rows"]:
+        last = max(slugs, key=row["case"].rfind)
+        dense, after = (f"{100 * row[part]['value']:.2f}" for part in ("dense", "after"))
+        times = [f"batch {batch} {row[f'time at batch {batch}'][2]}" for batch in (1, 64)]
+        lines.setdefault(slugs[last], []).append(
+            f"CIFAR-10 {row['network']}, {row['case'].removeprefix(f'{last} ')}: accuracy {dense} to {after} % after "
+            f"{told['epochs']} passes of fine-tuning (one training), MACs {_change(row['macs'], _millions)}, weights "
+            f"file {_change(row['weights file'], bytes_text)}; ONNX Runtime, one thread: {', '.join(times)}"
+        )
+    return lines
 
 
 def main() -> None:
@@ -186,7 +207,7 @@ def main() -> None:
         print(report(rows, len(data.train), asked.epochs))
         return
     values = {"epochs": asked.epochs, "pictures": len(data.train), "rows": rows}
-    publish("cifar_resnets", values, report(rows, len(data.train), asked.epochs))
+    publish("cifar_resnets", values, report(rows, len(data.train), asked.epochs), measured(values))
 
 
 def run(data: Splits, folder: Path, epochs: int, networks: Sequence[str]) -> list[dict[str, Any]]:
@@ -219,7 +240,7 @@ def report(rows: list[dict[str, Any]], pictures: int, epochs: int) -> str:
             row["network"],
             row["case"],
             *(_percent(row[part]) for part in ("dense", "before", "after")),
-            _change(row["macs"], lambda n: f"{n / 1e6:.1f} M"),
+            _change(row["macs"], _millions),
             _change(row["nonzero"], lambda n: f"{n / 1e3:.0f} k"),
             _change(row["weights file"], bytes_text),
             _change(row["onnx file"], bytes_text),
@@ -245,6 +266,10 @@ are zero (63) are left out of the weights file; a dense engine multiplies them a
 
 def _percent(told: dict[str, Any]) -> str:
     return f"{100 * told['value']:.2f} [{100 * told['low']:.2f}, {100 * told['high']:.2f}]"
+
+
+def _millions(number: float) -> str:
+    return f"{number / 1e6:.1f} M"
 
 
 def _change(pair: Sequence[float], text: Callable[[float], str]) -> str:

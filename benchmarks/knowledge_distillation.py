@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from _common import CACHE, Ledger, claims_table, interval, mnist, publish, shown, table
+from _common import CACHE, Ledger, claims_table, interval, mnist, publish, shown, table, unseen
 from _mlp import accuracy, bench_of, mlp
 from karui.data import Splits, hold_out, load_data, targets_of
 from karui.data.augment import RandomCrop
@@ -93,6 +93,27 @@ def by_name(runs: list[dict[str, float]]) -> dict[str, Any]:
     return {name: interval([run[name] for run in runs]) for name in runs[0]}
 
 
+def measured(told: dict[str, Any]) -> dict[str, list[str]]:
+    """What `karui show` tells of it."""
+    missing, few, sizes = told["missing class"], told["few pictures"], told["mnist"]
+    lost = {name: shown(missing[name]["recall after"]) for name in ("hard targets", "T = 8")}
+    lines = [
+        (
+            "digits, no threes in the transfer set: recall of threes, % (after the bias is lifted): "
+            f"hard targets {lost['hard targets']}, T = 8 {lost['T = 8']}"
+        ),
+        (
+            f"digits, 100 transfer pictures: accuracy with hard targets {shown(few['hard targets'])}, "
+            f"T = 4 {shown(few['T = 4'])} %"
+        ),
+        (
+            f"MNIST, 784-800-800-10: accuracy with hard targets {shown(sizes['small net, hard targets'])}, taught by a "
+            f"larger net {shown(sizes['small net, T = 20'])} %"
+        ),
+    ]
+    return {"knowledge_distillation": lines + unseen(told["claims"])}
+
+
 def main() -> None:
     ledger, digits = Ledger(CACHE / "knowledge_distillation.json"), load_data("digits")
     lost = [ledger.once(f"missing class, seed {s}", lambda s=s: missing_class(digits, s)) for s in range(SEEDS)]
@@ -139,7 +160,7 @@ MNIST, {MNIST_PICTURES:,} pictures, {MNIST_EPOCHS} epochs for each network:
 {claims_table(claims)}
 """
     values = {"missing class": missing, "few pictures": few, "ensemble": members, "mnist": sizes, "claims": claims}
-    publish("knowledge_distillation", values, text)
+    publish("knowledge_distillation", values, text, measured(values))
 
 
 if __name__ == "__main__":

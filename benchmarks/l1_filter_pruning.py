@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from _digits_pruning import digits_bench, show, trained, write
-from karui.measuring import Clock, compare
+from _common import publish, table
+from _digits_pruning import digits_bench, of_criterion, show, trained, trials_table
+from karui.measuring import Clock, Ratio, compare
 from karui.model import Model
 from karui.sparsify import L1Filters
 from karui.technique import Bench
@@ -81,6 +82,41 @@ def times() -> dict[str, Any]:
     return told.to_json()
 
 
+def verdicts(told: dict[str, Any]) -> list[str]:
+    """Ratios of time, dense against thin."""
+    times = [Ratio(**ratio) for ratio in told["ratios"] if ratio["quantity"] == "time"]
+    return [f"{time.engine}, batch {time.batch}, one thread: {time.verdict}" for time in times]
+
+
+def measured(told: dict[str, Any]) -> dict[str, list[str]]:
+    """What `karui show` tells of it."""
+    lines = []
+    for epochs in (2, EPOCHS):
+        trials = told[f"criteria, {epochs} epochs"]
+        scores = [f"{name} {of_criterion(trials, name, 0.5)}" for name in ("l1", "random", "largest")]
+        lines.append(
+            f"digits, half of the filters, {epochs} epochs of retraining, 5 seeds: accuracy, % {', '.join(scores)}"
+        )
+    lines.append(f"half of the filters of a wide network: {'; '.join(verdicts(told['time at 50 %']))}")
+    return {"l1_filter_pruning": lines}
+
+
+def report(told: dict[str, Any]) -> str:
+    """The results for people."""
+    parts = ["# Filter pruning by L1 norm (62)", f"Digits, three convolutions, {told['seeds']} seeds; test accuracy."]
+    for name, trials in told.items():
+        if name.startswith("criteria"):
+            parts += [f"{name.replace('criteria', 'Criteria')} of retraining:", trials_table(trials)]
+    rows = [
+        [row["schedule"], f"{row['ratio']:.0%}", f"{100 * row['mean']:.2f} +- {100 * (row['half_interval'] or 0):.2f}"]
+        for row in told["schedules"]
+    ]
+    parts += [f"Schedules with {EPOCHS} epochs in all:", table(["schedule", "cut", "accuracy, %"], rows)]
+    parts += ["Half of the filters of a wide network, dense against thin in turns:"]
+    parts += ["\n".join(f"- {verdict}" for verdict in verdicts(told["time at 50 %"]))]
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     bench = digits_bench()
     plain = trained(bench, SEEDS)
@@ -98,7 +134,7 @@ def main() -> None:
     told["sensitivity of seed 0"] = scan(plain[0], bench, groups, L1, [k / 10 for k in range(1, 10)]).to_json()
     print("half of the filters of a wide network")
     told["time at 50 %"] = times()
-    write("l1_filter_pruning", told)
+    publish("l1_filter_pruning", told, report(told), measured(told))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from _common import CACHE, Ledger, claims_table, interval, publish, shown, table
+from _common import CACHE, Ledger, claims_table, interval, publish, shown, table, unseen
 from _mlp import bench_of, mlp
 from karui.data import Splits, load_data
 from karui.sparsify.lottery_ticket import ANEW, MOVED, OWN, LotteryTicket
@@ -114,6 +114,21 @@ def at(studies: list[list[dict[str, Any]]], kind: str, number: int, what: str) -
     return [t[what] for trials in studies for t in trials if t["kind"] == kind and t["round"] == number]
 
 
+def measured(told: dict[str, Any]) -> dict[str, list[str]]:
+    """What `karui show` tells of it."""
+    dense, xor = told["digits"][0][OWN]["accuracy"], told["xor"]
+    lines = [
+        f"digits, 64-300-100-10, {SEEDS} seeds, {row['kept']:.1%} of the weights: accuracy, %, ticket "
+        f"{shown(row[OWN]['accuracy'])}, drawn anew {shown(row[ANEW]['accuracy'])}, rearranged "
+        f"{shown(row[MOVED]['accuracy'])}, dense {shown(dense)}"
+        for row in (told["digits"][11], told["digits"][14])
+    ]
+    names = ("two units, own values, one unit a round", "two units of ten, drawn anew")
+    shares = [f"{name} {xor[name]['learn it, %']:.1f} +- {xor[name]['half interval']:.1f}" for name in names]
+    lines.append(f"XOR, networks that learn it, %: {', '.join(shares)}")
+    return {"lottery_ticket": lines + unseen(told["claims"])}
+
+
 def main() -> None:
     ledger, digits = Ledger(CACHE / "lottery_ticket.json"), load_data("digits")
     studies = [ledger.once(f"digits, seed {s}", lambda s=s: study(digits, s)) for s in range(SEEDS)]
@@ -182,7 +197,8 @@ which they make none:
 
 {claims_table(claims)}
 """
-    publish("lottery_ticket", {"digits": rounds, "xor": units_told, "claims": claims}, text)
+    values = {"digits": rounds, "xor": units_told, "claims": claims}
+    publish("lottery_ticket", values, text, measured(values))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from _common import CACHE, Ledger, cifar10, claims_table, interval, mnist, publish, runs_table, table
+from _common import CACHE, Ledger, cifar10, claims_table, interval, mnist, publish, runs_table, table, unseen
 from karui.architectures import MobileNet
 from karui.data import Splits
 from karui.measuring import Clock, count, evaluate
@@ -72,6 +72,18 @@ def times(ledger: Ledger, data: Splits) -> dict[str, Any]:
     return ledger.once(f"{data.name} times", measure)
 
 
+def measured(told: dict[str, Any]) -> dict[str, list[str]]:
+    """What `karui show` tells of it."""
+    lines = [
+        f"{run['network']}: {run['parameters']:,} parameters, {run['macs'] / 1e6:.2f} M MACs, accuracy "
+        f"{shown(run['accuracy'])} %"
+        for run in told["runs"]
+    ]
+    times = "; ".join(f"{name}, {clocked['ratio']}" for name, clocked in told["times"].items())
+    lines.append(f"width 0.25, 32x32 pixels, ONNX Runtime, one thread, dense and separable: {times}")
+    return {"mobilenet": lines + unseen(told["claims"])}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     ledger = Ledger(CACHE / "mobilenet.json")
@@ -91,9 +103,8 @@ def main() -> None:
         "thin and deep beats shallow at equal parameters (CIFAR-10)": _mean(deep) > _mean(shallow),
     }
     clocked = times(ledger, pictures)
-    publish(
-        "mobilenet", {"plans": PLANS, "runs": runs, "times": clocked, "claims": claims}, _text(runs, clocked, claims)
-    )
+    values = {"plans": PLANS, "runs": runs, "times": clocked, "claims": claims}
+    publish("mobilenet", values, _text(runs, clocked, claims), measured(values))
 
 
 def _mean(run: dict[str, Any]) -> float:

@@ -10,7 +10,8 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
-from _digits_pruning import BASE_EPOCHS, digits_bench, network, show, trained, write
+from _common import publish, table
+from _digits_pruning import BASE_EPOCHS, digits_bench, network, of_criterion, show, trained, trials_table
 from karui.technique import Bench
 from karui.technique.pruning.activations import (
     ByActivations,
@@ -70,6 +71,46 @@ def from_nothing(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
+def measured(told: dict[str, Any]) -> dict[str, list[str]]:
+    """What `karui show` tells of it."""
+    lines = []
+    for ratio in (0.5, 0.75):
+        scores = [f"{name} {of_criterion(told['criteria'], name, ratio)}" for name in ("random", "l1", "entropy")]
+        nothing = next(row for row in told["from nothing"] if row["ratio"] == ratio)
+        lines.append(
+            f"digits, {ratio:.0%} of the filters, {told['epochs of fine-tuning']} epochs of fine-tuning: accuracy, % "
+            f"{', '.join(scores)}; the same shape trained from nothing {_percent(nothing)}"
+        )
+    return {"random_channel_pruning": lines}
+
+
+def _percent(row: dict[str, Any]) -> str:
+    return f"{100 * row['mean']:.2f} +- {100 * row['half_interval']:.2f}"
+
+
+def report(told: dict[str, Any]) -> str:
+    """The results for people."""
+    apart = [
+        [f"{row.pop('ratio'):.0%}", *(f"{100 * value:.2f}" for value in row.values())]
+        for row in map(dict, told["findings"])
+    ]
+    parts = [
+        "# Random channel pruning (69)",
+        (
+            f"Digits, three convolutions, {told['seeds']} seeds, {told['random draws']} draws of chance for each; "
+            f"{told['epochs after each layer']} epoch after each layer, {told['epochs of fine-tuning']} of fine-tuning."
+        ),
+        trials_table(told["criteria"]),
+        "How far the criteria lie apart, and the best ahead of chance, in points of accuracy:",
+        table(["cut", "apart before", "ahead before", "apart after", "ahead after"], apart),
+        f"The same shapes from nothing, {told['base epochs']} epochs:",
+        table(["cut", "accuracy, %"], [[f"{row['ratio']:.0%}", _percent(row)] for row in told["from nothing"]]),
+        f"For the classes {told['classes']['classes']} only:",
+        trials_table(told["classes"]),
+    ]
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     bench = digits_bench()
     models = trained(bench, SEEDS)
@@ -89,7 +130,7 @@ def main() -> None:
     )
     show(f"for the classes {CLASSES} only", classes)
     told["classes"] = {"classes": CLASSES, **classes.to_json()}
-    write("random_channel_pruning", told)
+    publish("random_channel_pruning", told, report(told), measured(told))
 
 
 if __name__ == "__main__":

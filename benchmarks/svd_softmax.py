@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from _common import CACHE, Ledger, claims_table, data_folder, interval, publish, shown, table
+from _common import CACHE, Ledger, claims_table, data_folder, interval, publish, shown, table, unseen
 from karui.layers.svd_softmax import SvdSoftmaxHead, operations
 from karui.lowrank.svd_softmax import agreed
 from karui.measuring import Clock, OnnxRuntime, Torch, time_ratio
@@ -147,6 +147,29 @@ def timed(words: int, window: int, share: float) -> dict[str, str]:
     return {f"{heavy.engine}, batch {heavy.batch}": time_ratio(heavy, lean).verdict for heavy, lean in sides}
 
 
+def measured(told: dict[str, Any]) -> dict[str, list[str]]:
+    """What `karui show` tells of it."""
+    run, model = told["runs"]["16, 5%"], told["model"]
+    times = told["times"]["50,000 words, window 64, 1%"]
+    lines = [
+        (
+            "WikiText-2, a word model of width 64, 3 seeds, window 16, 5 % in full view: "
+            f"{run['multiply-adds']['mean']:.0f} % of the multiply-adds, top-1 agreement "
+            f"{shown(run['top-1'])} %, perplexity +{shown(run['perplexity'])} %"
+        ),
+        (
+            f"agreement is easy there: {model['different words in the top 1']['mean']:.0f} different words are ever "
+            f"first; perplexity {model['perplexity']['mean']:.0f}, word frequencies alone "
+            f"{model['perplexity of word frequencies']['mean']:.0f}"
+        ),
+        (
+            "50,000 words, width 512, window 64, 1 % in full view, one thread: "
+            f"{'; '.join(f'{name} {verdict}' for name, verdict in times.items())}"
+        ),
+    ]
+    return {"svd_softmax": lines + unseen(told["claims"])}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     data_folder()
@@ -196,7 +219,8 @@ def main() -> None:
         table(["", *engines], [[name, *(told.get(e, "-") for e in engines)] for name, told in clocks.items()]),
         claims_table(claims),
     ]
-    publish("svd_softmax", {"model": model, "runs": found, "times": clocks, "claims": claims}, "\n\n".join(parts))
+    values = {"model": model, "runs": found, "times": clocks, "claims": claims}
+    publish("svd_softmax", values, "\n\n".join(parts), measured(values))
 
 
 if __name__ == "__main__":

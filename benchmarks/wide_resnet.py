@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from _common import CACHE, Ledger, cifar10, claims_table, interval, publish, runs_table, table
+from _common import CACHE, Ledger, cifar10, claims_table, interval, publish, runs_table, table, unseen
 from karui.architectures import WideResNet
 from karui.data import Splits
 from karui.measuring import Clock, count, evaluate
@@ -84,6 +84,18 @@ def per_mac(ledger: Ledger, data: Splits) -> dict[str, dict[str, float]]:
     return {**ledger.once("inference", inference), "training step, batch 64": ledger.once("training", training)}
 
 
+def measured(told: dict[str, Any]) -> dict[str, list[str]]:
+    """What `karui show` tells of it."""
+    lines = [
+        f"CIFAR-10, {told['pictures']:,} pictures, {told['epochs']} epochs, {run['network']}: "
+        f"{run['parameters']:,} parameters, {run['macs'] / 1e6:.2f} M MACs, accuracy {shown(run['accuracy'])} %"
+        for run in told["runs"]
+    ]
+    times = [f"{name} {row['thin'] / row['wide']:.2f}" for name, row in told["nanoseconds per MAC"].items()]
+    lines.append(f"time for each MAC, WRN-22-1 over WRN-10-2, one thread: {'; '.join(times)}")
+    return {"wide_resnet": lines + unseen(told["claims"])}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     ledger, data = Ledger(CACHE / "wide_resnet.json"), cifar10(PICTURES)
@@ -97,7 +109,7 @@ def main() -> None:
     for name, row in clocked.items():
         claims[f"1.3 times less time for each MAC than WRN-22-1 ({name})"] = row["thin"] / row["wide"] >= 1.3
     values = {"pictures": PICTURES, "epochs": EPOCHS, "runs": runs, "nanoseconds per MAC": clocked, "claims": claims}
-    publish("wide_resnet", values, _text(runs, clocked, claims))
+    publish("wide_resnet", values, _text(runs, clocked, claims), measured(values))
 
 
 def _text(runs: list[dict[str, Any]], clocked: dict[str, dict[str, float]], claims: dict[str, bool]) -> str:

@@ -60,6 +60,12 @@ def test_settings_of_a_docstring() -> None:
     assert told == {"ratio": "share of filters.", "epochs": "passes."}
 
 
+def test_defaults_are_told_as_a_person_writes_them() -> None:
+    source = "class X:\n    a: float = 0.5\n    b: dict = field(default_factory=dict, hash=False)\n    c: int\n"
+    entry = index.Entry(room="lowrank", module="karui.lowrank.x", name="X", card={"slug": "x"}, source=source)
+    assert [setting.default for setting in entry.settings] == ["0.5", "{}", ""]
+
+
 def test_unknown_technique_of_a_room_names_the_known_ones() -> None:
     import karui
 

@@ -124,7 +124,7 @@ def _settings(node: ast.ClassDef) -> tuple[Setting, ...]:
         Setting(
             name=line.target.id,
             type=ast.unparse(line.annotation),
-            default=ast.unparse(line.value) if line.value is not None else "",
+            default=_default(line.value),
             text=told.get(line.target.id, ""),
         )
         for line in node.body
@@ -133,6 +133,14 @@ def _settings(node: ast.ClassDef) -> tuple[Setting, ...]:
         and not line.target.id.startswith("_")
         and "ClassVar" not in ast.unparse(line.annotation)
     )
+
+
+def _default(value: ast.expr | None) -> str:
+    """A default as a person would write it: an empty mapping is not told by its factory."""
+    if isinstance(value, ast.Call) and value.keywords and value.keywords[0].arg == "default_factory":
+        factory = ast.unparse(value.keywords[0].value)
+        return {"dict": "{}", "list": "[]", "tuple": "()"}.get(factory, f"{factory}()")
+    return "" if value is None else ast.unparse(value)
 
 
 def _told(docstring: str) -> dict[str, str]:

@@ -75,6 +75,17 @@ def test_show_every_row(capsys: pytest.CaptureFixture[str]):
         assert bool(row.technique) == ("settings" in told)
 
 
+def test_show_tells_what_was_measured(capsys: pytest.CaptureFixture[str]):
+    assert run(["show", "svd_softmax"]) == 0
+    text = " ".join(lines(capsys)[0])
+    assert "not pay" in text
+    assert "results/svd_softmax.md" in text
+    assert run(["show", "svd_softmax", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["measured"]
+    assert {line["source"] for line in told} == {"results/svd_softmax.md"}
+    assert any("top-1 agreement 100.00 [100.00, 100.00] %" in line["text"] for line in told)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "hint"),
     [

@@ -9,6 +9,7 @@ import pytest
 from karui.index import Entry
 from karui.survey import catalogue
 from karui.survey.docs import END, PAGE, START, main, page, stale, table, write
+from karui.survey.findings import KEPT, Finding
 
 ROOT = Path(__file__).parents[2]
 SOURCE = '''"""DEPARTURE: we score groups.
@@ -48,15 +49,21 @@ def test_table_has_every_paper_and_links_the_techniques():
 
 
 def test_page_tells_the_card():
-    text = page(catalogue((CUT,)), (CUT,))
-    for words in ("### l1_filter_pruning", "pays: Wide layers.", "departs from the paper: we score groups."):
+    found = {"l1_filter_pruning": (Finding(text="twice as fast", source="results/one.md"),)}
+    text = page(catalogue((CUT,)), (CUT,), found)
+    for words in (
+        "### l1_filter_pruning",
+        "pays: Wide layers.",
+        "departs from the paper: we score groups.",
+        "measured: twice as fast ([table](../results/one.md))",
+    ):
         assert words in text
     assert "| `ratio` | `float \\| None` | `0.3` | share cut |" in text
 
 
 def test_write_then_check(checkout: Path):
     assert main(["--check", "--root", str(checkout)]) == 1
-    assert {path.name for path in write(checkout)} == {"README.md", PAGE.name}
+    assert {path.name for path in write(checkout)} == {"README.md", PAGE.name, KEPT.name}
     assert main(["--check", "--root", str(checkout)]) == 0
     assert write(checkout) == []
     readme = checkout / "README.md"

@@ -10,7 +10,7 @@ from karui.cli import screen
 from karui.cli.options import JSON
 from karui.errors import did_you_mean
 from karui.index import KINDS
-from karui.survey import CHAPTERS, Row, catalogue, coverage, find, find_technique
+from karui.survey import CHAPTERS, Row, catalogue, coverage, find, find_technique, measured
 
 if TYPE_CHECKING:
     from karui.index import Entry
@@ -56,7 +56,7 @@ def show(
     slug: Annotated[str, typer.Argument(help="A technique's slug, or a paper's number.", metavar="SLUG|NUMBER")],
     json: JSON = False,
 ) -> None:
-    """One card: the paper, when it pays and when not, its settings."""
+    """One card: the paper, when it pays and when not, what was measured, its settings."""
     rows = find(slug)
     told = [_told(row) for row in rows]
     if json:
@@ -76,6 +76,7 @@ def _told(row: Row) -> dict[str, Any]:
         **{name: entry.card[name] for name in names if name in entry.card},
         "text": entry.text,
         "departures": list(entry.departures),
+        "measured": [{"text": line.text, "source": line.source} for line in measured(entry.slug)],
         "settings": [{"name": s.name, "type": s.type, "default": s.default, "text": s.text} for s in entry.settings],
     }
 
@@ -92,18 +93,28 @@ def _print(row: Row, entry: Entry | None) -> None:
         "reduces": ", ".join(card.get("reduces", ())),
         "pays": card.get("pays", ""),
         "does not pay": card.get("costs", ""),
+        "measured": "" if entry is None else _measured(entry),
         "departs": " / ".join(entry.departures) if entry else "",
         "class": row.technique or "There is no technique for this paper yet.",
     }
+    from rich.markup import escape
+
     made = screen.table("", "", title=f"{row.survey}. {row.slug}", wrap=("",))
     made.show_header = False
     made.columns[0].no_wrap = True
     for name, text in facts.items():
         if text:
-            made.add_row(name, text)
+            made.add_row(name, escape(text))
     screen.show(made)
     if entry is not None:
         _print_settings(entry)
+
+
+def _measured(entry: Entry) -> str:
+    lines = measured(entry.slug)
+    told = [f"- {line.text}" for line in lines]
+    pages = dict.fromkeys(line.source for line in lines)
+    return "\n".join((*told, f"(tables and machine: {', '.join(pages)})")) if told else "nothing yet"
 
 
 def _print_settings(entry: Entry) -> None:

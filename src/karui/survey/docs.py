@@ -1,4 +1,6 @@
-"""The README's table and the catalogue page, generated from the cards: `python -m karui.survey.docs --write | --check`.
+"""What is generated from cards and results: `python -m karui.survey.docs --write | --check`.
+
+The README's table, the catalogue page, and what was measured of each technique, as the package carries it.
 
 What is generated stands in the README between two HTML comments; the rest of that page is written by people.
 """
@@ -11,6 +13,7 @@ from pathlib import Path
 
 from karui.errors import UsageError, require
 from karui.index import Entry, Setting, techniques
+from karui.survey.findings import KEPT, Findings, gathered, written
 from karui.survey.papers import CHAPTERS, Row, catalogue, coverage
 
 START, END = "<!-- catalogue -->", "<!-- /catalogue -->"
@@ -39,8 +42,8 @@ def _technique(row: Row) -> str:
     return f"[`{row.slug}`](docs/catalogue.md#{row.slug})" if row.technique else "not yet"
 
 
-def page(rows: tuple[Row, ...], entries: tuple[Entry, ...]) -> str:
-    """The catalogue page: every technique with its card, settings and departures; then what is still to come."""
+def page(rows: tuple[Row, ...], entries: tuple[Entry, ...], findings: Findings) -> str:
+    """The catalogue page: every technique with its card, results and settings; then what is still to come."""
     known = {entry.path: entry for entry in entries}
     lines = ["# Catalogue", "", "Generated from the cards by `python -m karui.survey.docs --write`.", ""]
     lines += [f"{coverage(entries).share} have a technique.", ""]
@@ -49,13 +52,13 @@ def page(rows: tuple[Row, ...], entries: tuple[Entry, ...]) -> str:
         lines += [f"## {title}", ""]
         for row in mine:
             if row.technique:
-                lines += _section(row, known[row.technique])
+                lines += _section(row, known[row.technique], findings)
         missing = [f"{row.survey} {row.title}" for row in mine if not row.technique]
         lines += ["Not yet: " + "; ".join(missing) + ".", ""] if missing else []
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _section(row: Row, entry: Entry) -> list[str]:
+def _section(row: Row, entry: Entry, findings: Findings) -> list[str]:
     card = entry.card
     lines = [f"### {row.slug}", "", f"{row.survey}. {row.authors}: {_paper(row)}. {row.gist}", ""]
     facts = {
@@ -68,6 +71,7 @@ def _section(row: Row, entry: Entry) -> list[str]:
     }
     lines += [f"- {name}: {text}" for name, text in facts.items() if text]
     lines += [f"- departs from the paper: {text}" for text in entry.departures]
+    lines += [f"- measured: {line.text} ([table](../{line.source}))" for line in findings.get(row.slug, ())]
     lines += ["", *_settings(entry.settings), ""] if entry.settings else [""]
     return lines
 
@@ -109,7 +113,8 @@ def wanted(root: Path) -> dict[Path, str]:
     require(readme.is_file(), f"There is no {readme}.", "Run this in the checkout, or give --root.", UsageError)
     rows, entries = catalogue(), techniques()
     filled = fill(readme.read_text(encoding="utf-8"), table(rows))
-    return {readme: filled, root / PAGE: page(rows, entries)}
+    findings = gathered(root, tuple(entry.slug for entry in entries))
+    return {readme: filled, root / PAGE: page(rows, entries, findings), root / KEPT: written(findings)}
 
 
 def stale(root: Path) -> list[Path]:
@@ -132,7 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Write or check; 0 when current, 1 when `--check` finds a stale file, 2 on wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m karui.survey.docs", description=__doc__)
     choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--write", action="store_true", help="bring README.md and docs/catalogue.md up to date")
+    choice.add_argument(
+        "--write", action="store_true", help="bring README.md, docs/catalogue.md and findings.json up to date"
+    )
     choice.add_argument("--check", action="store_true", help="fail where they are not")
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: this folder)")
     asked = parser.parse_args(arguments)
