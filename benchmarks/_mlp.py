@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
+from karui.architectures.perceptron import perceptron
 from karui.data import Splits
 from karui.measuring import evaluate
 from karui.model import Classification, Model
@@ -20,10 +20,7 @@ torch.set_num_threads(1)
 def mlp(*sizes: int, seed: int, dropout: float = 0.0, glorot: bool = False) -> Model:
     """A network of linear layers and ReLU on square gray pictures."""
     torch.manual_seed(seed)
-    layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()] + ([nn.Dropout(dropout)] if dropout else [])
-    net = nn.Sequential(*layers[: -2 if dropout else -1])
+    net = perceptron(sizes, dropout)
     if glorot:
         for layer in net:
             if isinstance(layer, nn.Linear):

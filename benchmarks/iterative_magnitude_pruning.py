@@ -10,19 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from _common import CACHE, Ledger, claims_table, interval, publish, shown, table, unseen
 from _mlp import accuracy, bench_of, mlp
 from karui.artifact import save
 from karui.data import Splits, load_data
 from karui.measuring import Clock, OnnxRuntime, compare
 from karui.model import Model
-from karui.numerics.selection import keep_largest_overall
 from karui.sparsify import MagnitudePruning
 from karui.technique import Bench
 from karui.train import Adam
-from karui.train.masks import MaskKeeper, connections, zero_masks, zero_pruned
+from karui.train.masks import MaskKeeper, masks_by_chance
 
 SEEDS, KEEPS, RATE, EPOCHS, LR = 5, (0.15, 0.08, 0.05), 0.3, 10, 3e-3
 ROUNDS = {0.15: 9, 0.08: 11, 0.05: 13}  # about a fifth of the remaining weights in each
@@ -33,17 +30,6 @@ def dense(digits: Splits, seed: int) -> tuple[Model, Bench]:
     return bench.fit(mlp(64, 100, 50, 10, seed=seed)), bench
 
 
-def at_random(model: Model, keep: float, seed: int) -> Model:
-    """As many connections, drawn by chance."""
-    sparse, draw = model.copy(), torch.Generator().manual_seed(seed)
-    weights = connections(sparse.module)
-    chances = {name: torch.rand(weight.shape, generator=draw) for name, weight in weights.items()}
-    alive = {name: torch.ones_like(chance, dtype=torch.bool) for name, chance in chances.items()}
-    total = sum(weight.numel() for weight in weights.values())
-    zero_pruned(sparse.module, keep_largest_overall(chances, alive, round(keep * total)))
-    return sparse
-
-
 def arms(digits: Splits, seed: int) -> dict[str, float]:
     """Accuracy of every arm at every share kept."""
     model, bench = dense(digits, seed)
@@ -51,13 +37,13 @@ def arms(digits: Splits, seed: int) -> dict[str, float]:
     told = {"dense": accuracy(model, digits)}
     for keep in KEEPS:
         once = MagnitudePruning(keep=keep, rounds=1, epochs=EPOCHS, rate=RATE, dead=False)
-        chance = at_random(model, keep, seed)
+        chance = MaskKeeper(masks_by_chance(model.module, keep, seed))
         made = {
             "pruned, not retrained": replace(once, epochs=0).apply(model, bench),
             "one-shot": once.apply(model, bench),
             "one-shot, as many passes as all rounds": replace(once, epochs=EPOCHS * ROUNDS[keep]).apply(model, bench),
             "rounds": replace(once, rounds=ROUNDS[keep]).apply(model, bench),
-            "random": slower.fit(chance, epochs=EPOCHS, influence=MaskKeeper(zero_masks(chance.module))),
+            "random": slower.fit(model, epochs=EPOCHS, influence=chance),
         }
         told |= {f"{keep}: {name}": accuracy(sparse, digits) for name, sparse in made.items()}
     return told

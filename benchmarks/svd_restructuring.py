@@ -7,13 +7,12 @@ the best of three learning rates, chosen on the validation pictures. Five seeds.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 
 from _common import CACHE, Ledger, claims_table, interval, mnist, publish, shown, table, unseen
+from karui.architectures.perceptron import perceptron
 from karui.layers.factored import FactoredLinear
 from karui.lowrank import SvdRestructuring
 from karui.lowrank._common import fine_tune
@@ -28,14 +27,9 @@ RATES = (3e-4, 1e-3, 3e-3)
 BUDGETS = (0.5, 0.2, 0.1, 0.05)
 
 
-def perceptron() -> Model:
-    sizes = (784, 256, 256, 256)
-    hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
-    return Model(
-        nn.Sequential(nn.Flatten(), *hidden, nn.Linear(256, 10)),
-        example=(torch.zeros(1, 1, 28, 28),),
-        task=Classification(),
-    )
+def untrained() -> Model:
+    net = perceptron((784, 256, 256, 256, 10))
+    return Model(net, example=(torch.zeros(1, 1, 28, 28),), task=Classification())
 
 
 def at_random(model: Model, seed: int) -> Model:
@@ -54,7 +48,7 @@ def one_seed(seed: int) -> dict[str, Any]:
     training = Training(epochs=EPOCHS, batch_size=32, optimizer=Adam(lr=1e-3))
     bench = Bench(train=data.train, validation=data.validation, test=data.test, training=training, seed=seed)
     torch.manual_seed(seed)
-    dense = bench.fit(perceptron())
+    dense = bench.fit(untrained())
 
     def accuracy(model: Model) -> float:
         return 100 * bench.evaluate(model, "test").value
@@ -77,7 +71,7 @@ def one_seed(seed: int) -> dict[str, Any]:
 
 def times() -> dict[str, str]:
     """Dense and restructured to a fifth, in turns, in ONNX Runtime on one thread."""
-    dense = perceptron()
+    dense = untrained()
     clock = Clock(threads=(1,), engines=(OnnxRuntime(),), cpu_time=True)
     found = clock.time({"dense": dense, "light": SvdRestructuring(budget=0.2, epochs=0).apply(dense, Bench())})
     pairs = zip(found.of("dense"), found.of("light"), strict=True)

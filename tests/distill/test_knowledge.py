@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from karui.architectures.perceptron import perceptron
 from karui.artifact import save
 from karui.data import Splits, hold_out, targets_of
 from karui.data.splits import take
@@ -32,11 +32,8 @@ FACTORY = f"{__file__}:saved_teacher"
 def mlp(*sizes: int, seed: int = 0) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in itertools.pairwise(sizes):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         side = round(sizes[0] ** 0.5)
-        return Model(nn.Sequential(*layers[:-1]), example=(torch.zeros(1, 1, side, side),), task=Classification())
+        return Model(perceptron(sizes), example=(torch.zeros(1, 1, side, side),), task=Classification())
 
 
 def saved_teacher() -> nn.Module:

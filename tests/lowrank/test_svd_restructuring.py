@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from karui.architectures.perceptron import perceptron
 from karui.data import Splits
 from karui.errors import NeedError, SettingError
 from karui.layers.factored import FactoredConv, FactoredLinear
@@ -25,20 +26,15 @@ from karui.train import Adam, Cosine, Training
 pytestmark = pytest.mark.paper(11)
 
 
-class Perceptron(nn.Sequential):
-    """Three hidden layers on the 8x8 digits."""
-
-    def __init__(self, width: int = 256) -> None:
-        super().__init__(
-            nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
-            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10),
-        )  # fmt: skip
+def three_hidden(width: int = 256) -> nn.Sequential:
+    """On the 8x8 digits."""
+    return perceptron((64, width, width, width, 10))
 
 
 @pytest.fixture
 def mlp() -> Model:
     torch.manual_seed(0)
-    return Model(Perceptron(48), example=(torch.rand(2, 1, 8, 8),), task=Classification())
+    return Model(three_hidden(48), example=(torch.rand(2, 1, 8, 8),), task=Classification())
 
 
 def run(model: Model, x: Tensor) -> Tensor:
@@ -237,7 +233,7 @@ def test_four_fifths_go_without_loss_and_fine_tuning_mends_heavier_cuts(digits: 
         training = Training(epochs=30, batch_size=32, optimizer=Adam(lr=1e-3), schedule=Cosine())
         bench = Bench(train=digits.train, validation=digits.validation, test=digits.test, training=training, seed=seed)
         torch.manual_seed(seed)
-        model = bench.fit(Model(Perceptron(), example=(torch.rand(2, 1, 8, 8),), task=Classification()))
+        model = bench.fit(Model(three_hidden(), example=(torch.rand(2, 1, 8, 8),), task=Classification()))
         tuned = technique(budget=0.2, epochs=3).apply(model, bench)
         assert tuned.parameters <= 0.2 * model.parameters
         start = technique(budget=0.1).apply(model, bench)

@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from karui.architectures.perceptron import perceptron
 from karui.artifact import load, save
 from karui.data import Splits
 from karui.errors import SettingError
 from karui.measuring import evaluate
 from karui.measuring.inference import inference
 from karui.model import Classification, Model, Origin, coupled_groups
-from karui.numerics.selection import keep_largest_overall
 from karui.sparsify._dead_units import settle
 from karui.sparsify._rounds import Selection, sensitivity
 from karui.sparsify.magnitude import MagnitudePruning, dropout_after, retraining_dropout
 from karui.technique import Bench
 from karui.train import SGD, Adam, Constant, Influence, Training
-from karui.train.masks import MaskKeeper, connections, density, zero_masks, zero_pruned
+from karui.train.masks import MaskKeeper, connections, density, masks_by_chance, zero_masks, zero_pruned
 
 pytestmark = pytest.mark.paper(63)
 
@@ -32,11 +32,7 @@ pytestmark = pytest.mark.paper(63)
 def mlp(*sizes: int, seed: int = 0, dropout: float = 0.0) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in pairwise(sizes):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU()] + ([nn.Dropout(dropout)] if dropout else [])
-        net = nn.Sequential(*layers[: -2 if dropout else -1])
-    return Model(net, example=(torch.zeros(2, 1, 8, 8),), task=Classification())
+        return Model(perceptron(sizes, dropout), example=(torch.zeros(2, 1, 8, 8),), task=Classification())
 
 
 def saved_network() -> nn.Module:
@@ -391,26 +387,15 @@ def test_small_weights_matter_least_and_gentle_rounds_bear_more(digits: Splits) 
         bench = bench_of(digits, 30, seed)
         dense = bench.fit(mlp(64, 100, 50, 10, seed=seed))
         technique = MagnitudePruning(keep=0.15, rounds=1, epochs=10, rate=0.3, dead=False)
-        chance = at_random(dense, 0.15, seed)
+        chance = MaskKeeper(masks_by_chance(dense.module, 0.15, seed))
         slower = replace(bench, training=replace(bench.training, optimizer=Adam(lr=0.3 * 3e-3)))
-        retrained = slower.fit(chance, epochs=10, influence=MaskKeeper(zero_masks(chance.module)))
+        retrained = slower.fit(dense, epochs=10, influence=chance)
         gaps.append(accuracy(technique.apply(dense, bench), digits) - accuracy(retrained, digits))
         eighth = replace(technique, keep=0.08)
         iterative = replace(eighth, rounds=11).apply(dense, bench)
         gains.append(accuracy(iterative, digits) - accuracy(eighth.apply(dense, bench), digits))
     assert sum(gaps) / 2 >= 0.15, gaps
     assert sum(gains) / 2 >= 0.01, gains
-
-
-def at_random(dense: Model, keep: float, seed: int) -> Model:
-    """As many connections, drawn by chance."""
-    sparse, draw = dense.copy(), torch.Generator().manual_seed(seed)
-    weights = connections(sparse.module)
-    chances = {name: torch.rand(weight.shape, generator=draw) for name, weight in weights.items()}
-    alive = {name: torch.ones_like(chance, dtype=torch.bool) for name, chance in chances.items()}
-    total = sum(weight.numel() for weight in weights.values())
-    zero_pruned(sparse.module, keep_largest_overall(chances, alive, round(keep * total)))
-    return sparse
 
 
 @pytest.mark.effect

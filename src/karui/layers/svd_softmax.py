@@ -58,11 +58,21 @@ class SvdSoftmaxHead(nn.Module):
         self.bias = _frozen(out_features) if bias else None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, window: int, full_view: int) -> SvdSoftmaxHead:
-        """The head that stands for a trained linear layer, in its type, place and mode."""
+    def from_linear(
+        cls, linear: nn.Linear, window: int, full_view: int, basis: Float[Tensor, "inputs inputs"] | None = None
+    ) -> SvdSoftmaxHead:
+        """The head that stands for a trained linear layer, in its type, place and mode.
+
+        Args:
+            linear: the trained layer.
+            window: coordinates that the preview uses.
+            full_view: outputs that are made exact.
+            basis: orthogonal, the new coordinates as columns; None takes the weight's right singular vectors, as the
+                paper does, and any other serves for comparison.
+        """
         head = cls(linear.in_features, linear.out_features, window, full_view, bias=linear.bias is not None)
         head.to(linear.weight).train(linear.training)
-        head.rebuild(linear.weight, linear.bias)
+        head.rebuild(linear.weight, linear.bias, basis)
         return head
 
     def settings(self) -> dict[str, Any]:
@@ -76,9 +86,14 @@ class SvdSoftmaxHead(nn.Module):
         }
 
     @torch.no_grad()
-    def rebuild(self, weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, "outputs"] | None = None) -> None:
+    def rebuild(
+        self,
+        weight: Float[Tensor, "outputs inputs"],
+        bias: Float[Tensor, "outputs"] | None = None,
+        basis: Float[Tensor, "inputs inputs"] | None = None,
+    ) -> None:
         """Take over the weight (and bias) of the linear layer, for example after it was trained further."""
-        turned, rotation = rotate(weight)
+        turned, rotation = rotate(weight) if basis is None else (weight @ basis, basis.T)
         self.rotation.copy_(rotation)
         self.preview.copy_(turned[:, : self.window])
         self.rest.copy_(turned[:, self.window :])

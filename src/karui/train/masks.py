@@ -16,6 +16,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from karui.errors import SettingError, did_you_mean, require
+from karui.numerics.selection import keep_largest_overall
 from karui.train.influence import Influence, Moment
 
 Masks = Mapping[str, Bool[Tensor, "..."]]
@@ -79,6 +80,24 @@ def zero_masks(module: nn.Module, skip: Iterable[str] = ()) -> dict[str, Bool[Te
     """
     masks = {name: weight.detach() != 0 for name, weight in connections(module, skip).items()}
     return {name: mask for name, mask in masks.items() if mask.any() and not mask.all()}
+
+
+def masks_by_chance(module: nn.Module, keep: float, seed: int) -> dict[str, Bool[Tensor, "..."]]:
+    """Masks of connections drawn by chance over all layers alike: the control that a criterion must beat.
+
+    Args:
+        module: the network.
+        keep: share of the connections that survive, in (0, 1].
+        seed: of the draw.
+
+    Example:
+        >>> int(masks_by_chance(nn.Linear(10, 4), keep=0.25, seed=0)["weight"].sum())
+        10
+    """
+    draw = torch.Generator().manual_seed(seed)
+    chances = {name: torch.rand(weight.shape, generator=draw) for name, weight in connections(module).items()}
+    alive = {name: torch.ones_like(chance, dtype=torch.bool) for name, chance in chances.items()}
+    return keep_largest_overall(chances, alive, round(keep * sum(chance.numel() for chance in chances.values())))
 
 
 @torch.no_grad()
