@@ -1,11 +1,14 @@
 """Public models with random weights, about 30 % of the channels cut by L1 and proved: how many, how fast, and what not.
 
-The smallest member, by parameters, of each family of torchvision (27) and timm (105), as listed in
-`public_models.json`: torchvision's classifiers by the paper that they come from, three networks for segmentation and
-one for video; of timm one for each of its 98 modules, and seven families that share a module with another. Each model
-runs in a process of its own with a limit of 90 seconds of processor time and 12 GB of memory. Groups that a
-normalisation across channels mixes are cut too, and told apart ("up to normalisation"). Needs torchvision and timm (the
-extra `vision`).
+`public_models.json` lists the smallest member, by parameters, of each family of torchvision 0.29 (27) and timm 1.0
+(105): torchvision's classifiers by the paper that they come from, three networks for segmentation and one for video; of
+timm one for each of its 98 modules, and seven families that share a module with another. The input is one sample of the
+size that the model was made for.
+
+Each model runs in a process of its own with a limit of 90 seconds of processor time and 12 GB of memory. Groups that a
+normalisation across channels mixes are cut too, and told apart ("up to normalisation"). Beside the proof, every model
+that is exact throughout is run once more as a user would, masked and cut, on an input that the proof did not see: a
+relative difference above 0.001 counts as wrong. Needs torchvision and timm (the extra `vision`); nothing is downloaded.
 
     python benchmarks/public_models.py [--only NAME] [--jobs 2] [--resume]
 """
@@ -13,14 +16,18 @@ extra `vision`).
 from __future__ import annotations
 
 import argparse
+import copy
+import hashlib
 import importlib.util
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,21 +37,25 @@ from karui.errors import KaruiError
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
 CPU_SECONDS, MEMORY, SHARE = 90, 12 << 30, 0.3
-SMALLER = 0.85
+SMALLER, EQUAL = 0.85, 1e-3
+OUTCOMES = ("proved", "refused", "crashed", "out of time", "wrong")
 
 
-def one(library: str, name: str) -> dict[str, Any]:
+def one(listed: dict[str, Any]) -> dict[str, Any]:
     """Cut one model, in this process."""
     import torch
 
     from karui.model import Model, coupled_groups, remove_units, resolve
+    from karui.model.graphform import GraphForm
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    net = resolve(f"{library}:{name}").replay(None, ()).eval()
-    model = Model(net, (torch.randn(1, *_size(library, name, net)),))
-    row: dict[str, Any] = {"library": library, "model": name, "before": model.parameters}
+    net = resolve(f"{listed['library']}:{listed['model']}").replay(None, ()).eval()
+    size = _size(listed, net)
+    model = Model(net, (torch.randn(1, *size),))
+    row: dict[str, Any] = {"library": listed["library"], "model": listed["model"], "before": model.parameters}
     started = time.process_time()
+    limit_time(started + CPU_SECONDS)
     try:
         analysis = coupled_groups(model)
         removed, inexact = {}, 0
@@ -56,103 +67,155 @@ def one(library: str, name: str) -> dict[str, Any]:
                 inexact += not group.exact
         row |= {"groups": len(removed), "up to normalisation": inexact}
         light = remove_units(model, removed, allow_normalisation=True, analysis=analysis)
-        row |= {"outcome": "proved", "after": light.parameters}
     except KaruiError as error:
-        row |= {"outcome": "refused", "reason": error.message}
-    return row | {"seconds": round(time.process_time() - started, 2)}
+        return row | {"outcome": "refused", "reason": error.message, "seconds": _since(started)}
+    row |= {"outcome": "proved", "after": light.parameters, "seconds": _since(started)}
+    limit_time(None)
+    row |= {"graph form": isinstance(light.module, GraphForm)}
+    if not inexact:
+        row |= {"difference": _difference(net, light.module, analysis, removed, size)}
+        row |= {"outcome": "wrong"} if not row["difference"] <= EQUAL else {}
+    return row
 
 
-def _size(library: str, name: str, net: Any) -> tuple[int, ...]:
-    if library == "timm":
+def limit_time(seconds: float | None) -> None:
+    """End this process with a signal when it has used that much processor time; None lifts the limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (hard if seconds is None else round(seconds), hard))
+
+
+def _since(started: float) -> float:
+    return round(time.process_time() - started, 2)
+
+
+def _difference(net: Any, light: Any, analysis: Any, removed: dict[str, Any], size: tuple[int, ...]) -> float:
+    """The largest difference of masked and cut model in single precision, relative to the largest output."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    from karui.model.proof import mask
+
+    masked = copy.deepcopy(net)
+    mask(masked, analysis, removed)
+    given = torch.randn(1, *size, generator=torch.Generator().manual_seed(7))
+    with torch.inference_mode():
+        pairs = list(zip(tree_leaves(masked.eval()(given)), tree_leaves(light.eval()(given)), strict=True))
+    return max(float((one - other).abs().max() / one.abs().max()) for one, other in pairs)
+
+
+def _size(listed: dict[str, Any], net: Any) -> tuple[int, ...]:
+    if listed["library"] == "timm":
         return tuple(net.pretrained_cfg.get("input_size", (3, 224, 224)))
-    if name == "r3d_18":
+    if listed["family"].startswith("video"):
         return (3, 16, 112, 112)
-    return (3, 299, 299) if "inception" in name else (3, 224, 224)
+    return (3, 299, 299) if "inception" in listed["model"] else (3, 224, 224)
 
 
-def limited(library: str, name: str) -> dict[str, Any]:
+def state() -> str:
+    """What the results depend on: the code of the models' floor, this script, and the versions of the libraries."""
+    code = hashlib.sha256()
+    for file in (*sorted((HERE.parent / "src" / "karui" / "model").glob("*.py")), Path(__file__)):
+        code.update(file.read_bytes())
+    versions = " ".join(f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "timm"))
+    return f"{versions}, code {code.hexdigest()[:12]}"
+
+
+def limited(listed: dict[str, Any]) -> dict[str, Any]:
     """The row of one model, from a process with limits."""
-
-    def limits() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, "--one", library, name],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, preexec_fn=limits,
+        [sys.executable, "-W", "ignore", __file__, "--one", json.dumps(listed)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
     )  # fmt: skip
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
         return json.loads(lines[-1])
     told = done.stderr.strip().splitlines()
-    out_of_time = done.returncode in (-24, -9)  # SIGXCPU, or the kill that follows it
+    out_of_time = done.returncode == -signal.SIGXCPU
     reason = f"no result within {CPU_SECONDS} s of processor time" if out_of_time else (told or ["no output"])[-1]
-    return {"library": library, "model": name, "outcome": "out of time" if out_of_time else "crashed", "reason": reason}
+    told_by = {"library": listed["library"], "model": listed["model"], "before": listed["parameters"]}
+    return told_by | {"outcome": "out of time" if out_of_time else "crashed", "reason": reason}
+
+
+def summary(rows: list[dict[str, Any]], listed: int) -> str:
+    """The counts, in words."""
+    proved = [row for row in rows if row["outcome"] == "proved"]
+    smaller = [row for row in proved if row["after"] <= SMALLER * row["before"]]
+    plain = [row for row in smaller if not row["up to normalisation"]]
+    count = {kind: sum(row["outcome"] == kind for row in rows) for kind in OUTCOMES}
+    seconds = sorted(row["seconds"] for row in rows if "seconds" in row)
+    shown = [row["difference"] for row in rows if "difference" in row]
+    return (
+        f"{len(rows)} of the {listed} models listed were run. {len(proved)} were cut and proved, {len(smaller)} of "
+        f"them smaller by 15 % or more: {len(plain)} exactly, {len(smaller) - len(plain)} up to normalisation (some of "
+        f"their groups are counted by a normalisation across channels, which the proof lets count survivors only, so "
+        f"the cut model is another function than the masked one). {count['refused']} were refused with a reason, "
+        f"{count['crashed']} crashed, {count['out of time']} ran out of {CPU_SECONDS} s, {count['wrong']} were wrong: "
+        f"of {len(shown)} models that are exact throughout, masked and cut outputs in single precision differ by "
+        f"{max(shown, default=0):.1g} of the largest output at most.\n\n"
+        f"Seconds are those of the processor, of one thread, to analyse, cut and prove, on random weights: median "
+        f"{median(seconds):.1f}, nine of ten under {seconds[int(0.9 * (len(seconds) - 1))]:.0f}, "
+        f"longest {seconds[-1]:.0f}."
+    )
 
 
 def report(rows: list[dict[str, Any]], listed: int) -> str:
     """The counts, and a line for each model."""
-    proved = [row for row in rows if row["outcome"] == "proved"]
-    smaller = [row for row in proved if row["after"] <= SMALLER * row["before"]]
-    exact = [row for row in smaller if not row["up to normalisation"]]
-    refused = [row for row in rows if row["outcome"] == "refused"]
-    lost = [row for row in rows if row["outcome"] in ("crashed", "out of time")]
-    seconds = [row["seconds"] for row in rows if "seconds" in row]
-    told = (
-        f"{len(rows)} of the {listed} models listed were run. {len(proved)} were cut and proved, {len(smaller)} of "
-        f"them smaller by 15 % or more ({len(exact)} with no normalisation across channels, "
-        f"{len(smaller) - len(exact)} up to it). {len(refused)} were refused with a reason, {len(lost)} crashed or ran "
-        f"out of time. Median {median(seconds):.1f} s of processor time to analyse, cut and prove; random weights."
-    )
     lines = [
         f"# Public models, cut by {SHARE:.0%} and proved",
         "",
-        told,
+        summary(rows, listed),
         "",
-        "| library | model | outcome | parameters left | up to normalisation | seconds | reason |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "Measured with: " + "; ".join(sorted({row["state"] for row in rows})) + ".",
+        "",
+        "| library | model | outcome | parameters left | up to normalisation | graph form | seconds | reason |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         left = f"{row['after'] / row['before']:.0%}" if "after" in row else ""
-        cells = [row["library"], row["model"], row["outcome"], left, row.get("up to normalisation", "")]
+        inexact = f"{row['up to normalisation']} of {row['groups']}" if row.get("up to normalisation") else ""
+        form = "yes" if row.get("graph form") else ""
         reason = str(row.get("reason", "")).replace("|", "/").replace("\n", " ")[:200]
-        lines.append("| " + " | ".join(map(str, [*cells, row.get("seconds", ""), reason])) + " |")
+        cells = [row["library"], row["model"], row["outcome"], left, inexact, form, row.get("seconds", ""), reason]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def kept(now: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Rows of an earlier run of the same state, by library and model."""
+    file = RESULTS / "public_models.json"
+    rows = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return {(row["library"], row["model"]): row for row in rows if row.get("state") == now}
 
 
 def main() -> None:
     """Run the list, and keep the results."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--one", nargs=2, metavar=("LIBRARY", "MODEL"), help="cut one model and print its row")
-    options.add_argument("--only", help="models whose name contains this; keeps nothing")
+    options.add_argument("--one", metavar="JSON", help="cut one model of the list and print its row")
+    options.add_argument("--only", nargs="+", metavar="NAME", help="models of these names; keeps nothing")
     options.add_argument("--jobs", type=int, default=1, help="models at a time")
-    options.add_argument("--resume", action="store_true", help="keep the rows of results/ whose outcome is 'proved'")
+    options.add_argument("--resume", action="store_true", help="keep the rows that this state of the code has made")
     asked = options.parse_args()
     if asked.one:
-        print(json.dumps(one(*asked.one)))
+        print(json.dumps(one(json.loads(asked.one))))
         return
     if any(importlib.util.find_spec(package) is None for package in ("torchvision", "timm")):
         print('skipped: torchvision and timm are not installed; pip install ".[vision]"')
         return
     listed = json.loads((HERE / "public_models.json").read_text(encoding="utf-8"))
-    chosen = [row for row in listed if asked.only is None or asked.only in row["model"]]
-    kept = {}
-    if asked.resume:
-        known = json.loads((RESULTS / "public_models.json").read_text(encoding="utf-8"))
-        kept = {(row["library"], row["model"]): row for row in known if row["outcome"] == "proved"}
-
-    def row_of(model: dict[str, str]) -> dict[str, Any]:
-        key = (model["library"], model["model"])
-        return kept[key] if key in kept else limited(*key)
-
-    rows: list[dict[str, Any]] = []
+    now = state()
+    rows = kept(now) if asked.resume else {}
+    chosen = [row for row in listed if asked.only is None or row["model"] in asked.only]
+    waiting = [row for row in chosen if asked.only or (row["library"], row["model"]) not in rows]
     with ThreadPoolExecutor(asked.jobs) as pool:
-        for row in pool.map(row_of, chosen):
-            rows.append(row)
-            print(f"{len(rows)}/{len(chosen)} {row['model']}: {row['outcome']}", flush=True)
+        for done in as_completed([pool.submit(limited, row) for row in waiting]):
+            row = done.result() | {"state": now}
+            rows[row["library"], row["model"]] = row
+            print(f"{len(rows)}/{len(chosen)} {json.dumps(row)}", flush=True)
             if asked.only is None:  # kept as it grows, so that a run that is stopped leaves what it has
-                (RESULTS / "public_models.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-                (RESULTS / "public_models.md").write_text(report(rows, len(listed)), encoding="utf-8")
+                ordered = [rows[key] for one in listed if (key := (one["library"], one["model"])) in rows]
+                (RESULTS / "public_models.json").write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+                (RESULTS / "public_models.md").write_text(report(ordered, len(listed)), encoding="utf-8")
 
 
 if __name__ == "__main__":
