@@ -146,11 +146,15 @@ class FullMapLinear(nn.Module):
 
 
 def factor_linear(
-    linear: nn.Linear, left: Float[Tensor, "outputs rank"], right: Float[Tensor, "rank inputs"]
+    linear: nn.Linear,
+    left: Float[Tensor, "outputs rank"],
+    right: Float[Tensor, "rank inputs"],
+    bias: Float[Tensor, "outputs"] | None = None,
 ) -> FactoredLinear:
-    """The factored layer with weight `left right` and the bias of `linear`, in its type, place and mode."""
-    layer = FactoredLinear(linear.in_features, left.shape[1], linear.out_features, linear.bias is not None)
-    return _adopt(layer, linear, (right, left))
+    """The factored layer with weight `left right` and the bias of `linear`, or another, in its type, place and mode."""
+    bias = linear.bias if bias is None else bias
+    layer = FactoredLinear(linear.in_features, left.shape[1], linear.out_features, bias is not None)
+    return adopt(layer, linear, (right, left), bias)
 
 
 def factor_conv(
@@ -159,11 +163,12 @@ def factor_conv(
     *,
     inner: Float[Tensor, "groups channels rank_in"] | None = None,
     outer: Float[Tensor, "groups each rank_out"] | None = None,
+    bias: Float[Tensor, "filters"] | None = None,
 ) -> FactoredConv:
     """A channel decomposition of `conv`, group by group: pointwise `inner`, spatial `core`, pointwise `outer`.
 
     A factor that is not given is left out. The core keeps stride, padding and dilation (a pointwise layer with stride
-    would drop positions that the core needs), the last layer the bias.
+    would drop positions that the core needs), the last layer the bias, or another one that is given.
     """
     groups, rank_out, rank_in = core.shape[:3]
     spatial = {**conv_settings(conv), "in_channels": groups * rank_in, "out_channels": groups * rank_out, "bias": False}
@@ -175,8 +180,9 @@ def factor_conv(
     if outer is not None:
         stages.append(_pointwise(groups * rank_out, conv.out_channels, groups))
         weights.append(outer.flatten(0, 1).reshape(conv.out_channels, rank_out, *ones))
-    stages[-1]["bias"] = conv.bias is not None
-    return _adopt(FactoredConv(stages, dimensions=core.ndim - 3), conv, weights)
+    bias = conv.bias if bias is None else bias
+    stages[-1]["bias"] = bias is not None
+    return adopt(FactoredConv(stages, dimensions=core.ndim - 3), conv, weights, bias)
 
 
 def factor_full_map(
@@ -231,15 +237,15 @@ def _untupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _adopt(layer: Any, old: Any, weights: Sequence[Tensor]) -> Any:
-    """Give a chain its weights, and the old layer's bias, type, device, frozenness and mode."""
+def adopt(layer: Any, old: Any, weights: Sequence[Tensor], bias: Tensor | None) -> Any:
+    """Give a chain its weights and bias, and the old layer's type, device, frozenness and mode."""
     stages = list(layer.children())
     layer.to(old.weight)
     with torch.no_grad():
         for stage, weight in zip(stages, weights, strict=True):
             stage.weight.copy_(weight)
-        if old.bias is not None:
-            stages[-1].bias.copy_(old.bias)
+        if bias is not None:
+            stages[-1].bias.copy_(bias)
     layer.requires_grad_(old.weight.requires_grad)
     return layer.train(old.training)
 
@@ -285,7 +291,8 @@ def _joined(before: list[int] | str, stage: Any, stride: list[int], seen: list[i
     """
     after = _padding(stage)
     if not isinstance(before, str) and not isinstance(after, str):
-        plain = stage.padding_mode == "zeros" or all(step == 1 for step in stride)
+        pads = zip(stride, after, strict=True)
+        plain = stage.padding_mode == "zeros" or all(step == 1 or not amount for step, amount in pads)
         fits = plain and all(taps == 1 or not amount for taps, amount in zip(seen, after, strict=True))
         require(fits, "a stage of the chain pads what an earlier one has blurred or subsampled", error=SurgeryError)
         return [a + step * b for a, b, step in zip(before, after, stride, strict=True)]

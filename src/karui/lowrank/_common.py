@@ -40,7 +40,7 @@ class Seen:
         first: whether it is the first convolution that was called.
         final: whether the network's output has this layer's outputs as its last (or its class) dimension.
         map: shape of the feature map, channels first, whose flattening was its input; empty where it was none.
-        space: sizes of a convolution's input in space (of the last call); empty for a linear layer.
+        space, made: sizes in space of a convolution's input and output (of the last call); empty for a linear layer.
     """
 
     path: str
@@ -53,6 +53,7 @@ class Seen:
     final: bool
     map: tuple[int, ...]
     space: tuple[int, ...] = ()
+    made: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,8 +225,8 @@ def _watch(model: Model) -> tuple[Seen, ...]:
             if calls > 1 and taken != seen[path].map:
                 taken = ()
             places = (_positions(layer, given), _positions(layer, output))
-            space = () if isinstance(layer, nn.Linear) else tuple(given.shape[-len(layer.kernel_size) :])
-            seen[path] = Seen(path, layer, order, calls, *places, first=False, final=False, map=taken, space=space)
+            sizes = {"space": _space(layer, given), "made": _space(layer, output)}
+            seen[path] = Seen(path, layer, order, calls, *places, first=False, final=False, map=taken, **sizes)
 
         return hook
 
@@ -249,9 +250,21 @@ def _watch(model: Model) -> tuple[Seen, ...]:
 
 def _positions(layer: Any, value: Tensor) -> int:
     """Positions of one sample at which a layer is applied: those of space, or of a sequence."""
-    if isinstance(layer, nn.Linear):
-        return math.prod(value.shape[1:-1])
-    return math.prod(value.shape[-len(layer.kernel_size) :])
+    return math.prod(value.shape[1:-1] if isinstance(layer, nn.Linear) else _space(layer, value))
+
+
+def _space(layer: Any, value: Tensor) -> tuple[int, ...]:
+    return () if isinstance(layer, nn.Linear) else tuple(value.shape[-len(layer.kernel_size) :])
+
+
+def groups_of(one: Seen) -> int:
+    """How many blocks the layer's weight has."""
+    return 1 if isinstance(one.layer, nn.Linear) else one.layer.groups
+
+
+def filters_of(one: Seen) -> int:
+    """How many filters each of its groups has."""
+    return one.layer.weight.shape[0] // groups_of(one)
 
 
 def blocks(layer: Any) -> Float[Tensor, "groups rows columns"]:

@@ -1,0 +1,73 @@
+"""What layers see and give on calibration inputs, in the original and in the compressed network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from karui.lowrank._common import Seen, groups_of
+from karui.model.following import Following
+from karui.model.responses import draw_positions, patches_at, responses, rows_at
+from karui.numerics.regression import Moments
+
+if TYPE_CHECKING:
+    from karui.model import Model
+    from karui.technique import Bench
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where a layer is looked at: random positions of its output, on inputs of the training data, without labels.
+
+    Settings:
+        model: the original network.
+        bench: its training data and its seed.
+        images: how many inputs.
+        positions: how many positions of each.
+    """
+
+    model: Model
+    bench: Bench
+    images: int
+    positions: int
+
+    def outputs(
+        self, current: Model, one: Seen, following: Following
+    ) -> Iterator[tuple[Float[Tensor, "rows outputs"], Float[Tensor, "rows outputs"]]]:
+        """Responses of the layer in `current` and in the original, behind its batch normalisation, batch by batch."""
+        generator = torch.Generator().manual_seed(self.bench.seed)
+        batches = self.bench.calibration(self.images)
+        for response in responses(self.model.module, current.module, one.path, batches, calls=one.calls):
+            index = draw_positions(response.wanted, one.layer, self.positions, generator)
+            made, wanted = (rows_at(side, one.layer, index) for side in (response.made, response.wanted))
+            yield following.normalised(made), following.normalised(wanted)
+
+    def energies(self, one: Seen, following: Following) -> Float[Tensor, "directions"]:
+        """Eigenvalues of the covariance of the original's responses, falling; those of its groups added up."""
+        moments: list[Moments] = []
+        for _, wanted in self.outputs(self.model, one, following):
+            parts = wanted.unflatten(1, (groups_of(one), -1)).unbind(1)
+            moments = moments or [Moments.zeros(0, part.shape[1]) for part in parts]
+            for part, into in zip(parts, moments, strict=True):
+                into.add(part[:, :0], part)
+        values = [torch.linalg.eigvalsh(group.centred().yy).flip(0).clamp(min=0) for group in moments]
+        return torch.stack(values).sum(0)
+
+    def moments(self, current: Model, one: Seen) -> list[Moments]:
+        """Of what each group of a layer sees in `current`, flat, and what it gives in the original, bias included."""
+        generator = torch.Generator().manual_seed(self.bench.seed)
+        batches = self.bench.calibration(self.images)
+        groups, each = groups_of(one), one.layer.weight[0].numel()
+        moments = [Moments.zeros(each, one.layer.weight.shape[0] // groups) for _ in range(groups)]
+        for response in responses(self.model.module, current.module, one.path, batches, calls=one.calls):
+            index = draw_positions(response.wanted, one.layer, self.positions, generator)
+            seen = patches_at(response.given, one.layer, index).flatten(1).unflatten(1, (groups, each))
+            wanted = rows_at(response.wanted, one.layer, index).unflatten(1, (groups, -1))
+            for group, into in enumerate(moments):
+                into.add(seen[:, group], wanted[:, group])
+        return moments
