@@ -1,0 +1,236 @@
+"""Low-rank expansions: Jaderberg, Vedaldi, Zisserman 2014, "Speeding up Convolutional Neural Networks with Low Rank
+Expansions", BMVC, arXiv 1405.3866 (survey 13).
+
+Two structures times two objectives. Scheme 1: the two-dimensional slices of all filters are mixtures of few separable
+filters, which all input channels share, so a convolution becomes a vertical and a horizontal depthwise one and a
+pointwise one. Scheme 2: a convolution becomes a vertical one over all channels and a horizontal one over its maps.
+Filter reconstruction imitates the kernel; data reconstruction imitates what the kernel makes of real inputs, and
+jointly, what the original network makes of them while the earlier layers are compressed already.
+
+It pays for kernels of 5x5 and more, and for 3x3 ones at a small speed-up, with inputs at hand: fitting the responses
+halves the error or better, without labels. It does not pay for first layers of few channels, nor in engines that are
+slow at depthwise layers (scheme 1: many maps, each seen once); measure the time.
+
+Paper -> here: `s_m = v_m h_m^T` -> filters, `a` -> mix, `M` (scheme 1), `K` (scheme 2) -> rank, `d` -> kernel size,
+`Phi` -> inputs, `C`, `N` -> channels, filters.
+
+DEPARTURE: data reconstruction descends by back-propagation on the exact error over all calibration windows, which
+their second moments tell, in place of stochastic steps on the windows; and the bias is fitted with the factors.
+
+DEPARTURE: filter reconstruction of scheme 2 is in closed form, whose alternating solution the paper computes; `solver`
+gives that one.
+
+DEPARTURE: after the filters of scheme 1 are cut to rank 1, alternation goes on with filters held there, which takes
+away the bias of the penalty; the paper ends with the mixtures.
+
+DEPARTURE: three-dimensional kernels are split by scheme 2 into their first dimension and the others; the paper has
+two-dimensional ones. The groups of a grouped convolution are split one by one, and share the filters of scheme 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from karui.errors import require
+from karui.lowrank._calibrate import Calibration
+from karui.lowrank._common import (
+    Choice,
+    Seen,
+    carry_out,
+    fine_tune,
+    require_data,
+    require_fine_tuning,
+    require_ranks,
+    scan,
+    tracked,
+    unless_larger,
+)
+from karui.lowrank._expansion import SCHEMES, Expanded
+from karui.model import replace_layers
+from karui.technique import Bench, Card, technique
+
+if TYPE_CHECKING:
+    from karui.model import Model
+    from karui.technique.card import Need
+
+OBJECTIVES = ("filter", "data")
+SOLVERS = ("closed", "alternating")
+
+
+@technique(
+    Card(
+        survey=13,
+        slug="low_rank_expansion",
+        title="Speeding up Convolutional Neural Networks with Low Rank Expansions",
+        kind="replace",
+        needs=("calibration",),
+        reduces=("parameters", "macs", "bytes"),
+        identity={"speedup": 1.0},
+        quick={"speedup": 1.5, "images": 200, "iterations": 20},
+        arxiv="1405.3866",
+        pays="kernels of 5x5 and more, or small speed-ups of 3x3 ones, with inputs at hand and no labels",
+        costs="first layers of few channels; scheme 1 in engines that are slow at depthwise layers",
+    )
+)
+@dataclass(frozen=True, kw_only=True)
+class LowRankExpansion:
+    """Split every convolution over space, to imitate its kernel or its responses.
+
+    The first convolution is left alone unless `ranks` names it.
+
+    Settings:
+        scheme: 1 for separable filters that all channels share and a pointwise mixture, 2 for a vertical and a
+            horizontal convolution.
+        speedup: how many times fewer multiply-adds each layer shall do, from 1; its rank is the largest that holds it.
+        ranks: ranks of single layers, as (path, rank) pairs; they go before `speedup`.
+        shared: whether the separable filters of scheme 1 are the same for all input channels.
+        objective: "filter" imitates kernels, "data" responses.
+        joint: whether a layer is fitted on the inputs that the split layers before it give (data only).
+        solver: "closed" or "alternating", for the kernels of scheme 2.
+        images: calibration inputs.
+        positions: random positions of each layer's output that are looked at, for each input.
+        iterations: most steps of descent for each layer.
+        skip: paths of layers to leave.
+        epochs: passes over the data for fine-tuning; 0 leaves the factors as they are.
+        learning_rate: of the fine-tuning; None takes the bench's.
+
+    Needs: calibration inputs if the objective is "data"; labels and a task if `epochs` is not 0.
+
+    Raises:
+        SettingError: a setting is out of range, or names no layer.
+        NeedError: there are no calibration inputs, or nothing to fine-tune on.
+
+    Relations: `AsymmetricNonlinear` (16) looks at responses behind the ReLU; `SeparableFilters` (14) finds the filters
+    of scheme 1 in other ways, also in three dimensions.
+
+    Example:
+        >>> import karui, torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 16, 5), nn.ReLU(), nn.Conv2d(16, 32, 5))
+        >>> model = karui.Model(net, example=(torch.zeros(1, 3, 16, 16),))
+        >>> light = LowRankExpansion(objective="filter", ranks=(("2", 12),)).apply(model, karui.Bench())
+        >>> [tuple(layer.weight.shape) for layer in light.module[2]]
+        [(12, 16, 5, 1), (32, 12, 1, 5)]
+    """
+
+    scheme: int = 2
+    speedup: float = 2.0
+    ranks: tuple[tuple[str, int], ...] = ()
+    shared: bool = True
+    objective: str = "data"
+    joint: bool = True
+    solver: str = "closed"
+    images: int = 1000
+    positions: int = 20
+    iterations: int = 150
+    skip: tuple[str, ...] = ()
+    epochs: int = 0
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", tuple((path, rank) for path, rank in self.ranks))
+        object.__setattr__(self, "skip", tuple(self.skip))
+        require(self.scheme in SCHEMES, f"scheme is {self.scheme}; give 1 or 2")
+        require(self.speedup >= 1, f"speedup is {self.speedup}; give a number from 1, for example 2")
+        for path, rank in self.ranks:
+            require(rank >= 1, f"ranks has {rank} for '{path}'; give a number from 1")
+        require(self.objective in OBJECTIVES, f'objective is "{self.objective}"; give "filter" or "data"')
+        require(self.solver in SOLVERS, f'solver is "{self.solver}"; give "closed" or "alternating"')
+        require(self.images >= 1, f"images is {self.images}; give a number from 1, for example 1000")
+        require(self.positions >= 1, f"positions is {self.positions}; give a number from 1, for example 20")
+        require(self.iterations >= 0, f"iterations is {self.iterations}; give 0 or more, for example 150")
+        require_fine_tuning(self.epochs, self.learning_rate)
+
+    def needs(self) -> tuple[Need, ...]:
+        """What these settings need: kernels are imitated without inputs."""
+        return ("calibration",) if self.objective == "data" else ()
+
+    def apply(self, model: Model | None, bench: Bench) -> Model:
+        """The model with its convolutions split, fine-tuned if asked for."""
+        assert model is not None  # noqa: S101  (the card's kind asks for one)
+        require_data("low_rank_expansion", model, bench, self.epochs)
+        seen, left = self._scan(model)
+        calibration = Calibration(model, bench, self.images, self.positions)
+        current, layers, told = model, {}, list(left)
+        for one in tracked(seen, "split layers", shown=bench.progress):
+            choice = self._choose(one)
+            if choice.replaced:
+                expanded = self._expanded(one, choice.ranks[0])
+                error = expanded.error
+                if self.objective == "data":
+                    moments = calibration.moments(current if self.joint else model, one)
+                    expanded, error = expanded.fitted(moments, self.iterations)
+                layers[one.path] = expanded.build()
+                choice = replace(choice, error=error)
+                if self.joint:
+                    current = replace_layers(current, {one.path: layers[one.path]}, check=False)
+            told.append(choice)
+        wanted = {"scheme": self.scheme, "speedup": self.speedup, "objective": self.objective, "joint": self.joint}
+        light = carry_out(model, told, layers, f"Low-rank expansion, scheme {self.scheme}", wanted)
+        return fine_tune(light, bench, self.epochs, self.learning_rate, "fine-tune the network") if layers else light
+
+    def remarks(self, model: Model) -> tuple[str, ...]:
+        """What would be done with each layer, and why."""
+        return tuple(choice.describe() for choice in self.choose(model))
+
+    def choose(self, model: Model) -> tuple[Choice, ...]:
+        """The rank of each layer, or the reason why it is left."""
+        seen, left = self._scan(model)
+        return (*map(self._choose, seen), *left)
+
+    def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
+        """Layers that can be split, in the order of their calls, and the others."""
+        seen, left = scan(model, self._objection, self.skip)
+        named = [path for path, _ in self.ranks]
+        require_ranks(named, seen, left)
+        reason = "the first convolution is left alone; name it in ranks to split it"
+        first = tuple(Choice(one.path, reason=reason) for one in seen if one.first and one.path not in named)
+        kept = [one for one in seen if not one.first or one.path in named]
+        return tuple(sorted(kept, key=lambda one: one.order)), (*left, *first)
+
+    def _objection(self, layer: Any) -> str:
+        if isinstance(layer, nn.Linear):
+            return "a linear layer has no space to split"
+        if sum(taps > 1 for taps in layer.kernel_size) < 2:
+            return f"its kernel {' x '.join(map(str, layer.kernel_size))} has no two dimensions of space to part"
+        if self.scheme == 1 and len(layer.kernel_size) != 2:
+            return "scheme 1 is for two dimensions of space; separable_filters (14) does three"
+        if self.scheme == 2 and layer.kernel_size[0] == 1:
+            return "its kernel has nothing to part along the first dimension"
+        return ""
+
+    def _choose(self, one: Seen) -> Choice:
+        """The rank by the setting; the layer is left if that would not save anything."""
+        scheme = self._scheme(one)
+        own = dict(self.ranks).get(one.path)
+        dense = one.calls * one.outputs * one.layer.weight.numel()
+        full = scheme.full(one)
+        unit = one.calls * scheme.cost(one, 1)[1]
+        rank = min(full, own or max(1, math.floor(dense / self.speedup / unit + 1e-9)))
+        if own is None and self.speedup == 1:
+            return Choice(one.path, reason="speedup 1 asks for nothing")
+        size, macs = scheme.cost(one, rank)
+        filters, biased = one.layer.weight.shape[0], one.layer.bias is not None
+        short = own is None and one.calls * macs * self.speedup > dense
+        choice = Choice(
+            one.path,
+            ranks=(rank,),
+            full=(full,),
+            parameters=(
+                one.layer.weight.numel() + filters * biased,
+                size + filters * (biased or self.objective == "data"),
+            ),
+            macs=(dense, one.calls * macs),
+            remark=f"rank 1 falls short of a speed-up of {self.speedup}" if short else "",
+        )
+        return unless_larger(choice)
+
+    def _scheme(self, one: Seen) -> Any:
+        del one
+        return SCHEMES[self.scheme](shared=self.shared)
+
+    def _expanded(self, one: Seen, rank: int) -> Expanded:
+        return self._scheme(one).expand(one, rank, alternating=self.solver == "alternating")
