@@ -296,6 +296,9 @@ def _joined(before: list[int] | str, stage: Any, stride: list[int], seen: list[i
         fits = plain and all(taps == 1 or not amount for taps, amount in zip(seen, after, strict=True))
         require(fits, "a stage of the chain pads what an earlier one has blurred or subsampled", error=SurgeryError)
         return [a + step * b for a, b, step in zip(before, after, stride, strict=True)]
+    if before == after and all(1 in pair for pair in zip(seen, stage.kernel_size, strict=True)):
+        require(max(stride) == 1, f"a chain pads '{before}' behind a stride", error=SurgeryError)
+        return before
     named, other = (before, after) if isinstance(before, str) else (after, before)
     pointwise = seen if isinstance(after, str) else list(stage.kernel_size)
     alone = not isinstance(other, str) and not any(other) and max(*pointwise, *stride) == 1

@@ -44,8 +44,8 @@ def split_space(
     groups, rank = vertical.shape[:2]
     width, dims = horizontal.shape[1], len(conv.kernel_size)
     tall, wide = [0], list(range(1, dims))
-    first = {**_along(conv, tall), "in_channels": conv.in_channels, "out_channels": groups * rank}
-    second = {**_along(conv, wide), "in_channels": groups * rank, "out_channels": groups * width}
+    first = {**along(conv, tall), "in_channels": conv.in_channels, "out_channels": groups * rank}
+    second = {**along(conv, wide), "in_channels": groups * rank, "out_channels": groups * width}
     stages = [first, second]
     weights = [
         vertical.flatten(0, 1).reshape(groups * rank, -1, *conv.kernel_size[:1], *[1] * (dims - 1)),
@@ -60,7 +60,7 @@ def split_space(
     return adopt(FactoredConv(stages, dimensions=dims), conv, weights, bias)
 
 
-def _along(conv: Any, seen: list[int]) -> dict[str, Any]:
+def along(conv: Any, seen: list[int]) -> dict[str, Any]:
     """The settings of a convolution of which a factor sees only some dimensions of space; without a bias."""
     told = {**conv_settings(conv), "bias": False}
     padding = padding_of(conv)

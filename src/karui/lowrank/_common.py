@@ -22,6 +22,7 @@ from karui.numerics.unfold import split_groups
 
 if TYPE_CHECKING:
     from karui.technique import Bench
+    from karui.train import Influence
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FLATTENING = ("flatten", "view", "reshape")
@@ -317,14 +318,22 @@ def carry_out(
     return new.evolve(new.module, Note(f"{text}, {model.parameters:,} -> {new.parameters:,} parameters", told))
 
 
-def fine_tune(model: Model, bench: Bench, epochs: int, learning_rate: float | None, label: str) -> Model:
-    """The model trained for `epochs`, at a learning rate of its own if one is given."""
+def fine_tune(
+    model: Model,
+    bench: Bench,
+    epochs: int,
+    learning_rate: float | None,
+    label: str,
+    *,
+    influence: Influence | None = None,
+) -> Model:
+    """The model trained for `epochs`, at a learning rate of its own if one is given, under an influence if there is."""
     if not epochs:
         return model
     if learning_rate is not None:
         optimizer = replace(bench.training.optimizer, lr=learning_rate)  # pyright: ignore[reportArgumentType]
         bench = replace(bench, training=replace(bench.training, optimizer=optimizer))
-    return bench.fit(model, epochs=epochs, label=label)
+    return bench.fit(model, epochs=epochs, influence=influence, label=label)
 
 
 def require_data(slug: str, model: Model, bench: Bench, epochs: int) -> None:

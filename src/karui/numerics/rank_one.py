@@ -1,11 +1,14 @@
 """The nearest tensor of rank one, for many tensors at once, by the higher-order power method.
 
-`t[i, j, k] ~ scale a[i] b[j] c[k]` with unit vectors. The start is the leading singular vector of each unfolding; then
+`t[i, j, k] ~ scale a[i] b[j] c[k]` with unit vectors. It starts from the leading singular vectors of the
+unfoldings, or where it is told; then
 each vector in turn becomes the contraction of the tensor with all others, which never raises the error (De Lathauwer,
 De Moor, Vandewalle 2000).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -13,13 +16,16 @@ from torch import Tensor
 
 
 def rank_one(
-    tensors: Float[Tensor, "batch *sizes"], sweeps: int = 50
+    tensors: Float[Tensor, "batch *sizes"],
+    sweeps: int = 50,
+    start: Sequence[Float[Tensor, "batch size"]] | None = None,
 ) -> tuple[Float[Tensor, "batch"], list[Float[Tensor, "batch size"]]]:
     """Scales and unit vectors (one for each dimension after the first) of the nearest rank-one tensors, in float64.
 
     Args:
         tensors: a batch of tensors of two or more dimensions each.
         sweeps: rounds of the power method.
+        start: vectors of any length to start from, one for each dimension after the first.
 
     Example:
         >>> a, b, c = torch.randn(5, 4), torch.randn(5, 3), torch.randn(5, 2)
@@ -30,7 +36,7 @@ def rank_one(
     """
     whole = tensors.double()
     modes = range(1, whole.ndim)
-    vectors = [_leading(whole.movedim(mode, 1).flatten(2)) for mode in modes]
+    vectors = list(start or (_leading(whole.movedim(mode, 1).flatten(2)) for mode in modes))
     scale = whole.new_zeros(whole.shape[0])
     for _ in range(sweeps):
         for mode in modes:

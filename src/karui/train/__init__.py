@@ -4,6 +4,7 @@ from karui.train.influence import Influence as Influence
 from karui.train.influence import Moment as Moment
 from karui.train.influence import Together as Together
 from karui.train.loop import fit as fit
+from karui.train.paced import Paced as Paced
 from karui.train.training import SGD as SGD
 from karui.train.training import Adam as Adam
 from karui.train.training import AdamW as AdamW

@@ -1,0 +1,123 @@
+"""Canonical polyadic decomposition (CP): a tensor as a sum of `rank` outer products, any number of modes.
+
+`W[a, b, ...] ~ sum_r A[a, r] B[b, r] ...`, with one factor `[size, rank]` for each mode. Three ways to fit it: greedy
+deflation (one component at a time, by power iterations) and alternating least squares (one factor at a time) in
+`karui.numerics.cp_als`, non-linear least squares (all factors at once) in `karui.numerics.cp_nls`. All in float64.
+
+TensorLy's `parafac` is alternating least squares too. Here a sweep makes two large products instead of one for each
+mode, a step can never raise the error (it is proximal), and the components' norms are watched: at a rank that suits the
+tensor ill, components of opposite sign grow without bound while their sum barely improves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from karui.numerics.unfold import unfold
+
+Watch = Callable[[str, int, float], None]
+"""Told after each step: the solver's name, steps done from 1, and the relative error so far. It may raise to stop."""
+
+
+@dataclass(frozen=True)
+class CP:
+    """Factors `[size, rank]`, one for each mode, and the relative Frobenius errors of the fit, step by step.
+
+    Each component's weight is spread evenly: its column has the same norm in every factor.
+    """
+
+    factors: tuple[Float[Tensor, "size rank"], ...]
+    errors: tuple[float, ...]
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return self.factors[0].shape[1]
+
+    @property
+    def error(self) -> float:
+        """Relative Frobenius error of the approximation."""
+        return self.errors[-1]
+
+    @property
+    def weights(self) -> Float[Tensor, "rank"]:
+        """Frobenius norm of each component."""
+        return torch.stack([factor.norm(dim=0) for factor in self.factors]).prod(0)
+
+    @property
+    def cancellation(self) -> float:
+        """Root of the sum of the components' squared norms, over the norm of their sum.
+
+        About 1 where components hardly interact; large where they cancel one another, which training suffers from.
+        """
+        total = math.sqrt(max(0.0, float(gram(self.factors).sum())))
+        return float(self.weights.norm()) / total if total else 0.0
+
+    def tensor(self) -> Float[Tensor, "..."]:
+        """The tensor that it stands for."""
+        flat = self.factors[0] @ khatri_rao(self.factors[1:]).T
+        return flat.reshape([factor.shape[0] for factor in self.factors])
+
+
+def khatri_rao(factors: Sequence[Float[Tensor, "size rank"]]) -> Float[Tensor, "product rank"]:
+    """Column by column Kronecker product: row `(i, j, ...)` is the product of the rows `i`, `j`, ... of the factors."""
+    product = factors[0]
+    for factor in factors[1:]:
+        product = (product.unsqueeze(1) * factor.unsqueeze(0)).flatten(0, 1)
+    return product
+
+
+def gram(factors: Sequence[Float[Tensor, "size rank"]]) -> Float[Tensor, "rank rank"]:
+    """Inner products of the components: the element-wise product of the factors' Gram matrices."""
+    product = factors[0].T @ factors[0]
+    for factor in factors[1:]:
+        product = product * (factor.T @ factor)
+    return product
+
+
+def project_others(
+    projected: Float[Tensor, "rank rest"], factors: Sequence[Float[Tensor, "size rank"]], mode: int
+) -> Float[Tensor, "size rank"]:
+    """The tensor times all factors but that of `mode` (not 0), from its product with the first factor.
+
+    `projected` is `factors[0].T @ unfold(tensor, (0,))`; every mode but the first is read off it by small products.
+    """
+    rank, sizes = factors[0].shape[1], [factor.shape[0] for factor in factors[1:]]
+    left = projected.reshape(rank, *sizes)
+    for other in reversed(range(1, len(factors))):
+        if other != mode:
+            ways = factors[other].T.reshape(rank, *([1] * (other - 1)), -1, *([1] * (left.ndim - other - 1)))
+            left = (left * ways).sum(other)
+    return left.T
+
+
+def mttkrp(flat: Float[Tensor, "first rest"], factors: Sequence[Float[Tensor, "size rank"]]) -> list[Tensor]:
+    """For each mode the tensor (unfolded along its first) times all other factors: two large products in all."""
+    projected = factors[0].T @ flat
+    rest = [project_others(projected, factors, mode) for mode in range(1, len(factors))]
+    return [flat @ khatri_rao(factors[1:]), *rest]
+
+
+def balanced(factors: Sequence[Float[Tensor, "size rank"]]) -> list[Tensor]:
+    """The same components, each with its weight spread evenly over the modes."""
+    norms = torch.stack([factor.norm(dim=0) for factor in factors]).clamp(min=1e-150)
+    even = norms.log().mean(0).exp()
+    return [factor * (even / norm) for factor, norm in zip(factors, norms, strict=True)]
+
+
+def ridge_weight(ridge: float, tensor: Float[Tensor, "..."]) -> float:
+    """The weight of the factors' squared norms that means the same for a tensor of any norm and number of modes."""
+    return ridge * float(tensor.norm()) ** (2 - 2 / tensor.ndim) if ridge else 0.0
+
+
+def relative_error(tensor: Float[Tensor, "..."], factors: Sequence[Float[Tensor, "size rank"]]) -> float:
+    """Relative Frobenius error, from the residual itself: exact to rounding, where a formula of norms is not."""
+    total = float(tensor.norm())
+    flat = factors[0] @ khatri_rao(factors[1:]).T
+    return float((unfold(tensor, (0,)) - flat).norm()) / total if total else 0.0

@@ -1,0 +1,149 @@
+"""CP by alternating least squares and by greedy deflation, and the points to start from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from karui.errors import require
+from karui.numerics.cp import CP, Watch, balanced, gram, khatri_rao, project_others, relative_error, ridge_weight
+from karui.numerics.rank_one import outer, rank_one
+from karui.numerics.unfold import unfold
+
+# Weight of the pull towards the factor before, relative to the mean of the Gram matrix's diagonal: what keeps a
+# singular system solvable, far below what changes a result.
+_PROXIMAL = 1e-12
+# Sweeps between two times that the components' weights are spread evenly.
+_BALANCE = 10
+
+
+def hosvd_start(tensor: Float[Tensor, "..."], rank: int, generator: torch.Generator) -> list[Tensor]:
+    """Leading left singular vectors of each unfolding, and random columns where a mode is smaller than the rank."""
+    factors = []
+    for mode in range(tensor.ndim):
+        flat = unfold(tensor, (mode,))
+        _, vectors = torch.linalg.eigh(flat @ flat.T)
+        kept = vectors[:, -min(rank, len(flat)) :].flip(1)
+        more = torch.randn(len(flat), rank - kept.shape[1], dtype=tensor.dtype, generator=generator)
+        factors.append(torch.cat([kept, more / math.sqrt(len(flat))], dim=1))
+    return factors
+
+
+def random_start(tensor: Float[Tensor, "..."], rank: int, generator: torch.Generator) -> list[Tensor]:
+    """Factors with normal entries."""
+    return [torch.randn(size, rank, dtype=tensor.dtype, generator=generator) for size in tensor.shape]
+
+
+def als(
+    tensor: Float[Tensor, "..."],
+    start: Sequence[Float[Tensor, "size rank"]],
+    *,
+    sweeps: int = 100,
+    tolerance: float = 1e-6,
+    ridge: float = 0.0,
+    watch: Watch | None = None,
+) -> CP:
+    """Alternating least squares from `start`: each factor in turn is the best one for the others.
+
+    It ends after `sweeps`, or when a sweep lowers the relative error by less than `tolerance`. `ridge` is the weight
+    of the factors' squared norms in the objective, for a tensor of norm 1: a little of it keeps components from
+    cancelling one another, and the error then may rise by as little.
+    """
+    flat, factors = unfold(tensor, (0,)), _as_large(tensor, balanced(start))
+    weight, total = ridge_weight(ridge, tensor), float(flat.square().sum())
+    errors = [relative_error(tensor, factors)]
+    for sweep in range(sweeps):
+        factors, error = _sweep(flat, factors, weight, total)
+        if sweep % _BALANCE == 0:
+            factors = balanced(factors)
+        errors.append(error)
+        if watch is not None:
+            watch("alternating", sweep + 1, error)
+        if errors[-2] - error < tolerance:
+            break
+    factors = balanced(factors)
+    return CP(tuple(factors), (*errors[:-1], relative_error(tensor, factors)))
+
+
+def _as_large(tensor: Tensor, factors: list[Tensor]) -> list[Tensor]:
+    """A start whose sum has the tensor's norm, so that a ridge weighs the same from the first sweep on."""
+    norm, total = math.sqrt(max(0.0, float(gram(factors).sum()))), float(tensor.norm())
+    return [factor * (total / norm) ** (1 / len(factors)) for factor in factors] if norm and total else factors
+
+
+def _sweep(flat: Tensor, factors: list[Tensor], ridge: float, total: float) -> tuple[list[Tensor], float]:
+    """All factors once, and the relative error after the last of them."""
+    factors = list(factors)
+    grams = [factor.T @ factor for factor in factors]
+    projected = inner = torch.empty(0)
+    for mode in range(len(factors)):
+        if mode == 1:
+            projected = factors[0].T @ flat
+        inner = flat @ khatri_rao(factors[1:]) if mode == 0 else project_others(projected, factors, mode)
+        others = _product([one for number, one in enumerate(grams) if number != mode])
+        factors[mode] = _solve(inner, others, factors[mode], ridge)
+        grams[mode] = factors[mode].T @ factors[mode]
+    left = total - 2 * float((inner * factors[-1]).sum()) + float(_product(grams).sum())
+    return factors, math.sqrt(max(0.0, left) / total) if total else 0.0
+
+
+def _solve(inner: Tensor, others: Tensor, before: Tensor, ridge: float) -> Tensor:
+    """The factor that is best for the others, with a pull to where it was that keeps the system solvable."""
+    size = float(others.diagonal().mean())
+    eye = torch.eye(len(others), dtype=others.dtype)
+    pull = _PROXIMAL
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(others + (ridge + pull * size) * eye)
+        if not failed:
+            return torch.cholesky_solve((inner + pull * size * before).T, lower).T
+        pull *= 100
+        require(pull < 1, "the tensor, or the start of its decomposition, has values that are not finite")
+
+
+def _product(matrices: Sequence[Tensor]) -> Tensor:
+    product = matrices[0]
+    for matrix in matrices[1:]:
+        product = product * matrix
+    return product
+
+
+def greedy(tensor: Float[Tensor, "..."], rank: int, *, sweeps: int = 64, watch: Watch | None = None) -> CP:
+    """Deflation: the best single component by the power method from mean vectors, subtract it, repeat.
+
+    The method of Denton et al. (survey 18) for its biclusters, and the usual stand-in for CP. Components are never
+    looked at again, so it stays above alternating least squares.
+    """
+    (fit,) = greedy_batch(tensor.unsqueeze(0), rank, sweeps=sweeps, watch=watch)
+    return fit
+
+
+def greedy_batch(
+    tensors: Float[Tensor, "batch *sizes"], rank: int, *, sweeps: int = 64, watch: Watch | None = None
+) -> list[CP]:
+    """The same for many tensors of one shape at once; `watch` is told their error together."""
+    left, totals = tensors.double(), tensors.double().flatten(1).norm(dim=1).clamp(min=1e-300)
+    components, errors = [], [left.flatten(1).norm(dim=1) / totals]
+    for number in range(rank):
+        scale, vectors = rank_one(left, sweeps, [_mean_vectors(left, mode) for mode in range(1, left.ndim)])
+        components.append([scale.unsqueeze(1) * vectors[0], *vectors[1:]])
+        left = left - outer(scale, vectors)
+        errors.append(left.flatten(1).norm(dim=1) / totals)
+        if watch is not None:
+            watch("greedy", number + 1, float(left.norm() / totals.norm()))
+    factors = [torch.stack(parts, 2) for parts in zip(*components, strict=True)]
+    told = torch.stack(errors, 1).tolist()
+    return [CP(tuple(balanced([factor[i] for factor in factors])), tuple(told[i])) for i in range(len(tensors))]
+
+
+def _mean_vectors(tensors: Float[Tensor, "batch *sizes"], mode: int) -> Float[Tensor, "batch size"]:
+    """Means over all other modes; where one vanishes (odd filters), the slice of largest norm."""
+    flat = tensors.movedim(mode, 1).flatten(2)
+    mean = flat.mean(2)
+    largest = flat.square().sum(1).argmax(1)
+    slices = flat.gather(2, largest[:, None, None].expand(-1, flat.shape[1], 1)).squeeze(2)
+    vanishes = mean.norm(dim=1) <= 1e-9 * flat.flatten(1).norm(dim=1)
+    return torch.where(vanishes[:, None], slices, mean)
