@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from karui.artifact.pack import Stored, unpack
 from karui.artifact.save import FORMAT, named_tensors, probe_of
 from karui.errors import ArtifactError, KaruiError, require
 from karui.measuring.inference import inference, tensors_of
-from karui.model import Model, Origin, Task, edit_from_json
+from karui.model import Model, Origin, Task, copied, edit_from_json
 
 PROBE_TOLERANCE = 1e-3
 """Of the largest output: rounding differs between machines by less, another network differs by more."""
@@ -138,7 +137,7 @@ def _original(steps: tuple[Any, ...], base: Model | nn.Module | None, folder: Pa
             isinstance(module, nn.Module), f"base is a {type(base).__name__}, no network.", "Give a torch.nn.Module.",
             ArtifactError,
         )  # fmt: skip
-        return copy.deepcopy(module), base.task if isinstance(base, Model) else None
+        return copied(module), base.task if isinstance(base, Model) else None
     first = steps[0] if steps else None
     if not isinstance(first, Origin):
         raise ArtifactError(

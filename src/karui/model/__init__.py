@@ -1,5 +1,6 @@
 """Models as values: capture, coupled groups, surgery, proof, taps."""
 
+from karui.model.copying import copied as copied
 from karui.model.cut import Cut as Cut
 from karui.model.cut import remove_units as remove_units
 from karui.model.edits import Edit as Edit

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from karui.model.trace import mode_of
 
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
+CONTAINERS = (dict, list, tuple, OrderedDict)
 HELD = ("_parameters", "_buffers", "_modules")
 
 
@@ -30,11 +32,32 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         >>> torch.equal(twin[0].weight, net[0].weight), twin[0].weight is net[0].weight
         (True, False)
     """
+    memo = {} if memo is None else memo
     with mode_of(module, True):
-        twin = _module(module, {} if memo is None else memo)
+        memo.update(left_over(module))
+        twin = _module(module, memo)
     for one, other in zip(module.modules(), twin.modules(), strict=True):
         other.__dict__["training"] = one.training
     return twin
+
+
+def left_over(module: nn.Module) -> dict[int, Any]:
+    """Twins of results that a forward left in its modules, such as an attention map: a memo for `copy.deepcopy`.
+
+    They hang on the graph of that run, which `copy.deepcopy` refuses to copy; their values are all that is taken.
+    """
+    kept = (
+        value
+        for layer in module.modules()
+        for name, value in vars(layer).items()
+        if name not in HELD and (isinstance(value, Tensor) or (type(value) in CONTAINERS and value))
+    )
+    return {
+        id(t): t.detach().clone()
+        for value in kept
+        for t in tree_leaves(value)
+        if isinstance(t, Tensor) and t.requires_grad and not t.is_leaf
+    }
 
 
 def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -13,6 +13,7 @@ from scipy.sparse import coo_matrix, csr_matrix
 from torch import Tensor, nn
 
 from karui.errors import did_you_mean
+from karui.model.program import require_one_path
 from karui.model.solve import Resolved, solve
 from karui.model.trace import Trace, capture
 
@@ -111,7 +112,9 @@ class Analysis:
         """
         dead = np.zeros(len(self.resolved.locked), dtype=bool)
         for name, dim, indices in kept:
-            labels = self.trace.slots[name][dim] if name in self.trace.slots else np.zeros(0, dtype=np.int64)
+            if name not in self.trace.slots:
+                continue  # another run uses it: that of training, say
+            labels = self.trace.slots[name][dim]
             gone = np.ones(len(labels), dtype=bool)
             gone[indices] = False
             found = self.resolved.of(labels[gone])
@@ -161,6 +164,8 @@ def coupled_groups(model: Model) -> Analysis:
         ('0', 8, [('0.weight', 0, (8, 1)), ('0.bias', 0, (8, 1)), ('3.weight', 1, (8, 4))])
     """
     trace = capture(model.module, model.example)
+    if trace.sized:
+        require_one_path(model.module, model.example)
     weights = [name for name, _ in model.module.named_parameters()]
     found = analyse(trace, weights + [name for name, _ in model.module.named_buffers()])
     # Units that own buffers only, such as positions beyond the example's length, hold nothing that could be trained.

@@ -18,8 +18,9 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from karui.errors import SurgeryError, require
 from karui.model.copying import copied
+from karui.model.escapes import DataDependentError
 from karui.model.inline import inline
-from karui.model.trace import brief, minds_training, mode_of, plain_attention, traced, widen
+from karui.model.trace import brief, first, minds_training, mode_of, plain_attention, traced, widen
 
 # Layers that are called whole: their forward is one operator on their input, and their attributes follow a cut.
 WHOLE: dict[type[nn.Module], tuple[str, ...]] = {
@@ -106,6 +107,25 @@ def capture_programs(module: nn.Module, example: tuple[Any, ...]) -> tuple[Progr
     return evaluation, _export(module, widen(example), training=True)
 
 
+def require_one_path(module: nn.Module, example: tuple[Any, ...]) -> None:
+    """Refuse a model in which the size of a tensor that depends on the input decides what is run.
+
+    `torch.export` gives such sizes no value, and so cannot follow a path that hangs on one.
+
+    Raises:
+        DataDependentError: it does.
+    """
+    module = copied(module)
+    try:
+        with mode_of(module, False), plain_attention():
+            torch.export.export(module, first(example), strict=False)
+    except Exception as error:
+        raise DataDependentError(
+            f"The model makes tensors whose size depends on its input's values, and its path with it: {brief(error)}.",
+            "Its channels cannot be cut; techniques that work layer by layer still can.",
+        ) from error
+
+
 def _trained(evaluation: Program, module: nn.Module) -> Program:
     """The evaluation program where batch normalisations that are not called whole take the batch's statistics.
 
@@ -141,6 +161,10 @@ def _packet(node: fx.Node) -> str:
 def _export(module: nn.Module, example: tuple[Any, ...], *, training: bool) -> Program:
     """One program, with whole layers as calls."""
     shapes = tree_map(lambda t: {0: Dim.AUTO} if isinstance(t, Tensor) and t.ndim else None, example)
+    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:  # the exporter names what `*inputs` takes together
+        fixed = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        shapes = (*shapes[:fixed], shapes[fixed:])
     try:
         with mode_of(module, training), plain_attention():
             exported = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)

@@ -10,22 +10,22 @@ proof.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from karui.errors import CaptureError, SurgeryError, require
 from karui.model.copying import copied
 from karui.model.graphform import graph_form
 from karui.model.groups import analyse
-from karui.model.running import Steady, difference, double, double_precision, outputs, random_like, run_double, tensors
+from karui.model.running import difference, double, double_precision, outputs, random_like, run_double, tensors
+from karui.model.sight import look, mask
 from karui.model.survivors import on_survivors
-from karui.model.trace import Trace, brief, minds_training, mode_of, plain_attention, run_traced, traced, widen
+from karui.model.trace import Trace, brief, minds_training, run_traced, traced, widen
 
 if TYPE_CHECKING:
     from karui.model.cut import Cut
@@ -84,16 +84,6 @@ class Proof:
 
 class BlindError(SurgeryError):
     """The units do not show in the output, so a proof would prove nothing."""
-
-
-def mask(module: nn.Module, analysis: Analysis, removed: Mapping[str, Tensor]) -> None:
-    """Zero every slice of a parameter that the removed units own, in place."""
-    parameters = dict(module.named_parameters())
-    with torch.no_grad():
-        for name, units in removed.items():
-            for member in analysis[name].members:
-                if member.tensor in parameters:
-                    parameters[member.tensor].index_fill_(member.dim, member.indices[units].reshape(-1), 0)
 
 
 def redraw(module: nn.Module, generator: torch.Generator) -> None:
@@ -156,64 +146,6 @@ def survivors_only(module: nn.Module, step: Cut, inputs: tuple[Any, ...], *, tra
     return run_counted
 
 
-@dataclass(frozen=True)
-class Sight:
-    """What one run shows of the groups.
-
-    Settings:
-        unseen: groups of which no removed unit moves the output, to first order, by the slope of its scale.
-        unused: those whose parameters have no part in the run at all.
-        output: the output.
-    """
-
-    unseen: set[str]
-    unused: set[str]
-    output: list[Tensor]
-
-
-def look(dense: nn.Module, candidate: Candidate, inputs: tuple[Any, ...], *, training: bool) -> Sight:
-    """Which groups the output shows.
-
-    The slopes of vectors (a bias, a normalisation's scale) cost the least and nearly always tell; only for groups that
-    they do not show is the run repeated with the slopes of all parameters.
-    """
-    sight = _sight(dense, candidate, inputs, training=training, vectors=True)
-    return _sight(dense, candidate, inputs, training=training, vectors=False) if sight.unseen else sight
-
-
-def _sight(dense: nn.Module, candidate: Candidate, inputs: tuple[Any, ...], *, training: bool, vectors: bool) -> Sight:
-    """What one run shows of the groups, by the slopes of vectors alone or of all parameters."""
-    parameters = {
-        name: p.detach().requires_grad_(p.is_floating_point() and (p.ndim == 1 or not vectors))
-        for name, p in dense.named_parameters()
-    }
-    buffers = {name: b.clone() for name, b in dense.named_buffers()} if training else {}
-    generator = torch.Generator().manual_seed(2)
-    with torch.enable_grad(), mode_of(dense, training), plain_attention(), Steady() if training else nullcontext():
-        made = tensors(functional_call(dense, {**parameters, **buffers}, inputs))
-        loss = torch.zeros(())
-        for t in made:
-            if t.requires_grad:
-                loss = loss + (t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()
-        names = [name for name, p in parameters.items() if p.requires_grad and loss.requires_grad]
-        slopes = torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True) if names else []
-    slope = {n: g for n, g in zip(names, slopes, strict=True) if g is not None}
-
-    def shows(name: str, units: Tensor) -> bool:
-        for member in candidate.analysis[name].members:
-            if member.tensor in slope:
-                gone = member.indices[units].reshape(-1)
-                moved = slope[member.tensor].index_select(member.dim, gone)
-                weight = parameters[member.tensor].detach().index_select(member.dim, gone)
-                if bool(((moved * weight).movedim(member.dim, 0).reshape(len(gone), -1).sum(1) != 0).any()):
-                    return True
-        return False
-
-    unseen = {name for name, units in candidate.removed.items() if not shows(name, units)}
-    unused = {name for name in unseen if not any(m.tensor in slope for m in candidate.analysis[name].members)}
-    return Sight(unseen, unused, [t.detach() for t in made])
-
-
 def measure(
     drawn: nn.Module,
     candidate: Candidate,
@@ -244,31 +176,32 @@ def measure(
         whole = run_double(dense, double(pair[1]), training=training)
         effect = difference(whole, run_double(cut, double(pair[1]), training=training))
     mask(dense, candidate.analysis, candidate.removed)
-    both = joined(*pair)
+    # A program keeps the path of the batch that it was captured with; so its own batch is looked at, too.
+    inputs: list[tuple[Any, ...]] = [joined(*pair)] if own else [joined(*pair), pair[1]]
     try:
-        gap = _gap(drawn, dense, cut, candidate, [both], training=training)
-    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError):
-        gap = _gap(drawn, dense, cut, candidate, list(pair), training=training)
+        masked = _masked(drawn, dense, candidate, inputs, training=training)
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError):  # its batch is fixed
+        inputs = list(pair)
+        masked = _masked(drawn, dense, candidate, inputs, training=training)
+    shrunk = [run_double(cut, double(given), training=training) for given in inputs]
+    gap = max(difference(one, other) for one, other in zip(masked, shrunk, strict=True))
     return Proof(gap, max(floor, scale * eps / 2), effect)
 
 
-def _gap(
-    drawn: nn.Module, dense: nn.Module, cut: nn.Module, candidate: Candidate, inputs: list[Any], *, training: bool
-) -> float:
-    """The largest difference between the masked and the cut model."""
+def _masked(
+    drawn: nn.Module, dense: nn.Module, candidate: Candidate, inputs: list[Any], *, training: bool
+) -> list[list[Tensor]]:
+    """What the masked model gives in double precision, with statistics over survivors only where the cut needs that."""
     wide = [double(given) for given in inputs]
     if candidate.exact:
-        masked = [run_double(dense, given, training=training) for given in wide]
-    else:
-        try:
-            counted = survivors_only(drawn, candidate.step, inputs[0], training=training)
-            masked = [counted(dense, given, training=training) for given in wide]
-        except SurgeryError:  # other operators in double precision (a recurrent layer): look at those
-            with double_precision():
-                counted = survivors_only(dense, candidate.step, wide[0], training=training)
-            masked = [counted(dense, given, training=training) for given in wide]
-    shrunk = [run_double(cut, given, training=training) for given in wide]
-    return max(difference(one, other) for one, other in zip(masked, shrunk, strict=True))
+        return [run_double(dense, given, training=training) for given in wide]
+    try:
+        counted = survivors_only(drawn, candidate.step, inputs[0], training=training)
+        return [counted(dense, given, training=training) for given in wide]
+    except SurgeryError:  # other operators in double precision (a recurrent layer): look at those
+        with double_precision():
+            counted = survivors_only(dense, candidate.step, wide[0], training=training)
+        return [counted(dense, given, training=training) for given in wide]
 
 
 def joined(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from karui.errors import ArtifactError, SurgeryError, require
+from karui.model.copying import left_over
 from karui.model.edits import edit
 from karui.model.taps import layer_at, taps
 from karui.model.value import Model
@@ -248,7 +249,7 @@ def _swapped(module: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
     followed, and the old weights are not copied. New layers are copied first with the same memo, which keeps tensors
     that they share with the rest of the network shared.
     """
-    memo: dict[int, Any] = {}
+    memo = left_over(module)
     old = {path: layer_at(module, path) for path in layers}
     new = {path: copy.deepcopy(layer, memo) for path, layer in layers.items()}
     for path, layer in new.items():

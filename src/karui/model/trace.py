@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from karui.errors import CaptureError, KaruiError
+from karui.model.escapes import DataDependentError, Reads, reads_number, refuse, sized_by
 from karui.model.labels import SINGLE, Dims, Labels
 from karui.model.rules import Call, rule_for, tensors_in, unknown
 
@@ -29,10 +30,6 @@ OUTPUT = "the model's output keeps its size"
 Compute = Callable[[int, Any, Any, Any], Any]
 
 OUTSIDE = "it meets a tensor that is neither a parameter nor a buffer"
-
-
-class DataDependentError(CaptureError):
-    """The model decides by the values of its input."""
 
 
 @dataclass(eq=False)
@@ -71,6 +68,7 @@ class Trace:
         steps: the operators, in the order in which they ran.
         exported: whether the module is told, where it asks, that it is being exported; see `as_exported`.
         example: the inputs that it ran on.
+        sized: whether some tensor's size depends on the values of the inputs.
     """
 
     labels: Labels = field(default_factory=Labels)
@@ -81,6 +79,7 @@ class Trace:
     steps: list[Step] = field(default_factory=list)
     exported: bool = False
     example: tuple[Any, ...] = ()
+    sized: bool = False
 
 
 class Tracer(TorchDispatchMode):
@@ -110,6 +109,11 @@ class Tracer(TorchDispatchMode):
             return held[1]
         owner, value = getattr(tensor, "_karui_value", (None, None))
         return value if owner is self.trace else None
+
+    def depends(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends on the model's inputs."""
+        known = self.find(tensor)
+        return known is not None and known.data
 
     def value(self, tensor: Tensor) -> Value:
         """What is known of a tensor; a parameter or buffer is labelled when it is first met."""
@@ -148,11 +152,9 @@ class Tracer(TorchDispatchMode):
                 return split(*args, **kwargs)
         inputs = [self.value(t) for t in tensors_in((*args, kwargs))]
         data = any(v.data for v in inputs)
-        if data and func.overloadpacket.__name__ == "_local_scalar_dense":
-            raise DataDependentError(
-                "The model takes a number out of a tensor that depends on its input, so its path may vary with it.",
-                "Its channels cannot be cut; techniques that work layer by layer still can.",
-            )
+        if data and reads_number(func):
+            refuse()
+        self.trace.sized |= data and any(self.value(t).data for t in sized_by(func, args))
         number = len(self.trace.steps)
         result = func(*args, **kwargs) if self.compute is None else self.compute(number, func, args, kwargs)
         outputs = tensors_in(result)
@@ -173,7 +175,7 @@ class Tracer(TorchDispatchMode):
 
 @contextmanager
 def mode_of(module: nn.Module, training: bool) -> Iterator[None]:
-    """The module in training or evaluation mode, and afterwards as it was.
+    """The module in training or evaluation mode, and afterwards as it was: attributes that a run sets go, too.
 
     What layers keep between evaluation runs (attention biases that were looked up once) is dropped before and after, by
     a turn to training mode, as such layers do when they train.
@@ -191,12 +193,25 @@ def mode_of(module: nn.Module, training: bool) -> Iterator[None]:
                 m.__dict__["training"] = training  # what `train` sets, without its walk
 
     turn(training)
+    attributes = [dict(vars(m)) for m in modules]
     try:
         yield
     finally:
+        for m, old in zip(modules, attributes, strict=True):
+            _restore(m.__dict__, old)
         turn(True)
         for m, was in zip(modules, before, strict=True):
             m.__dict__["training"] = was
+
+
+def _restore(attributes: dict[str, Any], old: dict[str, Any]) -> None:
+    """Attributes of a module as they were before a run."""
+    for name, value in old.items():
+        if attributes.get(name) is not value:
+            attributes[name] = value
+    if len(attributes) > len(old):
+        for name in attributes.keys() - old.keys():
+            del attributes[name]
 
 
 @contextmanager
@@ -255,7 +270,14 @@ def run_traced(
             tracer.put(t, Value(tuple(trace.labels.fixed(n, INPUT) for n in t.shape), data=True))
     kept = torch.random.get_rng_state()
     try:
-        with torch.no_grad(), mode_of(module, training), plain_attention(), as_exported(trace.exported), tracer:
+        with (
+            torch.no_grad(),
+            mode_of(module, training),
+            plain_attention(),
+            as_exported(trace.exported),
+            Reads(tracer.depends),
+            tracer,
+        ):
             outputs = functional_call(module, buffers, inputs)
     except KaruiError:
         raise

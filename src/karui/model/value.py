@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from karui.errors import UsageError, require
+from karui.model.copying import copied
 
 if TYPE_CHECKING:
     from karui.model.edits import Edit
@@ -63,7 +63,7 @@ class Model:
 
     def copy(self) -> Model:
         """The same value over a module of its own, whose parameters may be changed freely."""
-        return replace(self, module=copy.deepcopy(self.module))
+        return replace(self, module=copied(self.module))
 
     def evolve(self, module: nn.Module, *edits: Edit) -> Model:
         """A new value with another module, and the edits that led to it appended to the lineage."""

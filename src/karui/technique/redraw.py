@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
 from karui.errors import UsageError, require
-from karui.model import Model, Note, Origin
+from karui.model import Model, Note, Origin, copied
 from karui.train.randomness import seed_of, undisturbed
 
 
@@ -33,7 +31,7 @@ def redrawn(model: Model, seed: int) -> Model:
         built, other = (_rebuilt(model, seed_of(seed, draw)) for draw in ("own", "other"))
         if any(not torch.equal(a, b) for a, b in zip(built.parameters(), other.parameters(), strict=True)):
             return model.evolve(built, Note(f"initial values drawn anew, seed {seed}"))
-    module = copy.deepcopy(model.module)
+    module = copied(model.module)
     with undisturbed():
         torch.manual_seed(seed_of(seed, "own"))
         _reset(module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from karui.data import Batches
 from karui.errors import NeedError, TrainingError, require
-from karui.model import Model, Note
+from karui.model import Model, Note, copied
 from karui.train.checkpoint import read, restore
 from karui.train.fingerprint import fingerprint
 from karui.train.influence import Influence
@@ -73,7 +72,7 @@ def fit(
     batches = Batches(train)
     require(len(batches) > 0, "The training data has no samples.", "Give a data set that is not empty.", TrainingError)
     with undisturbed(), tempfile.TemporaryDirectory(prefix="karui-") as scratch:
-        module = copy.deepcopy(model.module)
+        module = copied(model.module)
         reseed(seed, "attach")
         influence.attach(module)
         parts = turns or (Turn(),)

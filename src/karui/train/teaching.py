@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from karui.errors import NeedError, require
-from karui.model import Model
+from karui.model import Model, copied
 from karui.numerics.soft_targets import Rule, arithmetic, distillation_loss
 from karui.train.influence import Influence, Moment
 
@@ -39,7 +38,7 @@ class Teachers:
 
     def __init__(self, models: tuple[Model, ...], remember: int = 0) -> None:
         require(len(models) > 0, "There is no teacher.", "Give at least one model.", NeedError)
-        self._modules = [copy.deepcopy(model.module).eval().requires_grad_(False) for model in models]
+        self._modules = [copied(model.module).eval().requires_grad_(False) for model in models]
         self._memory = _Memory(remember)
 
     def __len__(self) -> int:
