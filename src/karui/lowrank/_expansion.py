@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from karui.layers.separable_bank import outer, separable_bank
 from karui.layers.spatial import split_space
-from karui.lowrank._common import Seen, groups_of
+from karui.lowrank._common import Choice, Seen, groups_of, unless_larger
 from karui.lowrank._split import split_cost, split_full, split_kernels
 from karui.numerics.alternating import alternating_split
 from karui.numerics.expansion import Design, fit_expansion
 from karui.numerics.regression import Moments
-from karui.numerics.separable import SeparableFilters, by_nuclear_norm
+from karui.numerics.separable import Mixture, by_nuclear_norm
 from karui.numerics.unfold import split_groups
 
 
@@ -128,24 +128,53 @@ class Separable:
     def expand(self, one: Seen, rank: int, *, alternating: bool = False) -> Expanded:
         """Filter reconstruction by the nuclear norm."""
         del alternating
-        return separated(one.layer, rank, lambda bank: by_nuclear_norm(bank, rank), shared=self.shared)
+        return separated(one.layer, lambda bank: by_nuclear_norm(bank, rank), shared=self.shared)
 
 
-def separated(
-    layer: Any, rank: int, solve: Callable[[Float[Tensor, "bank *taps"]], SeparableFilters], *, shared: bool
-) -> Expanded:
+def choose_rank(one: Seen, kind: Separable | Joint, speedup: float, own: int | None, *, fits_bias: bool) -> Choice:
+    """The largest rank that cuts a layer's multiply-adds by `speedup`, or its own; left where that saves nothing."""
+    dense = one.calls * one.outputs * one.layer.weight.numel()
+    if own is None and speedup == 1:
+        return Choice(one.path, reason="speedup 1 asks for nothing")
+    full = kind.full(one)
+    unit = one.calls * kind.cost(one, 1)[1]
+    rank = min(full, own or max(1, math.floor(dense / speedup / unit + 1e-9)))
+    size, macs = kind.cost(one, rank)
+    filters, biased = one.layer.weight.shape[0], one.layer.bias is not None
+    short = own is None and one.calls * macs * speedup > dense
+    choice = Choice(
+        one.path,
+        ranks=(rank,),
+        full=(full,),
+        parameters=(one.layer.weight.numel() + filters * biased, size + filters * (biased or fits_bias)),
+        macs=(dense, one.calls * macs),
+        remark=f"rank 1 falls short of a speed-up of {speedup}" if short else "",
+    )
+    return unless_larger(choice)
+
+
+def flat_objection(layer: Any) -> str:
+    """Why a layer has no space to split, "" if it has."""
+    if isinstance(layer, nn.Linear):
+        return "a linear layer has no space to split"
+    if sum(taps > 1 for taps in layer.kernel_size) < 2:
+        return f"its kernel {' x '.join(map(str, layer.kernel_size))} has no two dimensions of space to part"
+    return ""
+
+
+def separated(layer: Any, solve: Callable[[Float[Tensor, "bank *taps"]], Mixture], *, shared: bool) -> Expanded:
     """A convolution as mixture of separable filters that `solve` finds: for all its slices, or channel by channel."""
     kernels = split_groups(layer.weight.detach().double(), layer.groups)
     groups, filters, channels = kernels.shape[:3]
     if shared:
         found = solve(kernels.flatten(0, 2))
         first = tuple(factor.unsqueeze(0) for factor in found.factors)
-        mix = found.mix.reshape(groups, filters, channels * rank)
+        mix = found.mix.reshape(groups, filters, -1)
     else:
         each = [solve(kernels[group, :, channel]) for group in range(groups) for channel in range(channels)]
         first = tuple(torch.stack(side) for side in zip(*(one.factors for one in each), strict=True))
         mix = torch.stack([one.mix for one in each]).unflatten(0, (groups, channels))
-        mix = mix.transpose(1, 2).reshape(groups, filters, channels * rank)
+        mix = mix.transpose(1, 2).reshape(groups, filters, -1)
     return Expanded(layer, first, tuple(mix), _seen_apart(layer), _mix).measured()
 
 

@@ -29,11 +29,8 @@ two-dimensional ones. The groups of a grouped convolution are split one by one, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from karui.errors import require
 from karui.lowrank._calibrate import Calibration
@@ -47,9 +44,8 @@ from karui.lowrank._common import (
     require_ranks,
     scan,
     tracked,
-    unless_larger,
 )
-from karui.lowrank._expansion import SCHEMES, Expanded
+from karui.lowrank._expansion import SCHEMES, Expanded, Joint, Separable, choose_rank, flat_objection
 from karui.model import replace_layers
 from karui.technique import Bench, Card, technique
 
@@ -109,8 +105,8 @@ class LowRankExpansion:
 
     Example:
         >>> import karui, torch
-        >>> net = nn.Sequential(nn.Conv2d(3, 16, 5), nn.ReLU(), nn.Conv2d(16, 32, 5))
-        >>> model = karui.Model(net, example=(torch.zeros(1, 3, 16, 16),))
+        >>> layers = torch.nn.Conv2d(3, 16, 5), torch.nn.ReLU(), torch.nn.Conv2d(16, 32, 5)
+        >>> model = karui.Model(torch.nn.Sequential(*layers), example=(torch.zeros(1, 3, 16, 16),))
         >>> light = LowRankExpansion(objective="filter", ranks=(("2", 12),)).apply(model, karui.Bench())
         >>> [tuple(layer.weight.shape) for layer in light.module[2]]
         [(12, 16, 5, 1), (32, 12, 1, 5)]
@@ -192,10 +188,9 @@ class LowRankExpansion:
         return tuple(sorted(kept, key=lambda one: one.order)), (*left, *first)
 
     def _objection(self, layer: Any) -> str:
-        if isinstance(layer, nn.Linear):
-            return "a linear layer has no space to split"
-        if sum(taps > 1 for taps in layer.kernel_size) < 2:
-            return f"its kernel {' x '.join(map(str, layer.kernel_size))} has no two dimensions of space to part"
+        flat = flat_objection(layer)
+        if flat:
+            return flat
         if self.scheme == 1 and len(layer.kernel_size) != 2:
             return "scheme 1 is for two dimensions of space; separable_filters (14) does three"
         if self.scheme == 2 and layer.kernel_size[0] == 1:
@@ -204,33 +199,11 @@ class LowRankExpansion:
 
     def _choose(self, one: Seen) -> Choice:
         """The rank by the setting; the layer is left if that would not save anything."""
-        scheme = self._scheme(one)
         own = dict(self.ranks).get(one.path)
-        dense = one.calls * one.outputs * one.layer.weight.numel()
-        full = scheme.full(one)
-        unit = one.calls * scheme.cost(one, 1)[1]
-        rank = min(full, own or max(1, math.floor(dense / self.speedup / unit + 1e-9)))
-        if own is None and self.speedup == 1:
-            return Choice(one.path, reason="speedup 1 asks for nothing")
-        size, macs = scheme.cost(one, rank)
-        filters, biased = one.layer.weight.shape[0], one.layer.bias is not None
-        short = own is None and one.calls * macs * self.speedup > dense
-        choice = Choice(
-            one.path,
-            ranks=(rank,),
-            full=(full,),
-            parameters=(
-                one.layer.weight.numel() + filters * biased,
-                size + filters * (biased or self.objective == "data"),
-            ),
-            macs=(dense, one.calls * macs),
-            remark=f"rank 1 falls short of a speed-up of {self.speedup}" if short else "",
-        )
-        return unless_larger(choice)
+        return choose_rank(one, self._scheme(), self.speedup, own, fits_bias=self.objective == "data")
 
-    def _scheme(self, one: Seen) -> Any:
-        del one
+    def _scheme(self) -> Separable | Joint:
         return SCHEMES[self.scheme](shared=self.shared)
 
     def _expanded(self, one: Seen, rank: int) -> Expanded:
-        return self._scheme(one).expand(one, rank, alternating=self.solver == "alternating")
+        return self._scheme().expand(one, rank, alternating=self.solver == "alternating")

@@ -22,7 +22,7 @@ FLAT = 1e-6
 
 
 @dataclass(frozen=True)
-class SeparableFilters:
+class Mixture:
     """A bank as a mixture of separable filters.
 
     Settings:
@@ -52,12 +52,12 @@ def outer_products(factors: Sequence[Float[Tensor, "filters taps"]]) -> Float[Te
     return made
 
 
-def mixed(bank: Float[Tensor, "bank *taps"], factors: Sequence[Float[Tensor, "filters taps"]]) -> SeparableFilters:
+def mixed(bank: Float[Tensor, "bank *taps"], factors: Sequence[Float[Tensor, "filters taps"]]) -> Mixture:
     """The best mixture of given separable filters: least squares, so that what is left is orthogonal to all of them."""
     flat, basis = bank.double().flatten(1), outer_products(factors).flatten(1)
     mix = flat @ torch.linalg.pinv(basis, rtol=1e-12)
     lost = float((flat - mix @ basis).square().sum() / flat.square().sum().clamp(min=1e-300))
-    return SeparableFilters(tuple(factors), mix, math.sqrt(lost))
+    return Mixture(tuple(factors), mix, math.sqrt(lost))
 
 
 def rank_one(filters: Float[Tensor, "filters *taps"], sweeps: int = 50) -> tuple[Float[Tensor, "filters taps"], ...]:
@@ -92,7 +92,7 @@ def spread(filters: Float[Tensor, "filters *taps"]) -> Float[Tensor, "filters"]:
 
 def by_nuclear_norm(
     bank: Float[Tensor, "bank *taps"], count: int, *, sweeps: int = 20, growth: float = 1.2, polish: int = 200
-) -> SeparableFilters:
+) -> Mixture:
     """Separable filters for a bank by a penalty on their nuclear norms that rises until each is of rank 1.
 
     In turns: mixtures by least squares, then a step of proximal gradient on the filters, each with a step size of its
