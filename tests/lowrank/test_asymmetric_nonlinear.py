@@ -287,7 +287,8 @@ def kept_energy(model: Model, light: Model, bench: Bench) -> float:
     ranks = {entry["layer"]: entry["ranks"][0] for entry in note.settings["factored"]}
     calibration = Calibration(model, bench, 400, 10)
     layers = [one for one in scan(model, lambda _: "")[0] if one.path in ranks]
-    spectra = [Spectrum(calibration.energies(one, Following()), 1, 1) for one in layers]
+    energies = calibration.energies(layers, {one.path: Following() for one in layers})
+    spectra = [Spectrum(energies[one.path], 1, 1) for one in layers]
     return product_of_energies(spectra, [ranks[one.path] for one in layers])
 
 

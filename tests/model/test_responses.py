@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from karui.errors import SurgeryError
 from karui.layers.factored import CONVOLUTIONS
-from karui.model.responses import draw_positions, patches_at, responses, rows_at
+from karui.model.responses import draw_positions, patches_at, responses, rows_at, watch_outputs
 
 
 class Branches(nn.Module):
@@ -52,6 +52,19 @@ def test_inputs_are_those_of_the_one_and_targets_those_of_the_other() -> None:
     assert original.runs == compressed.runs == 0
     assert original.training
     assert not original.twice._forward_hooks
+
+
+def test_outputs_are_watched_before_they_are_written_over() -> None:
+    torch.manual_seed(0)
+    net, x = Branches().train(), torch.randn(2, 3, 5, 5)
+    seen: dict[str, list[Tensor]] = {"first": [], "twice": []}
+    watch_outputs(net, {path: lambda y, path=path: seen[path].append(y.clone()) for path in seen}, [(x,), (x,)])
+    assert [len(found) for found in seen.values()] == [2, 4]
+    with torch.no_grad():
+        torch.testing.assert_close(seen["first"][1], net.first(x))
+        torch.testing.assert_close(seen["twice"][0], net.twice(torch.relu(net.first(x))))
+    assert net.training
+    assert not net.first._forward_hooks
 
 
 def test_one_network_runs_once_and_counts_that_are_wrong_are_told() -> None:

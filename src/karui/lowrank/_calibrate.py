@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from karui.lowrank._common import Seen, groups_of
+from karui.lowrank._common import Seen, filters_of, groups_of
 from karui.model.following import Following
-from karui.model.responses import draw_positions, patches_at, responses, rows_at
+from karui.model.responses import draw_positions, patches_at, responses, rows_at, watch_outputs
 from karui.numerics.regression import Moments
 
 if TYPE_CHECKING:
@@ -47,16 +47,32 @@ class Calibration:
             made, wanted = (rows_at(side, one.layer, index) for side in (response.made, response.wanted))
             yield following.normalised(made), following.normalised(wanted)
 
-    def energies(self, one: Seen, following: Following) -> Float[Tensor, "directions"]:
-        """Eigenvalues of the covariance of the original's responses, falling; those of its groups added up."""
-        moments: list[Moments] = []
-        for _, wanted in self.outputs(self.model, one, following):
-            parts = wanted.unflatten(1, (groups_of(one), -1)).unbind(1)
-            moments = moments or [Moments.zeros(0, part.shape[1]) for part in parts]
-            for part, into in zip(parts, moments, strict=True):
-                into.add(part[:, :0], part)
-        values = [torch.linalg.eigvalsh(group.centred().yy).flip(0).clamp(min=0) for group in moments]
-        return torch.stack(values).sum(0)
+    def energies(
+        self, layers: Sequence[Seen], after: Mapping[str, Following]
+    ) -> dict[str, Float[Tensor, "directions"]]:
+        """Eigenvalues of the covariance of each layer's responses in the original, falling; those of its groups added.
+
+        One run of the network serves all layers.
+        """
+        moments = {one.path: _no_moments(one) for one in layers}
+        generator = torch.Generator().manual_seed(self.bench.seed)
+
+        def watcher(one: Seen) -> Callable[[Tensor], None]:
+            def watch(output: Tensor) -> None:
+                index = draw_positions(output, one.layer, self.positions, generator)
+                rows = after[one.path].normalised(rows_at(output, one.layer, index))
+                for part, into in zip(rows.chunk(groups_of(one), 1), moments[one.path], strict=True):
+                    into.add(part[:, :0], part)
+
+            return watch
+
+        watchers = {one.path: watcher(one) for one in layers}
+        watch_outputs(self.model.module, watchers, self.bench.calibration(self.images))
+        values = {
+            path: [torch.linalg.eigvalsh(group.centred().yy).flip(0).clamp(min=0) for group in found]
+            for path, found in moments.items()
+        }
+        return {path: torch.stack(found).sum(0) for path, found in values.items()}
 
     def moments(self, current: Model, one: Seen) -> list[Moments]:
         """Of what each group of a layer sees in `current`, flat, and what it gives in the original, bias included."""
@@ -71,3 +87,7 @@ class Calibration:
             for group, into in enumerate(moments):
                 into.add(seen[:, group], wanted[:, group])
         return moments
+
+
+def _no_moments(one: Seen) -> list[Moments]:
+    return [Moments.zeros(0, filters_of(one)) for _ in range(groups_of(one))]

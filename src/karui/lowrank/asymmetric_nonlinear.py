@@ -239,11 +239,8 @@ class AsymmetricNonlinear:
 
         own = dict(self.ranks)
         free = [one for one in seen if one.path not in own]
-        calibration = self._calibration(model, bench)
-        spectra = [
-            Spectrum(calibration.energies(one, after[one.path]), _unit(one), _dense_macs(one))
-            for one in tracked(free, "look at responses", shown=bench.progress)
-        ]
+        energies = self._calibration(model, bench).energies(free, after)
+        spectra = [Spectrum(energies[one.path], _unit(one), _dense_macs(one)) for one in free]
         whole = count(model).macs
 
         def tried(step: float) -> tuple[dict[str, int], float]:

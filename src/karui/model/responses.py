@@ -7,7 +7,7 @@ other. Positions of space are drawn at random, the same in both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,39 @@ def responses(
             message = f"'{path}' gives {tuple(here.shape)} in the compressed network, {tuple(there.shape)} in the other"
             require(here.shape == there.shape, message, error=SurgeryError)
             yield Response(given, here, there)
+
+
+def watch_outputs(
+    module: nn.Module, watchers: Mapping[str, Callable[[Tensor], None]], batches: Iterable[tuple[Any, ...]]
+) -> None:
+    """Run a network on each batch and hand the outputs of several layers to their watchers, at every call.
+
+    It runs in evaluation mode and without gradients, and is left as it was. A watcher sees an output before a layer
+    that works in place can write over it.
+
+    Args:
+        module: the network.
+        watchers: for the path of each layer, what is called with its output.
+        batches: inputs of a call, as tuples.
+
+    Example:
+        >>> net, seen = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True)), []
+        >>> watch_outputs(net, {"0": lambda output: seen.append(output.shape)}, [(torch.zeros(5, 2),)])
+        >>> seen
+        [torch.Size([5, 3])]
+    """
+
+    def hook(watcher: Callable[[Tensor], None]) -> Any:
+        return lambda _layer, _inputs, output: watcher(output)
+
+    handles = [layer_at(module, path).register_forward_hook(hook(watcher)) for path, watcher in watchers.items()]
+    try:
+        with torch.no_grad(), mode_of(module, training=False):
+            for batch in batches:
+                module(*batch)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _calls(module: nn.Module, path: str, batch: tuple[Any, ...], calls: int) -> list[tuple[Tensor, Tensor]]:
