@@ -14,23 +14,38 @@ from torch import Tensor, nn
 from karui.layers.factored import FactoredConv, adopt, conv_settings
 
 
+def split_stages(conv: Any, rank: int, width: int, *, dim: int = 0) -> list[dict[str, Any]]:
+    """The settings of the two convolutions at `rank` maps between them and `width` maps after, in each group.
+
+    The first sees dimension `dim` of space, the second the others. Neither has a bias.
+    """
+    others = [other for other in range(len(conv.kernel_size)) if other != dim]
+    between, after = conv.groups * rank, conv.groups * width
+    return [
+        {**along(conv, [dim]), "in_channels": conv.in_channels, "out_channels": between},
+        {**along(conv, others), "in_channels": between, "out_channels": after},
+    ]
+
+
 def split_space(
-    conv: nn.Conv2d | nn.Conv3d,
+    conv: nn.Conv1d | nn.Conv2d | nn.Conv3d,
     vertical: Float[Tensor, "groups rank channels tall"],
     horizontal: Float[Tensor, "groups each rank *wide"],
     *,
+    dim: int = 0,
     outer: Float[Tensor, "groups filters each"] | None = None,
     bias: Float[Tensor, "filters"] | None = None,
 ) -> FactoredConv:
-    """The chain of a convolution that sees the first dimension of space, one that sees the others, and `outer`.
+    """The chain of a convolution that sees one dimension of space, one that sees the others, and `outer`.
 
     Its kernel is `sum_k vertical[k, c, i] horizontal[n, k, j]`, mixed by the pointwise `outer` if it is given, group by
     group. Each factor takes stride, padding and dilation along what it sees.
 
     Args:
         conv: the convolution that it stands for.
-        vertical: filters over all channels of a group, along the first dimension of space.
-        horizontal: filters over the vertical maps, along the other dimensions.
+        vertical: filters over all channels of a group, along dimension `dim` of space.
+        horizontal: filters over the vertical maps, along the other dimensions; in one dimension there are none.
+        dim: the dimension that is seen first, the paper's being 0, the rows.
         outer: pointwise filters over the horizontal maps.
         bias: of the last layer; None keeps that of `conv`.
 
@@ -43,13 +58,11 @@ def split_space(
     """
     groups, rank = vertical.shape[:2]
     width, dims = horizontal.shape[1], len(conv.kernel_size)
-    tall, wide = [0], list(range(1, dims))
-    first = {**along(conv, tall), "in_channels": conv.in_channels, "out_channels": groups * rank}
-    second = {**along(conv, wide), "in_channels": groups * rank, "out_channels": groups * width}
-    stages = [first, second]
+    stages = split_stages(conv, rank, width, dim=dim)
+    tall = [-1 if place == dim else 1 for place in range(dims)]
     weights = [
-        vertical.flatten(0, 1).reshape(groups * rank, -1, *conv.kernel_size[:1], *[1] * (dims - 1)),
-        horizontal.flatten(0, 1).unsqueeze(2),
+        vertical.flatten(0, 1).reshape(groups * rank, vertical.shape[2], *tall),
+        horizontal.flatten(0, 1).unsqueeze(2 + dim),
     ]
     if outer is not None:
         last = {"in_channels": groups * width, "out_channels": conv.out_channels, "kernel_size": 1, "groups": groups}
