@@ -7,6 +7,7 @@ from karui.data.augment import RandomCrop as RandomCrop
 from karui.data.batches import Batches as Batches
 from karui.data.batches import targets_of as targets_of
 from karui.data.batches import tensors_of as tensors_of
+from karui.data.calibration import Calibration as Calibration
 from karui.data.calibration import calibration_batches as calibration_batches
 from karui.data.check import check as check
 from karui.data.cifar import cifar10 as cifar10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,3 +39,27 @@ def _drawn(dataset: Any, samples: int, batch: int, seed: int) -> Iterator[tuple[
     batches = Batches(dataset)
     for index in order.split(batch):
         yield batches.fetch(index)[0]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration batches that can be gone through any number of times, each time read anew.
+
+    Settings:
+        dataset, samples, batch, seed: as of `calibration_batches`.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> calibration = Calibration(TensorDataset(torch.zeros(10, 3), torch.zeros(10)), samples=5, batch=2)
+        >>> len(list(calibration)), len(list(calibration))
+        (3, 3)
+    """
+
+    dataset: Any
+    samples: int = 256
+    batch: int = 64
+    seed: int = 0
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        """The batches, the same each time."""
+        return calibration_batches(self.dataset, self.samples, self.batch, self.seed)

@@ -15,6 +15,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 
 from karui.errors import DataError, NeedError, require
 from karui.measuring import values
+from karui.measuring.bar import bar
 from karui.measuring.inference import inference, tensors_of
 from karui.model import Model
 
@@ -87,7 +88,7 @@ def sample_scores(
     require(len(dataset) > 0, "The data set is empty: nothing can be evaluated on it.", "Check the split.", DataError)
     device = next((t.device for t in model.module.parameters()), torch.device("cpu"))
     found = []
-    with inference(model.module) as module, _bar(len(dataset), progress) as advance:
+    with inference(model.module) as module, bar("evaluate", len(dataset), progress) as advance:
         for pair in _batches(dataset, batch_size):
             first, targets = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, pair)
             inputs = tuple(first) if isinstance(first, (tuple, list)) else (first,)
@@ -149,20 +150,3 @@ def _batches(dataset: Any, size: int) -> Iterator[tuple[Any, Any]]:
             DataError,
         )
         yield batch[0], batch[1]
-
-
-class _bar:  # noqa: N801
-    """A progress bar over samples; nothing where it is not wanted."""
-
-    def __init__(self, total: int, shown: bool) -> None:
-        from rich.progress import Progress
-
-        self._bar = Progress(disable=not shown, transient=True)
-        self._task = self._bar.add_task("evaluate", total=total)
-
-    def __enter__(self) -> Any:
-        self._bar.start()
-        return lambda count: self._bar.advance(self._task, count)
-
-    def __exit__(self, *reason: object) -> None:
-        self._bar.stop()

@@ -7,7 +7,6 @@ ratio whose interval includes 1 is no difference.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,19 +17,17 @@ import torch
 
 from karui.errors import KaruiError, UsageError, require
 from karui.measuring import values
+from karui.measuring.bar import bar
 from karui.measuring.engines import Engine, OnnxRuntime, Run, Torch
 from karui.measuring.inference import batch_of, inference
 from karui.measuring.machine import threads_here
+from karui.measuring.rounds import FEWEST, interleaved
 from karui.measuring.values import seconds_text
 from karui.model import Model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-SAMPLE = 0.002
-"""Seconds that one sample lasts at least: short calls are repeated within it, as a clock's own cost must not show."""
-FEWEST = 5
-"""Rounds that are run even where the time budget is used up: below, an interval means nothing."""
 RESAMPLES = 2000
 
 
@@ -181,20 +178,54 @@ class Clock:
         plans = [(engine, count, batch) for engine in engines for count in threads for batch in self.batches]
         times: list[Timing] = []
         share = self.seconds / max(len(plans), 1)
-        with _quiet_machine(contestants), _progress(len(plans), progress) as step:
+        with _quiet_machine(contestants.values()), bar("time", len(plans) + 1, progress) as step:
             for engine, count, batch in plans:
-                step(f"{engine.name}, batch {batch}, {_threads(count)}")
-                calls, failed = self._prepared(contestants, engine, count, batch, examples[0])
-                notes += failed
-                for name, samples in self._rounds(calls, share).items():
-                    low, median, high = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
-                    times.append(
-                        Timing(
-                            contestant=name, engine=engine.name, threads=count, batch=batch,
-                            median=median, low=low, high=high, samples=tuple(samples),
-                        )
-                    )  # fmt: skip
+                step(text=f"{engine.name}, batch {batch}, {_threads(count)}")
+                entrants = {name: (engine, contestant) for name, contestant in contestants.items()}
+                times += self._timed(entrants, count, batch, examples[0], share, notes)
         return Timings(times=tuple(times), notes=tuple(dict.fromkeys(notes)))
+
+    def race(
+        self, entrants: Mapping[str, tuple[Engine, Model | bytes]], example: tuple[Any, ...], *, progress: bool = False
+    ) -> Timings:
+        """Time models or ONNX files against one another, each in its own engine; `engines` of the clock is not asked.
+
+        An entrant that its engine cannot run, or whose engine is not installed, is left out with a note.
+        """
+        notes = [
+            f"{name} not measured: {engine.missing()}" for name, (engine, _) in entrants.items() if engine.missing()
+        ]
+        here = {name: entrant for name, entrant in entrants.items() if not entrant[0].missing()}
+        plans = [(count, batch) for count in self._threads(notes) for batch in self.batches]
+        times: list[Timing] = []
+        share = self.seconds / max(len(plans), 1)
+        with _quiet_machine([model for _, model in here.values()]), bar("time", len(plans) + 1, progress) as step:
+            for count, batch in plans:
+                step(text=f"batch {batch}, {_threads(count)}")
+                times += self._timed(here, count, batch, example, share, notes)
+        return Timings(times=tuple(times), notes=tuple(dict.fromkeys(notes)))
+
+    def _timed(  # noqa: PLR0917
+        self,
+        entrants: Mapping[str, tuple[Engine, Model | bytes]],
+        threads: int,
+        batch: int,
+        example: tuple[Any, ...],
+        seconds: float,
+        notes: list[str],
+    ) -> list[Timing]:
+        """The times of those that run, in turns; a note for each of the others."""
+        calls = self._prepared(entrants, threads, batch, example, notes)
+        times = []
+        for name, samples in interleaved(calls, self.rounds, seconds, cpu_time=self.cpu_time).items():
+            low, median, high = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
+            times.append(
+                Timing(
+                    contestant=name, engine=entrants[name][0].name, threads=threads, batch=batch,
+                    median=median, low=low, high=high, samples=tuple(samples),
+                )
+            )  # fmt: skip
+        return times
 
     def _threads(self, notes: list[str]) -> list[int]:
         here = threads_here()
@@ -213,16 +244,15 @@ class Clock:
 
     def _prepared(
         self,
-        contestants: Mapping[str, Model | bytes],
-        engine: Engine,
+        entrants: Mapping[str, tuple[Engine, Model | bytes]],
         threads: int,
         batch: int,
         example: tuple[Any, ...],
-    ) -> tuple[dict[str, Callable[[], Any]], list[str]]:
-        """Each contestant's call; one that the engine cannot run is left out, with a note."""
-        notes: list[str] = []
+        notes: list[str],
+    ) -> dict[str, Callable[[], Any]]:
+        """Each entrant's call."""
         calls: dict[str, Callable[[], Any]] = {}
-        for name, contestant in contestants.items():
+        for name, (engine, contestant) in entrants.items():
             inputs = batch_of(contestant.example if isinstance(contestant, Model) else example, batch)
             try:
                 call = _bound(engine.prepare(contestant, threads), inputs)
@@ -232,45 +262,21 @@ class Clock:
                 notes.append(f"{engine.name} not measured for {name}: {str(error).partition(chr(10))[0]}")
                 continue
             calls[name] = call
-        return calls, notes
-
-    def _rounds(self, calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-        """Seconds of a call, for each contestant and round."""
-        now = time.process_time if self.cpu_time else time.perf_counter
-        repeats = {name: _repeats(call) for name, call in calls.items()}
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        order, end = list(calls), time.perf_counter() + seconds
-        for number in range(self.rounds):
-            if number >= FEWEST and time.perf_counter() > end:
-                break
-            for name in order if number % 2 == 0 else reversed(order):
-                call = calls[name]
-                call()  # the one before has filled the caches and set the threads
-                start = now()
-                for _ in range(repeats[name]):
-                    call()
-                samples[name].append((now() - start) / repeats[name])
-        return samples
+        return calls
 
 
 def _bound(run: Run, inputs: tuple[Any, ...]) -> Callable[[], Any]:
     return lambda: run(inputs)
 
 
-def _repeats(call: Callable[[], Any]) -> int:
-    start = time.perf_counter()
-    call()
-    return max(1, min(1000, int(SAMPLE / max(time.perf_counter() - start, 1e-7))))
-
-
 @contextmanager
-def _quiet_machine(contestants: Mapping[str, Model | bytes]) -> Iterator[None]:
+def _quiet_machine(contestants: Iterable[Model | bytes]) -> Iterator[None]:
     """Every module in evaluation mode; torch's number of threads as it was afterwards."""
     from contextlib import ExitStack
 
     before = torch.get_num_threads()
     with ExitStack() as stack:
-        for contestant in contestants.values():
+        for contestant in contestants:
             if isinstance(contestant, Model):
                 stack.enter_context(inference(contestant.module))
         try:
@@ -279,24 +285,20 @@ def _quiet_machine(contestants: Mapping[str, Model | bytes]) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-@contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
-    from rich.progress import Progress
-
-    with Progress(disable=not shown, transient=True) as bar:
-        task = bar.add_task("time", total=total + 1)
-        yield lambda text: bar.update(task, description=f"time: {text}", advance=1)
-
-
-def time_ratio(dense: Timing, light: Timing) -> Ratio:
+def time_ratio(dense: Timing, light: Timing, *, across: bool = False) -> Ratio:
     """The ratio of two contestants' medians, with a 95 % bootstrap interval over the rounds they shared.
+
+    Args:
+        dense: the one that is compared with.
+        light: the other, of which the ratio tells how many times faster it is.
+        across: allow two engines, as `Clock.race` times them; the ratio then carries the second one's.
 
     Raises:
         UsageError: the two were not timed side by side.
     """
     require(
-        (dense.engine, dense.threads, dense.batch, len(dense.samples))
-        == (light.engine, light.threads, light.batch, len(light.samples)),
+        (across or dense.engine == light.engine)
+        and (dense.threads, dense.batch, len(dense.samples)) == (light.threads, light.batch, len(light.samples)),
         "Two times can be compared only if they were taken in one run, in the same way.",
         "Give both models to one Clock.time(...).",
         UsageError,
@@ -308,5 +310,5 @@ def time_ratio(dense: Timing, light: Timing) -> Ratio:
     value = dense.median / light.median
     return Ratio(
         quantity="time", value=value, low=min(low, value), high=max(high, value),
-        engine=dense.engine, threads=dense.threads, batch=dense.batch,
+        engine=light.engine, threads=light.threads, batch=light.batch,
     )  # fmt: skip
