@@ -8,4 +8,5 @@ from karui.artifact.save import Saved as Saved
 from karui.artifact.save import StoredTensor as StoredTensor
 from karui.artifact.save import save as save
 from karui.artifact.save import stored_bytes as stored_bytes
+from karui.artifact.verify import load_deployment as load_deployment
 from karui.artifact.verify import verify as verify

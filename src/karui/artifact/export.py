@@ -1,7 +1,9 @@
-"""The ONNX file: checked in ONNX Runtime, at several batch sizes, before it is called written."""
+"""The ONNX file: checked in its engine, at several batch sizes, before it is called written."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,37 +11,45 @@ from typing import Any
 import torch
 
 from karui.artifact.files import write_file
+from karui.deployment import Deployment
 from karui.errors import ArtifactError
-from karui.measuring import onnx_form
+from karui.measuring import Engine, OnnxRuntime, known_engine, onnx_form
 from karui.measuring import values as json_values
-from karui.measuring.engines import onnx_session, outputs_of
+from karui.measuring.engines import outputs_of
 from karui.measuring.inference import inference, largest_difference, random_batch, tensors_of
 from karui.model import Model
 
 BATCHES = (1, 2, 5)
 RELATIVE = 1e-4
 """Of the largest output. There is no absolute allowance: it would pass anything where outputs are tiny."""
+SLACK = 2.0
+"""Of the difference that 8 bits made when a file was saved: another machine may round some values the other way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """How far ONNX Runtime's outputs are from torch's.
+    """How far the outputs of the ONNX file in its engine are from torch's.
 
     Settings:
         batches: the batch sizes that were compared, on random inputs.
         difference: the largest absolute difference.
-        tolerance: what rounding may explain, for outputs of this size.
+        tolerance: what rounding may explain: in 32 bits, for outputs of this size; in 8, twice what it was when the
+            file was saved.
         onnx: whether there was an ONNX file to compare.
+        engine: the engine that ran it.
+        precision: of the file, "fp32" or "int8".
     """
 
     batches: tuple[int, ...] = BATCHES
     difference: float = 0.0
     tolerance: float = 0.0
     onnx: bool = True
+    engine: str = "onnxruntime"
+    precision: str = "fp32"
 
     @property
     def ok(self) -> bool:
-        """Whether the outputs are equal, up to rounding."""
+        """Whether the outputs are equal, up to the rounding of their precision."""
         return self.difference <= self.tolerance
 
     def to_json(self) -> dict[str, Any]:
@@ -51,8 +61,10 @@ class Verification:
             return "there is no ONNX file to verify"
         sizes = ", ".join(map(str, self.batches))
         word = "equal" if self.ok else "NOT equal"
+        name = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}.get(self.engine, self.engine)
+        bits = " up to the rounding of 8 bits" if self.precision == "int8" else ""
         return (
-            f"ONNX Runtime and torch are {word} at batches {sizes}: "
+            f"{name} and torch are {word}{bits} at batches {sizes}: "
             f"largest difference {self.difference:.1e}, tolerance {self.tolerance:.1e}"
         )
 
@@ -82,15 +94,15 @@ def export_onnx(model: Model, path: Path | str) -> Exported:
     return Exported(path=Path(path), bytes=len(data), verification=verification)
 
 
-def checked_onnx(model: Model) -> tuple[bytes, Verification]:
-    """The bytes of the ONNX file, and the comparison that they passed.
+def checked_onnx(model: Model, deployment: Deployment | None = None) -> tuple[bytes, Verification]:
+    """The bytes of the ONNX file, and the comparison that they passed; by default the model in 32 bits is exported.
 
     Raises:
         CaptureError: the model cannot be exported.
-        ArtifactError: ONNX Runtime computes something else than torch.
+        ArtifactError: the file computes something else than the model.
     """
-    data = onnx_form(model).data
-    verification = compare_onnx(model, data)
+    data = deployment.data if deployment is not None else onnx_form(model).data
+    verification = compare_deployment(model, deployment) if deployment is not None else compare_onnx(model, data)
     if not verification.ok:
         raise ArtifactError(
             f"The ONNX file computes something else than the model ({verification}).",
@@ -99,33 +111,78 @@ def checked_onnx(model: Model) -> tuple[bytes, Verification]:
     return data, verification
 
 
-def compare_onnx(model: Model, data: bytes, batches: tuple[int, ...] = BATCHES) -> Verification:
-    """Run an ONNX file beside the model, on seeded random inputs of each batch size.
+def compare_deployment(
+    model: Model, deployment: Deployment, batches: tuple[int, ...] = BATCHES, *, tolerance: float | None = None
+) -> Verification:
+    """Run a deployed form beside the model, in its engine, or in ONNX Runtime where that is not installed.
+
+    Args:
+        model: the model that it was made from.
+        deployment: the form.
+        batches: sizes of seeded random batches.
+        tolerance: for 8 bits, the largest difference that passes, as noted when it was saved; None takes what is seen
+            now, and only asks that the outputs lie nearer to the model's than nothing does.
 
     Raises:
         ArtifactError: the file does not run, or takes other inputs.
     """
-    session = onnx_session(data, threads=1)
-    names = [put.name for put in session.get_inputs()]
+    engine = known_engine(deployment.engine)
+    engine = OnnxRuntime() if engine.missing() else engine
+    if deployment.precision == "fp32":
+        return compare_onnx(model, deployment.data, batches, engine=engine)
+    difference = error = size = 0.0
+    for _, ours, theirs in _outputs(model, deployment.data, batches, engine):
+        difference = max(difference, largest_difference(ours, theirs)[0])
+        if math.isfinite(difference):
+            pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True)]
+            error += sum(((a - b) ** 2)[a.isfinite()].sum().item() for a, b in pairs)
+            size += sum((a**2)[a.isfinite()].sum().item() for a, _ in pairs)
+    allowed = SLACK * difference if tolerance is None and math.isfinite(difference) and error <= size else 0.0
+    return Verification(
+        batches=batches,
+        difference=difference,
+        tolerance=allowed if tolerance is None else tolerance,
+        engine=engine.name,
+        precision="int8",
+    )
+
+
+def compare_onnx(
+    model: Model, data: bytes, batches: tuple[int, ...] = BATCHES, *, engine: Engine | None = None
+) -> Verification:
+    """Run an ONNX file in 32 bits beside the model, on seeded random inputs of each batch size.
+
+    Raises:
+        ArtifactError: the file does not run, or takes other inputs.
+    """
+    engine = engine or OnnxRuntime()
     worst, allowed = 0.0, 0.0
+    for number, (inputs, ours, theirs) in enumerate(_outputs(model, data, batches, engine)):
+        difference, scale = largest_difference(ours, theirs)
+        tolerance = RELATIVE * scale
+        if difference > tolerance:
+            tolerance = max(tolerance, 10 * rounding(model, inputs, ours))
+        if difference - tolerance > worst - allowed or number == 0:
+            worst, allowed = difference, tolerance
+    return Verification(batches=batches, difference=worst, tolerance=allowed, engine=engine.name)
+
+
+def _outputs(
+    model: Model, data: bytes, batches: tuple[int, ...], engine: Engine
+) -> Iterator[tuple[tuple[Any, ...], list[torch.Tensor], list[torch.Tensor]]]:
+    """Random inputs of each batch size, the model's outputs, and those of the file."""
+    run = engine.prepare(data, 1)
     for size in batches:
         inputs = random_batch(model.example, size, seed=size)
         ours = tensors_of(_run(model, inputs, size))
         try:
-            arrays = [t.numpy() for t in tensors_of(inputs)]
-            theirs = outputs_of(session.run(None, dict(zip(names, arrays, strict=True))))
+            theirs = outputs_of(run(inputs))
         except Exception as error:
             line = str(error).strip().partition("\n")[0]
             raise ArtifactError(
                 f"The ONNX file does not run on a batch of {size}: {line}", "Export the model again."
             ) from error
-        difference, scale = largest_difference(ours, theirs)
-        tolerance = RELATIVE * scale
-        if difference > tolerance:
-            tolerance = max(tolerance, 10 * rounding(model, inputs, ours))
-        if difference - tolerance > worst - allowed or size == batches[0]:
-            worst, allowed = difference, tolerance
-    return Verification(batches=batches, difference=worst, tolerance=allowed)
+        yield inputs, ours, theirs
 
 
 def _run(model: Model, inputs: tuple[Any, ...], size: int) -> Any:

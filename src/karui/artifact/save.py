@@ -17,6 +17,7 @@ from karui.artifact import files
 from karui.artifact.describe import example_from_json, example_to_json, task_to_json
 from karui.artifact.export import Verification, checked_onnx, rounding
 from karui.artifact.pack import Stored, pack
+from karui.deployment import Deployment
 from karui.errors import ArtifactError, KaruiError, require
 from karui.measuring import values as json_values
 from karui.measuring.inference import inference, tensors_of
@@ -48,6 +49,8 @@ class Saved:
         weights_bytes: length of `model.safetensors`.
         json_bytes: length of `model.json`: structure, task, settings, measurements.
         onnx_bytes: length of `model.onnx`; None where it was not written.
+        engine: the engine that `model.onnx` is meant for.
+        precision: of `model.onnx`: "fp32" or "int8".
         tensors: each tensor that is stored (one that is shared is stored once).
         verification: the comparison that the ONNX file passed.
         warnings: what could not be saved, and why.
@@ -57,6 +60,8 @@ class Saved:
     weights_bytes: int
     json_bytes: int
     onnx_bytes: int | None = None
+    engine: str = "onnxruntime"
+    precision: str = "fp32"
     tensors: tuple[StoredTensor, ...] = ()
     verification: Verification | None = None
     warnings: tuple[str, ...] = ()
@@ -75,7 +80,8 @@ class Saved:
         }
 
     def __str__(self) -> str:
-        onnx = f", ONNX {bytes_text(self.onnx_bytes)}" if self.onnx_bytes is not None else ""
+        form = "" if (self.engine, self.precision) == ("onnxruntime", "fp32") else f" ({self.precision}, {self.engine})"
+        onnx = f", ONNX{form} {bytes_text(self.onnx_bytes)}" if self.onnx_bytes is not None else ""
         lines = [f"{self.folder}: weights {bytes_text(self.weights_bytes)}{onnx}"]
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
 
@@ -87,6 +93,7 @@ def save(
     measurements: Any = None,
     settings: Mapping[str, Any] | None = None,
     onnx: bool = True,
+    deployment: Deployment | None = None,
 ) -> Saved:
     """Save a model as a folder; one that is there is replaced in one step, and other files in it are kept.
 
@@ -97,9 +104,11 @@ def save(
         settings: JSON values on how it was made (technique, seed, recipe), kept in `model.json`.
         onnx: also write `model.onnx`, checked against torch. Where it cannot be made, the rest is saved and the
             result's `warnings` say why.
+        deployment: the form that was chosen; it becomes `model.onnx`, and `model.json` tells engine and precision.
+            None exports the model in 32 bits for ONNX Runtime.
 
     Raises:
-        ArtifactError: a tensor, a setting or an input cannot be saved.
+        ArtifactError: a tensor, a setting or an input cannot be saved, or the deployment is not this model's.
         UsageError: a folder cannot be put there.
     """
     folder = Path(folder).expanduser().resolve()
@@ -111,7 +120,9 @@ def save(
     warnings = [warning] if warning else []
     contents = {files.TENSORS: weights}
     verification = None
-    if onnx:
+    if deployment is not None:  # one that was chosen by measurement is there; if it is wrong, nothing is saved
+        contents[files.ONNX], verification = checked_onnx(model, deployment)
+    elif onnx:
         try:
             contents[files.ONNX], verification = checked_onnx(model)
         except KaruiError as error:
@@ -126,6 +137,7 @@ def save(
         },
         "tied": tied,
         "frozen": frozen,
+        "deployment": _deployment(deployment, verification),
         "probe": _probe(model, example_from_json(example, beside)),
         "settings": dict(settings or {}),
         "measurements": json_values.to_json(measurements),
@@ -145,10 +157,21 @@ def save(
         weights_bytes=len(weights),
         json_bytes=len(text),
         onnx_bytes=len(contents[files.ONNX]) if files.ONNX in contents else None,
+        engine=deployment.engine if deployment is not None else "onnxruntime",
+        precision=deployment.precision if deployment is not None else "fp32",
         tensors=_report(stored, model.module),
         verification=verification,
         warnings=tuple(warnings),
     )
+
+
+def _deployment(deployment: Deployment | None, verification: Verification | None) -> dict[str, Any] | None:
+    """What `model.json` tells of `model.onnx`; None where there is no such file."""
+    if verification is None:
+        return None
+    given = deployment or Deployment(name="", engine="onnxruntime", precision="fp32", data=b"")
+    told = {"name": given.name, "engine": given.engine, "precision": given.precision, "fp32_layers": given.fp32_layers}
+    return json_values.to_json({**told, "tolerance": verification.tolerance if given.precision == "int8" else None})
 
 
 def stored_bytes(model: Model) -> int:
