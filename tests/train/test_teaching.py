@@ -104,7 +104,7 @@ def test_memory_keeps_to_its_size() -> None:
     teachers = Teachers((Model(nn.Linear(3, 4), example=(torch.zeros(1, 3),)),), remember=5)
     for seed in range(4):
         teachers((torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)),))
-    assert len(teachers._memory.known) == 5
+    assert len(teachers._answers) == 5
 
 
 def test_a_killed_distillation_resumes_under_the_same_name(

@@ -171,7 +171,8 @@ class KnowledgeDistillation:
         epochs: passes over the training data.
         geometric: whether an ensemble's probabilities are averaged geometrically rather than arithmetically.
         missing: classes that the training data lack; their biases are lifted as validation data tell.
-        remember: samples whose teacher outputs are kept in memory; of use only where there is no augmentation.
+        remember: samples whose teacher outputs are kept, each once for each way it was augmented; with a folder for
+            checkpoints they are kept there. They serve every student that is trained with the same seed and settings.
         keep_zeros: whether weights that are exactly zero stay so.
 
     Raises:
@@ -221,7 +222,8 @@ class KnowledgeDistillation:
 
     def influence(self, model: Model, bench: Bench) -> Influence:
         """The soft targets, for a training of `model` or of what becomes of it."""
-        teachers = Teachers(self._teachers(model, bench), remember=self.remember)
+        kept = bench.checkpoints / "answers" if bench.checkpoints is not None else None
+        teachers = Teachers(self._teachers(model, bench), self.remember, kept)
         rule = geometric if self.geometric else arithmetic
         soft = SoftTargets(teachers=teachers, temperature=self.temperature, weight=self.weight, rule=rule)
         masks = zero_masks(model.module) if self.keep_zeros else {}

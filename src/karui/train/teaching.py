@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from karui.errors import NeedError, require
 from karui.model import Model, copied
 from karui.numerics.soft_targets import Rule, arithmetic, distillation_loss
+from karui.train.answers import Answers
+from karui.train.fingerprint import fingerprint
 from karui.train.influence import Influence, Moment
 
 UNLABELLED = -100
@@ -27,8 +28,10 @@ class Teachers:
 
     Args:
         models: the networks; left as they are.
-        remember: how many samples' answers to keep. An answer is found again by the sample's content, so it stays right
-            under augmentation, where it is of no use.
+        remember: how many samples' answers to keep (each counts once for each way it was augmented). They serve every
+            training that draws the same samples: with the same seed and settings, all students of these teachers.
+        folder: where answers are kept for later processes, for the same teachers only; None keeps them in memory.
+        half: keep 16 bits of each number.
 
     Example:
         >>> teachers = Teachers((Model(nn.Linear(4, 3), example=(torch.zeros(1, 4),)),))
@@ -36,10 +39,15 @@ class Teachers:
         torch.Size([1, 2, 3])
     """
 
-    def __init__(self, models: tuple[Model, ...], remember: int = 0) -> None:
+    def __init__(
+        self, models: tuple[Model, ...], remember: int = 0, folder: Path | None = None, *, half: bool = False
+    ) -> None:
         require(len(models) > 0, "There is no teacher.", "Give at least one model.", NeedError)
         self._modules = [copied(model.module).eval().requires_grad_(False) for model in models]
-        self._memory = _Memory(remember)
+        if folder is not None and remember:
+            # Another version of torch rounds otherwise: what it said is not what this one would say.
+            folder = folder / fingerprint(torch.__version__, *self._modules)
+        self._answers = Answers(remember, folder if remember else None, half=half)
 
     def __len__(self) -> int:
         """The number of teachers."""
@@ -57,7 +65,7 @@ class Teachers:
         Raises:
             NeedError: a teacher gives something else than a tensor of logits.
         """
-        return self._memory.answers(inputs, self._ask) if self._memory.room else self._ask(inputs)
+        return self._answers.of(inputs, self._ask) if self._answers.room else self._ask(inputs)
 
     def _ask(self, inputs: tuple[Any, ...]) -> Tensor:
         device = _device(inputs)
@@ -83,34 +91,6 @@ def _wide(logits: Tensor) -> Tensor:
 
 def _told(answer: Any) -> str:
     return f"a tensor of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
-
-
-class _Memory:
-    """Answers by the content of the samples; says nothing of itself, so that two trainings do not differ by it."""
-
-    __slots__ = ("known", "room")
-
-    def __init__(self, room: int) -> None:
-        self.room = room
-        self.known: dict[bytes, Tensor] = {}
-
-    def answers(self, inputs: tuple[Any, ...], ask: Callable[[tuple[Any, ...]], Tensor]) -> Tensor:
-        """What is known of the batch, or what `ask` tells where a sample is new."""
-        keys = _digests(inputs)
-        if all(key in self.known for key in keys):
-            return torch.stack([self.known[key] for key in keys], dim=1).to(_device(inputs))
-        answers = ask(inputs)
-        for number, key in enumerate(keys):
-            if key not in self.known and len(self.known) < self.room:
-                self.known[key] = answers[:, number].cpu()
-        return answers
-
-
-def _digests(inputs: tuple[Any, ...]) -> list[bytes]:
-    """A digest of each sample over all inputs of the call."""
-    parts = [value.detach().cpu().contiguous() for value in inputs if isinstance(value, Tensor)]
-    rows = [[bytes(row.reshape(-1).view(torch.uint8).numpy()) for row in part] for part in parts]
-    return [hashlib.blake2b(b"".join(sample), digest_size=16).digest() for sample in zip(*rows, strict=True)]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
