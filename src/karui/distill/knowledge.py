@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +28,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from karui.data import Batches
-from karui.errors import NeedError, SettingError, UsageError, require
+from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
+from karui.errors import SettingError, UsageError, require
 from karui.measuring.inference import inference
 from karui.model import Model, Note, layer_at
 from karui.numerics.soft_targets import arithmetic, geometric
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
     from karui.technique import Bench
-
-Teacher = Model | str | Path
 
 
 def best_offset(
@@ -206,26 +204,23 @@ class KnowledgeDistillation:
     def remarks(self, model: Model) -> tuple[str, ...]:
         """What `karui plan` tells of it."""
         del model
-        teacher = "the model at the start of the pipeline" if self.teacher is None else f"{self.teacher}"
-        return (f"the teacher is {teacher}; nothing gets smaller by distillation itself",)
+        return (remark(self.teacher),)
 
     def lacks(self, bench: Bench, *, first: bool) -> list[tuple[str, str]]:
         """What is missing for a teacher, before any work starts: (message, remedy) pairs."""
-        folders = [Path(teacher) for teacher in self._given() if not isinstance(teacher, Model)]
-        lost = [folder for folder in folders if not (folder / "model.json").is_file()]
-        missing = [
-            (f"'knowledge_distillation' has no teacher: {folder} holds no saved model.", _GIVE) for folder in lost
-        ]
-        if self.teacher is None and bench.dense is None and first:
-            missing.append(("'knowledge_distillation' needs a teacher.", _GIVE))
-        return missing
+        return lacking_teachers("knowledge_distillation", self.teacher, bench, first=first)
 
     def influence(self, model: Model, bench: Bench) -> Influence:
         """The soft targets, for a training of `model` or of what becomes of it."""
         kept = bench.checkpoints / "answers" if bench.checkpoints is not None else None
-        teachers = Teachers(self._teachers(model, bench), self.remember, kept)
+        teachers = teachers_of("knowledge_distillation", self.teacher, model, bench)
         rule = geometric if self.geometric else arithmetic
-        soft = SoftTargets(teachers=teachers, temperature=self.temperature, weight=self.weight, rule=rule)
+        soft = SoftTargets(
+            teachers=Teachers(teachers, self.remember, kept),
+            temperature=self.temperature,
+            weight=self.weight,
+            rule=rule,
+        )
         masks = zero_masks(model.module) if self.keep_zeros else {}
         return Together(MaskKeeper(masks), soft) if masks else soft
 
@@ -236,23 +231,6 @@ class KnowledgeDistillation:
         taught = bench.fit(model, epochs=self.epochs, influence=self.influence(model, bench), label="distil")
         return self._lifted(taught, bench) if self.missing else taught
 
-    def _given(self) -> tuple[Teacher, ...]:
-        if self.teacher is None:
-            return ()
-        return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
-
-    def _teachers(self, student: Model, bench: Bench) -> tuple[Model, ...]:
-        given = self._given() or ((bench.dense,) if bench.dense is not None else ())
-        teachers = tuple(teacher if isinstance(teacher, Model) else _read(Path(teacher)) for teacher in given)
-        require(len(teachers) > 0, "'knowledge_distillation' needs a teacher.", _GIVE, NeedError)
-        require(
-            all(teacher.module is not student.module for teacher in teachers),
-            "'knowledge_distillation' was given the student itself as its teacher.",
-            f"Compress the model in a step before, or: {_GIVE}",
-            NeedError,
-        )
-        return teachers
-
     def _lifted(self, taught: Model, bench: Bench) -> Model:
         logits, targets = _outputs(taught, bench.validation)
         require(
@@ -262,15 +240,6 @@ class KnowledgeDistillation:
             SettingError,
         )
         return lift_classes(taught, self.missing, best_offset(logits, targets, self.missing))
-
-
-_GIVE = "Give teacher=..., a Model or the folder of a saved one."
-
-
-def _read(folder: Path) -> Model:
-    from karui.artifact import load  # a teacher that is at hand needs no reader of files
-
-    return load(folder)
 
 
 def _outputs(model: Model, dataset: Any) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,340 @@
+"""Attention transfer: Zagoruyko and Komodakis 2017, "Paying More Attention to Attention" (survey 34).
+
+A student learns *where* its teacher looks: at the end of each stage the activations of all channels are summed up to
+one map over space, normalised, and the student's map is drawn to the teacher's. Channel counts need not match, so
+nothing has to be added to the student. Or the gradient of the loss with respect to the input is matched instead.
+
+Pays on networks over pictures whose stages correspond, together with soft targets (`soft`). Does not pay where the last
+map has few positions left, where the teacher looks elsewhere for good reason (it was trained for another task), and in
+its gradient form on large networks: that differentiates twice, which about doubles the cost of a step.
+
+Paper -> here: F_sum^p, F_max^p -> `attention_map(pool="sum" or "max", power=p)`, Q_S, Q_T -> `normalised` maps, beta ->
+beta, J_S, J_T -> `input_gradient`.
+
+The loss is the authors' code's: beta (1000) times the mean over positions and samples of the squared difference,
+without 1/2. The paper's beta is for the sum over both: 1000 divided by the number of positions and by the batch.
+
+DEPARTURE: `beta` of the gradient forms is 1 by default, a choice of ours: the paper's text gives none that carries over
+to other data, as gradients shrink as a network learns.
+
+DEPARTURE: weights that are exactly zero in the student stay so (`keep_zeros`), so that a pruned network can be taught
+without losing its sparsity; the paper's students are dense.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from karui.distill._maps import paired_layers
+from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
+from karui.errors import NeedError, SettingError, require
+from karui.model import Model, Task
+from karui.numerics.soft_targets import distillation_loss, soften
+from karui.technique import Card, technique
+from karui.train import Influence, Moment, Together
+from karui.train.guide import Guide, statistics_kept
+from karui.train.masks import MaskKeeper, zero_masks
+
+if TYPE_CHECKING:
+    from karui.technique import Bench
+
+By = Literal["activations", "gradients", "symmetry"]
+Pool = Literal["sum", "max"]
+DEFAULT_BETA = {"activations": 1000.0, "gradients": 1.0, "symmetry": 1.0}
+
+
+def attention_map(
+    activations: Float[Tensor, "batch channels *space"], pool: Pool = "sum", power: float = 2.0
+) -> Float[Tensor, "batch *space"]:
+    """Where a layer is active: |A|^p summed, or its maximum, over the channels (section 3.1). Not normalised.
+
+    Example:
+        >>> attention_map(torch.tensor([[[[1.0, -2.0]], [[3.0, 0.0]]]])).tolist()
+        [[[10.0, 4.0]]]
+    """
+    magnitude = activations.abs() if power == 1 else activations.abs().pow(power)
+    return magnitude.sum(1) if pool == "sum" else magnitude.amax(1)
+
+
+def normalised(maps: Float[Tensor, "batch *space"]) -> Float[Tensor, "batch positions"]:
+    """Each sample's map as a vector of unit length; a map of zeros stays as it is."""
+    return functional.normalize(maps.flatten(1), dim=1)
+
+
+def attention_loss(
+    student: Float[Tensor, "batch channels *space"],
+    teacher: Float[Tensor, "batch others *space_"],
+    pool: Pool = "sum",
+    power: float = 2.0,
+) -> Float[Tensor, ""]:
+    """Mean square of the difference of normalised maps, over positions and samples; the larger map is averaged down.
+
+    Example:
+        >>> a = torch.rand(2, 8, 4, 4)
+        >>> float(attention_loss(3 * a, a[:, torch.randperm(8)])) < 1e-12
+        True
+    """
+    maps = [attention_map(student, pool, power), attention_map(teacher, pool, power)]
+    smaller = tuple(min(a, b) for a, b in zip(maps[0].shape[1:], maps[1].shape[1:], strict=True))
+    a, b = (normalised(_averaged(one, smaller)) for one in maps)
+    return (a - b).square().mean()
+
+
+def _averaged(maps: Tensor, space: tuple[int, ...]) -> Tensor:
+    """Maps averaged down to a size in space, before they are normalised."""
+    if maps.shape[1:] == space:
+        return maps
+    pooling = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)
+    return pooling[len(space) - 1](maps[:, None], space)[:, 0]  # pyright: ignore[reportArgumentType]
+
+
+def input_gradient(
+    module: nn.Module, inputs: tuple[Any, ...], targets: Any, task: Task, *, differentiable: bool
+) -> Float[Tensor, "batch *input"]:
+    """The gradient of each sample's loss with respect to its (first) input, J = dL/dx (section 3.2).
+
+    Args:
+        module: the network; its gradients and running statistics stay as they are.
+        inputs: of one call.
+        targets: what the loss is against.
+        task: whose loss; taken as a mean over the batch.
+        differentiable: whether J is to be differentiated in its turn.
+    """
+    x = inputs[0].detach().requires_grad_()
+    with statistics_kept(module), torch.enable_grad():
+        loss = task.loss(module(x, *inputs[1:]), targets) * len(x)
+        (slope,) = torch.autograd.grad(loss, x, create_graph=differentiable)
+    return slope
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttentionMaps(Influence):
+    """Draws the student's attention maps to the teacher's, and its outputs to the teacher's soft targets.
+
+    Settings:
+        guide: the teacher, showing `theirs`.
+        layers: paths in the student.
+        theirs: paths in the teacher, in the same order.
+        pool, power: how maps are made.
+        beta: weight of the maps' part.
+        decay: whether beta falls linearly to zero over the training.
+        soft: share of the soft targets, in [0, 1]; 0 leaves them out.
+        temperature: of the soft targets.
+    """
+
+    guide: Guide
+    layers: tuple[str, ...]
+    theirs: tuple[str, ...]
+    pool: Pool = "sum"
+    power: float = 2.0
+    beta: float = 1000.0
+    decay: bool = False
+    soft: float = 0.0
+    temperature: float = 4.0
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The student's layers."""
+        return self.layers
+
+    def objective(self, loss: Tensor, moment: Moment) -> Tensor:
+        """The loss of this step with the parts of maps and soft targets."""
+        with torch.no_grad():
+            answers, shown = self.guide(moment.inputs)
+        if self.soft > 0:
+            require(
+                isinstance(answers, Tensor) and isinstance(moment.outputs, Tensor)
+                and answers.shape == moment.outputs.shape,
+                f"The student gives outputs of {_told(moment.outputs)} and the teacher of {_told(answers)}.",
+                "Soft targets need a teacher that knows the same classes; set soft=0 for the maps alone.",
+                NeedError,
+            )  # fmt: skip
+            targets = soften(answers, self.temperature)
+            loss = distillation_loss(moment.outputs, targets, loss, temperature=self.temperature, weight=self.soft)
+        for own, other in zip(self.layers, self.theirs, strict=True):
+            student, teacher = moment.taps.get(own), shown.get(other)
+            _check(own, student, other, teacher)
+            loss = loss + self._beta(moment) * attention_loss(student, teacher, self.pool, self.power)  # pyright: ignore[reportArgumentType]
+        return loss
+
+    def _beta(self, moment: Moment) -> float:
+        return self.beta * (1 - moment.step / moment.steps) if self.decay else self.beta
+
+
+def _check(own: str, student: Any, other: str, teacher: Any) -> None:
+    fits = all(isinstance(value, Tensor) and value.ndim >= 3 for value in (student, teacher))
+    require(
+        fits and student.ndim == teacher.ndim,
+        f"Layer '{own}' of the student gives {_told(student)} and '{other}' of the teacher {_told(teacher)}.",
+        "Attention needs maps [batch, channels, positions ...] of both; name other layers.",
+        SettingError,
+    )
+
+
+def _told(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class InputGradients(Influence):
+    """Draws the student's input gradients to the teacher's, or makes them symmetric under a flip of the pictures.
+
+    Settings:
+        guide: the teacher; None asks for symmetry: J(x) as the flipped J of the flipped x (last dimension).
+        task: whose loss is differentiated.
+        beta: weight.
+        decay: whether it falls linearly to zero over the training.
+    """
+
+    guide: Guide | None
+    task: Task
+    beta: float = 1.0
+    decay: bool = False
+
+    def objective(self, loss: Tensor, moment: Moment) -> Tensor:
+        """The loss + beta/2 ||J_S - J_T||, or + beta/2 ||J(x) - flip(J(flip(x)))||², averaged over the batch."""
+        inputs, targets = moment.inputs, moment.targets
+        own = input_gradient(moment.module, inputs, targets, self.task, differentiable=True)
+        if self.guide is None:
+            flipped = (inputs[0].flip(-1), *inputs[1:])
+            other = input_gradient(moment.module, flipped, targets, self.task, differentiable=True).flip(-1)
+            term = (own - other).flatten(1).square().sum(1).mean()
+        else:
+            module = self.guide.module.to(inputs[0].device)
+            other = input_gradient(module, inputs, targets, self.task, differentiable=False)
+            term = (own - other).flatten(1).norm(dim=1).mean()
+        beta = self.beta * (1 - moment.step / moment.steps) if self.decay else self.beta
+        return loss + beta / 2 * term
+
+
+@technique(
+    Card(
+        survey=34,
+        slug="attention_transfer",
+        title="Paying More Attention to Attention (Attention Transfer)",
+        kind="influence",
+        needs=("labels", "training", "teacher"),
+        identity={"epochs": 0},
+        quick={"epochs": 1},
+        arxiv="1612.03928",
+        pays="Networks over pictures whose stages correspond: the student looks where its teacher looks.",
+        costs="Nothing gets smaller by it; maps of few positions tell little; by gradients a step costs twice as much.",
+    )
+)
+@dataclass(frozen=True, kw_only=True)
+class AttentionTransfer:
+    """Train a network so that its attention maps become its teacher's.
+
+    Settings:
+        teacher: a karui Model or the folder of a saved one; None is the model at the start of the pipeline. Not asked
+            by "symmetry".
+        by: "activations" matches maps, "gradients" the gradients of the loss with respect to the input, "symmetry" the
+            student's own gradients under a flip of the picture.
+        layers: paths in the student whose outputs are matched; none takes the last layer of each size in space.
+        teacher_layers: paths in the teacher, in the same order; none takes the same paths, or the last of each size.
+        pool: how channels become one map: their "sum" or their "max".
+        power: the power of the activations before.
+        beta: weight of the part; None is 1000 for maps and 1 for gradients.
+        decay: whether beta falls linearly to zero over the training.
+        soft: share of soft targets of the same teacher in the loss, in [0, 1]; the paper's combination has 0.9. Only
+            by "activations".
+        temperature: of the soft targets.
+        epochs: passes over the training data.
+        keep_zeros: whether weights that are exactly zero stay so.
+
+    Raises:
+        SettingError: a setting is out of range, or layers do not pair.
+        NeedError: there is no teacher, no task, or soft targets of other classes.
+
+    Relations: as an influence it joins any other training: `bench.under(AttentionTransfer(...).influence(model,
+    bench))`. `KnowledgeDistillation` matches outputs only; `soft` adds that here with one run of the teacher for both.
+
+    Example:
+        >>> AttentionTransfer(layers=("layer2", "layer3"), soft=0.9).power
+        2.0
+    """
+
+    teacher: Teacher | None = None
+    by: By = "activations"
+    layers: tuple[str, ...] = ()
+    teacher_layers: tuple[str, ...] = ()
+    pool: Pool = "sum"
+    power: float = 2.0
+    beta: float | None = None
+    decay: bool = False
+    soft: float = 0.0
+    temperature: float = 4.0
+    epochs: int = 10
+    keep_zeros: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.by in DEFAULT_BETA, f"by is {self.by!r}; choose from {', '.join(DEFAULT_BETA)}")
+        require(self.pool in ("sum", "max"), f"pool is {self.pool!r}; choose from sum, max")
+        require(self.power > 0, f"power is {self.power}; give a positive number, for example 2")
+        require(self.beta is None or self.beta >= 0, f"beta is {self.beta}; give a weight from 0, or None")
+        require(0 <= self.soft <= 1, f"soft is {self.soft}; give a share in [0, 1], for example 0.9")
+        require(self.temperature > 0, f"temperature is {self.temperature}; give a positive number, for example 4")
+        require(self.epochs >= 0, f"epochs is {self.epochs}; give a whole number from 0")
+        require(
+            self.by == "activations" or self.soft == 0,
+            f"soft is {self.soft} and by is {self.by!r}; soft targets go with activations. "
+            "Put knowledge_distillation's influence beside this one's",
+        )
+
+    def remarks(self, model: Model) -> tuple[str, ...]:
+        """What `karui plan` tells of it."""
+        del model
+        return () if self.by == "symmetry" else (remark(self.teacher),)
+
+    def lacks(self, bench: Bench, *, first: bool) -> list[tuple[str, str]]:
+        """What is missing for a teacher, before any work starts: (message, remedy) pairs."""
+        return [] if self.by == "symmetry" else lacking_teachers("attention_transfer", self.teacher, bench, first=first)
+
+    def influence(self, model: Model, bench: Bench) -> Influence:
+        """What draws the maps, or the gradients, together; for a training of `model` or of what becomes of it."""
+        part = self._maps(model, bench) if self.by == "activations" else self._gradients(model, bench)
+        masks = zero_masks(model.module) if self.keep_zeros else {}
+        return Together(MaskKeeper(masks), part) if masks else part
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """The student, taught."""
+        if self.epochs == 0:
+            return model
+        return bench.fit(model, epochs=self.epochs, influence=self.influence(model, bench), label="attend")
+
+    def _maps(self, model: Model, bench: Bench) -> Influence:
+        teacher = teachers_of("attention_transfer", self.teacher, model, bench)[0]
+        own, theirs = paired_layers("attention_transfer", model, teacher, self.layers, self.teacher_layers)
+        return AttentionMaps(
+            guide=Guide(teacher, theirs),
+            layers=own,
+            theirs=theirs,
+            pool=self.pool,
+            power=self.power,
+            beta=self._beta(),
+            decay=self.decay,
+            soft=self.soft,
+            temperature=self.temperature,
+        )
+
+    def _gradients(self, model: Model, bench: Bench) -> Influence:
+        require(
+            model.task is not None,
+            "'attention_transfer' differentiates the loss, and the model has no task.",
+            "Give Model(..., task=karui.Classification()), or another task.",
+            NeedError,
+        )
+        assert model.task is not None  # noqa: S101  (just required; for the type checker)
+        guide = None
+        if self.by == "gradients":
+            guide = Guide(teachers_of("attention_transfer", self.teacher, model, bench)[0])
+        return InputGradients(guide=guide, task=model.task, beta=self._beta(), decay=self.decay)
+
+    def _beta(self) -> float:
+        return DEFAULT_BETA[self.by] if self.beta is None else self.beta
