@@ -112,6 +112,37 @@ def test_statistics_of_the_old_weights_do_not_blow_up_redrawn_ones() -> None:
     assert prove(model, Candidate(make_cut(net, found, units), found, units)).redrawn
 
 
+class Gated(nn.Module):
+    """Squeeze-excite gates one after another; a unit of a gate is on or off for every input."""
+
+    def __init__(self, gates: int) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Linear(8, 4) for _ in range(gates))
+        self.up = nn.ModuleList(nn.Linear(4, 8) for _ in range(gates))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for down, up in zip(self.down, self.up, strict=True):
+            x = x + x * torch.sigmoid(up(functional.relu(down(x))))
+        return x
+
+
+def test_units_that_a_rectifier_hides_in_many_gates_are_proved() -> None:
+    torch.manual_seed(0)
+    net = Gated(16).eval()
+    for name, p in net.named_parameters():
+        if name.startswith("down") and name.endswith("bias"):
+            nn.init.constant_(p, -3)
+    model = Model(net, example=(torch.rand(1, 8),))
+    found = coupled_groups(model)
+    units = {group.name: torch.tensor([1]) for group in found}
+    assert len(units) == 16
+    step = make_cut(net, found, units)
+    assert prove(model, Candidate(step, found, units)).redrawn
+    wrong = without(step, "up.7.weight", 1, [2], 4)
+    with pytest.raises(SurgeryError, match="differs"):
+        prove(model, Candidate(wrong, wrongly(found, "down.7", "up.7.weight", [[2]] * 4), units))
+
+
 def test_blind_proofs_are_refused() -> None:
     class Silent(nn.Module):
         def __init__(self) -> None:

@@ -3,8 +3,8 @@
 Both run in float64, on the example and on random inputs, through the user's own forward. Zeroed are all slices that
 the units own: what makes them, and what reads them. Equal means within a measured rounding floor: the change of the
 output when every weight moves by one unit in its last place. A cut of units that the output does not show would prove
-nothing, so the units must be visible; where the weights hide them (a zeroed scale), they are drawn anew for the
-proof.
+nothing, so the units must be visible; where the weights hide them, others are drawn for the proof, see
+`karui.model.sight`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from karui.model.copying import copied
 from karui.model.graphform import graph_form
 from karui.model.groups import analyse
 from karui.model.running import difference, double, double_precision, outputs, random_like, run_double, tensors
-from karui.model.sight import look, mask
+from karui.model.sight import drawings, look, mask
 from karui.model.survivors import on_survivors
 from karui.model.trace import Trace, brief, minds_training, run_traced, traced, widen
 
@@ -51,8 +51,6 @@ SLACK = 256.0
 CLEAR = 1e3
 # An effect below this share of the output may be the rounding of single precision, and is measured in double.
 FAINT = 1e-3
-# How often weights are drawn anew where the units do not show.
-DRAWS = 3
 
 
 @dataclass(frozen=True)
@@ -84,22 +82,6 @@ class Proof:
 
 class BlindError(SurgeryError):
     """The units do not show in the output, so a proof would prove nothing."""
-
-
-def redraw(module: nn.Module, generator: torch.Generator) -> None:
-    """Draw every weight anew, at a scale that keeps activations alive; in place.
-
-    Statistics of the weights that were would blow the new activations up, and with them the rounding floor.
-    """
-    with torch.no_grad():
-        for layer in module.modules():
-            if isinstance(layer, nn.modules.batchnorm._NormBase):  # noqa: SLF001  (it has no public name)
-                layer.reset_running_stats()
-        for p in module.parameters():
-            if p.is_floating_point():
-                fan = max(p[0].numel(), 1) if p.ndim > 1 else 1
-                noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-                p.copy_(noise * (2 / fan) ** 0.5 if p.ndim > 1 else 1 + 0.3 * noise)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,19 +219,16 @@ def prove(model: Model, candidate: Candidate, light: nn.Module | None = None) ->
         BlindError: some group's units do not show in the output, whatever the weights.
         SurgeryError: the cut model computes something else, or cannot run.
     """
-    generator = torch.Generator().manual_seed(0)
-    example = candidate.analysis.trace.example
-    other = tree_map(lambda t: random_like(t, generator), example)
-    drawn, unseen = model.module, set()
-    for attempt in range(DRAWS + 1):
-        if attempt:
-            drawn = copied(model.module)
-            redraw(drawn, generator)
-        sight = look(drawn, candidate, other, training=False)
+    example, removed = candidate.analysis.trace.example, candidate.removed
+    other = tree_map(lambda t: random_like(t, torch.Generator().manual_seed(0)), example)
+    draws = drawings(model.module, candidate.analysis, removed)
+    drawn, unseen = next(draws), set()
+    while drawn is not None:
+        sight = look(drawn, candidate.analysis, removed, other, training=False)
         unseen = sight.unseen
         modes = [(False, (example, other), sight.output)]
         if sight.unused and minds_training(model.module):
-            sight = look(drawn, candidate, widen(other), training=True)
+            sight = look(drawn, candidate.analysis, removed, widen(other), training=True)
             unseen = unseen & sight.unseen
             modes.append((True, (widen(example), widen(other)), sight.output))
         if not unseen:
@@ -258,7 +237,8 @@ def prove(model: Model, candidate: Candidate, light: nn.Module | None = None) ->
                 _compared(drawn, candidate, pair, whole, training=mode, light=given) for mode, pair, whole in modes
             ]
             if found[-1].visible:
-                return replace(found[-1], redrawn=attempt > 0)
+                return replace(found[-1], redrawn=drawn is not model.module)
+        drawn = draws.send(unseen)
     which = ", ".join(f"'{name}'" for name in sorted(unseen)[:4]) or "its groups"
     raise BlindError(
         f"{candidate}: units of {which} do not show in the output, so nothing can be proved.", "Leave the group whole."

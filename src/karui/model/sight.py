@@ -1,8 +1,14 @@
-"""Sight: which units of a cut show in a model's output at all. A proof of units that do not would be blind."""
+"""Sight: which groups the output of a network shows, and weights that show those which its own weights hide.
+
+A cut of units that the output does not show would prove nothing. Slopes tell which show. Units are hidden by scales
+that start at zero, and by rectifiers that are off whatever the input. So tensors that are all zero are drawn anew, then
+the slices of the groups that are still hidden, a few times; where that does not help, all weights are, and slices
+again. A cut must be right for any weights, so a proof on others is as good.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,10 +23,13 @@ from karui.model.trace import mode_of, plain_attention
 
 if TYPE_CHECKING:
     from karui.model.groups import Analysis
-    from karui.model.proof import Candidate
+
+Removed = Mapping[str, Tensor]
+# How often the slices of hidden groups are drawn in a row without showing one more.
+VAIN = 2
 
 
-def mask(module: nn.Module, analysis: Analysis, removed: Mapping[str, Tensor]) -> None:
+def mask(module: nn.Module, analysis: Analysis, removed: Removed) -> None:
     """Zero every slice of a parameter that the removed units own, in place."""
     parameters = dict(module.named_parameters())
     with torch.no_grad():
@@ -45,25 +54,29 @@ class Sight:
     output: list[Tensor]
 
 
-def look(dense: nn.Module, candidate: Candidate, inputs: tuple[Any, ...], *, training: bool) -> Sight:
+def look(dense: nn.Module, analysis: Analysis, removed: Removed, inputs: tuple[Any, ...], *, training: bool) -> Sight:
     """Which groups the output shows.
 
     The slopes of vectors (a bias, a normalisation's scale) cost the least and nearly always tell; only for groups that
     they do not show is the run repeated with the slopes of all parameters.
     """
-    sight = _sight(dense, candidate, inputs, training=training, vectors=True)
+    sight = _sight(dense, analysis, removed, inputs, training=training, vectors=True)
     if sight.unseen:
-        sight = _sight(dense, candidate, inputs, training=training, vectors=False)
+        sight = _sight(dense, analysis, removed, inputs, training=training, vectors=False)
     if not sight.unused:
         return sight
-    seen = {name for name in sight.unused if _moves(dense, candidate, name, inputs, sight.output, training=training)}
+    seen = {
+        name
+        for name in sight.unused
+        if _moves(dense, analysis, {name: removed[name]}, inputs, sight.output, training=training)
+    }
     return Sight(sight.unseen - seen, sight.unused - seen, sight.output)
 
 
 def _moves(
     dense: nn.Module,
-    candidate: Candidate,
-    name: str,
+    analysis: Analysis,
+    removed: Removed,
     inputs: tuple[Any, ...],
     output: list[Tensor],
     *,
@@ -74,11 +87,13 @@ def _moves(
     A forward may run parts without gradients, and one that changes tensors in place or recomputes them has none here.
     """
     masked = copied(dense)
-    mask(masked, candidate.analysis, {name: candidate.removed[name]})
+    mask(masked, analysis, removed)
     return difference(outputs(masked, inputs, training=training), output) > 0
 
 
-def _sight(dense: nn.Module, candidate: Candidate, inputs: tuple[Any, ...], *, training: bool, vectors: bool) -> Sight:
+def _sight(
+    dense: nn.Module, analysis: Analysis, removed: Removed, inputs: tuple[Any, ...], *, training: bool, vectors: bool
+) -> Sight:
     """What one run shows of the groups, by the slopes of vectors alone or of all parameters."""
     parameters = {
         name: p.detach().requires_grad_(p.is_floating_point() and (p.ndim == 1 or not vectors))
@@ -90,7 +105,7 @@ def _sight(dense: nn.Module, candidate: Candidate, inputs: tuple[Any, ...], *, t
         made, slope = outputs(dense, inputs, training=training), {}
 
     def shows(name: str, units: Tensor) -> bool:
-        for member in candidate.analysis[name].members:
+        for member in analysis[name].members:
             if member.tensor in slope:
                 gone = member.indices[units].reshape(-1)
                 moved = slope[member.tensor].index_select(member.dim, gone)
@@ -99,8 +114,8 @@ def _sight(dense: nn.Module, candidate: Candidate, inputs: tuple[Any, ...], *, t
                     return True
         return False
 
-    unseen = {name for name, units in candidate.removed.items() if not shows(name, units)}
-    unused = {name for name in unseen if not any(m.tensor in slope for m in candidate.analysis[name].members)}
+    unseen = {name for name, units in removed.items() if not shows(name, units)}
+    unused = {name for name in unseen if not any(m.tensor in slope for m in analysis[name].members)}
     return Sight(unseen, unused, [t.detach() for t in made])
 
 
@@ -119,3 +134,63 @@ def _slopes(
         names = [name for name, p in parameters.items() if p.requires_grad and loss.requires_grad]
         slopes = torch.autograd.grad(loss, [parameters[n] for n in names], allow_unused=True) if names else []
     return made, {n: g for n, g in zip(names, slopes, strict=True) if g is not None}
+
+
+def drawings(module: nn.Module, analysis: Analysis, removed: Removed) -> Generator[nn.Module | None, set[str], None]:
+    """Networks to look at, one after the other: the given one, then copies with weights drawn anew; None at the end.
+
+    Each is sent the names of the groups that it hides. Those of a copy are drawn in place.
+    """
+    generator = torch.Generator().manual_seed(1)
+    hidden = yield module
+    drawn = copied(module)
+    for redraw in (redraw_zeros, redraw_all):
+        redraw(drawn, generator)
+        hidden = yield drawn
+        fewest, vain = len(hidden), 0
+        while hidden and vain < VAIN:
+            redraw_units(drawn, analysis, {name: removed[name] for name in hidden}, generator)
+            hidden = yield drawn
+            vain = 0 if len(hidden) < fewest else vain + 1
+            fewest = min(fewest, len(hidden))
+    yield None
+
+
+def redraw_zeros(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw every tensor anew that is all zero, in place."""
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.is_floating_point() and not p.any():
+                p.copy_(_drawn(p, generator))
+
+
+def redraw_all(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw every weight anew, at a scale that keeps activations alive; in place.
+
+    Statistics of the weights that were would blow the new activations up, and with them the rounding floor.
+    """
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, nn.modules.batchnorm._NormBase):  # noqa: SLF001  (it has no public name)
+                layer.reset_running_stats()
+        for p in module.parameters():
+            if p.is_floating_point():
+                p.copy_(_drawn(p, generator))
+
+
+def redraw_units(module: nn.Module, analysis: Analysis, removed: Removed, generator: torch.Generator) -> None:
+    """Draw anew what these units own, in place; half of the rectifiers that were off are on then."""
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, units in removed.items():
+            for member in analysis[name].members:
+                p = parameters.get(member.tensor)
+                if p is not None and p.is_floating_point():
+                    gone = member.indices[units].reshape(-1)
+                    p.index_copy_(member.dim, gone, _drawn(p, generator).index_select(member.dim, gone))
+
+
+def _drawn(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Values for a parameter: of a matrix those that keep the variance under a rectifier, of a vector about one."""
+    noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return noise * (2 / max(p[0].numel(), 1)) ** 0.5 if p.ndim > 1 else 1 + 0.3 * noise
