@@ -143,6 +143,26 @@ def test_units_that_a_rectifier_hides_in_many_gates_are_proved() -> None:
         prove(model, Candidate(wrong, wrongly(found, "down.7", "up.7.weight", [[2]] * 4), units))
 
 
+class Strided(nn.Module):
+    """Statistics over channels, and a view that fits one memory order only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.head = nn.Linear(3, 8), nn.GroupNorm(1, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).permute(0, 3, 1, 2)
+        x = self.norm(x)
+        return self.head(x.permute(0, 2, 3, 1).view(x.shape[0], -1, x.shape[1]))
+
+
+def test_statistics_over_survivors_keep_the_memory_order() -> None:
+    torch.manual_seed(0)
+    model = Model(Strided().eval(), (torch.randn(2, 4, 4, 3),))
+    light = remove_units(model, {"a": torch.tensor([1, 5])}, allow_normalisation=True)
+    assert light.module.a.out_features == 6
+
+
 def test_blind_proofs_are_refused() -> None:
     class Silent(nn.Module):
         def __init__(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from karui.errors import SurgeryError, require
+from karui.model.rules import tensors_in
 from karui.model.trace import Step, Value
 
 COUNTING = frozenset(
@@ -57,8 +58,11 @@ def on_survivors(steps: list[Step], alive: np.ndarray) -> Callable[[int, Any, An
         small_args, small_kwargs = tree_map_only(Tensor, lambda t: _take(t, next(rest)), (args, kwargs))
         groups = int(alive[step.outputs[-1].dims[-1]].sum()) if step.outputs[-1].dims else 1
         result = func(*_resized(name, small_args, groups), **small_kwargs)
-        outputs = iter(zip([stay(v) for v in step.outputs], step.outputs, strict=True))
-        return tree_map_only(Tensor, lambda t: _spread(t, *next(outputs)), result)
+        small = zip(tensors_in(result), [stay(v) for v in step.outputs], strict=True)
+        # The plain result lends its memory order, which decides what comes next (a view or a copy, which attention).
+        return tree_map_only(
+            Tensor, lambda whole: _spread(torch.empty_like(whole), *next(small)), func(*args, **kwargs)
+        )
 
     return compute
 
@@ -71,14 +75,14 @@ def _take(tensor: Tensor, kept: list[Tensor | None]) -> Tensor:
     return tensor
 
 
-def _spread(tensor: Tensor, kept: list[Tensor | None], value: Value) -> Tensor:
+def _spread(whole: Tensor, tensor: Tensor, kept: list[Tensor | None]) -> Tensor:
     """The whole tensor again, with zeros where nobody survives."""
-    for dim, indices in enumerate(kept):
-        if indices is not None:
-            shape = list(tensor.shape)
-            shape[dim] = len(value.dims[dim])
-            tensor = tensor.new_zeros(shape).index_copy(dim, indices, tensor)
-    return tensor
+    if all(indices is None for indices in kept):
+        return whole.copy_(tensor)
+    places = [torch.arange(n) if k is None else k for k, n in zip(kept, whole.shape, strict=True)]
+    shape = [[-1 if d == dim else 1 for d in range(len(places))] for dim in range(len(places))]
+    where = [place.reshape(size) for place, size in zip(places, shape, strict=True)]
+    return whole.zero_().index_put_(where, tensor)
 
 
 def _resized(name: str, args: tuple[Any, ...], groups: int) -> tuple[Any, ...]:
