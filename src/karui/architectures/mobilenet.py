@@ -36,7 +36,7 @@ from karui.architectures._common import SMALL, build_and_train, check_counts, re
 from karui.errors import SettingError, require
 from karui.layers.separable import Separable2d
 from karui.model import Model
-from karui.technique import Bench, Card, technique
+from karui.technique import Bench, Card, require_passes, technique
 from karui.technique.card import Need
 
 STEM = 32
@@ -153,7 +153,7 @@ class MobileNet:
             SettingError,
         )
         check_counts(num_classes=self.num_classes, in_channels=self.in_channels, input_size=self.input_size)
-        require(self.epochs >= 0, f"epochs is {self.epochs}; give 0 or more passes over the training data")
+        require_passes(epochs=self.epochs)
 
     def needs(self) -> tuple[Need, ...]:
         """Labels and training data, unless the network is left untrained."""

@@ -30,7 +30,7 @@ from karui.errors import SettingError, SurgeryError, require
 from karui.layers.separable import Separable2d
 from karui.measuring import count
 from karui.model import Model, layer_at, replace_layers
-from karui.technique import Bench, Card, technique
+from karui.technique import Bench, Card, require_passes, technique
 from karui.technique.card import Need
 
 
@@ -108,7 +108,7 @@ class MobileNetConvert:
     def __post_init__(self) -> None:
         require(0 <= self.share <= 1, f"share is {self.share}; give a share in [0, 1]", "", SettingError)
         require(self.min_inputs >= 1, f"min_inputs is {self.min_inputs}; give 1 or more channels", "", SettingError)
-        require(self.epochs >= 0, f"epochs is {self.epochs}; give 0 or more passes over the training data")
+        require_passes(epochs=self.epochs)
 
     def needs(self) -> tuple[Need, ...]:
         """Labels and training data, unless nothing is converted or trained."""

@@ -31,7 +31,7 @@ from torch.nn import functional
 from karui.architectures._common import build_and_train, check_counts, draw_he, read_brief
 from karui.errors import SettingError, require
 from karui.model import Model
-from karui.technique import Bench, Card, technique
+from karui.technique import Bench, Card, require_passes, technique
 from karui.technique.card import Need
 
 STEM = 16
@@ -183,7 +183,7 @@ class WideResNet:
         blocks_of(self.depth, len(read_block(self.block)))
         check_counts(width=self.width, num_classes=self.num_classes, in_channels=self.in_channels)
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; give a share in [0, 1), for example 0.3")
-        require(self.epochs >= 0, f"epochs is {self.epochs}; give 0 or more passes over the training data")
+        require_passes(epochs=self.epochs)
 
     def needs(self) -> tuple[Need, ...]:
         """Labels and training data, unless the network is left untrained."""

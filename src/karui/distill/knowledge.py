@@ -33,7 +33,7 @@ from karui.errors import SettingError, UsageError, require
 from karui.measuring.inference import inference
 from karui.model import Model, Note, layer_at
 from karui.numerics.soft_targets import arithmetic, geometric
-from karui.technique import Card, technique
+from karui.technique import Card, require_passes, technique
 from karui.train import Influence, Together
 from karui.train.masks import MaskKeeper, zero_masks
 from karui.train.teaching import UNLABELLED, SoftTargets, Teachers
@@ -197,7 +197,7 @@ class KnowledgeDistillation:
     def __post_init__(self) -> None:
         require(self.temperature > 0, f"temperature is {self.temperature}; give a positive number, for example 4")
         require(0 <= self.weight <= 1, f"weight is {self.weight}; give a share in [0, 1], for example 0.9")
-        require(self.epochs >= 0, f"epochs is {self.epochs}; give a whole number from 0")
+        require_passes(epochs=self.epochs)
         require(self.remember >= 0, f"remember is {self.remember}; give a number of samples from 0")
         require(all(c >= 0 for c in self.missing), f"missing is {self.missing}; give class numbers from 0")
 

@@ -19,6 +19,7 @@ from karui.model import Model, Note, replace_layers
 from karui.model.taps import layer_at
 from karui.numerics.svd import truncated_svd
 from karui.numerics.unfold import split_groups
+from karui.technique import require_passes
 
 if TYPE_CHECKING:
     from karui.technique import Bench
@@ -298,7 +299,7 @@ def require_ranks(paths: Sequence[str], seen: Sequence[Seen], left: Sequence[Cho
 
 def require_fine_tuning(epochs: int, learning_rate: float | None) -> None:
     """Refuse impossible settings of the fine-tuning."""
-    require(epochs >= 0, f"epochs is {epochs}; give 0 or more")
+    require_passes(epochs=epochs)
     positive = learning_rate is None or learning_rate > 0
     require(positive, f"learning_rate is {learning_rate}; give a positive number, for example 0.001")
 

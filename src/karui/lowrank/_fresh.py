@@ -17,7 +17,7 @@ from karui.errors import require
 from karui.lowrank._common import Choice, Seen, carry_out, scan, unless_larger
 from karui.measuring import count
 from karui.model import Model
-from karui.technique import Bench
+from karui.technique import Bench, require_passes
 from karui.technique.card import Need
 from karui.technique.redraw import redrawn
 from karui.train.randomness import undisturbed
@@ -34,7 +34,7 @@ class Offer:
 def require_conversion(share: float, epochs: int) -> None:
     """Refuse impossible settings of a conversion."""
     require(0 <= share <= 1, f"share is {share}; give a share of the layers in [0, 1]")
-    require(epochs >= 0, f"epochs is {epochs}; give 0 or more passes over the training data")
+    require_passes(epochs=epochs)
 
 
 def conversion_needs(share: float, epochs: int) -> tuple[Need, ...]:

@@ -25,27 +25,14 @@ class Card:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table dense against compressed."""
+    """One line of a table dense against compressed: of what (for a time: engine, batch size, threads), and how much."""
 
-    label: str
+    of: tuple[str | int, ...]
     dense: str
     light: str
     change: str
     tone: str = ""
-
-
-@dataclass(frozen=True)
-class TimeRow:
-    """One combination of engine, batch size and threads."""
-
-    engine: str
-    batch: int
-    threads: int
-    dense: str
-    light: str
-    change: str
-    interval: str
-    tone: str = ""
+    interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,7 +114,7 @@ def sizes(both: Comparison) -> list[Row]:
     if dense.score is not None or light.score is not None:
         name = (light.score or dense.score).metric.capitalize()  # pyright: ignore[reportOptionalMemberAccess]
         change = both.change.verdict if both.change is not None else ""
-        rows.append(Row(f"{name}, test data", score_text(dense.score), score_text(light.score), change))
+        rows.append(Row((f"{name}, test data",), score_text(dense.score), score_text(light.score), change))
     return [row for row in rows if row is not None]
 
 
@@ -136,7 +123,7 @@ def _row(label: str, quantity: str, dense: int | None, light: int | None, text: 
         return None
     ratio = None if dense is None or light is None else _share(quantity, dense, light)
     before, after = ("–" if value is None else text(value) for value in (dense, light))
-    return Row(label, before, after, ratio.verdict if ratio else "", tone(ratio) if ratio else "")
+    return Row((label,), before, after, ratio.verdict if ratio else "", tone(ratio) if ratio else "")
 
 
 def _share(quantity: str, dense: int, light: int) -> Ratio | None:
@@ -145,7 +132,7 @@ def _share(quantity: str, dense: int, light: int) -> Ratio | None:
     return Ratio(quantity=quantity, value=dense / light, low=dense / light, high=dense / light)
 
 
-def times(both: Comparison) -> list[TimeRow]:
+def times(both: Comparison) -> list[Row]:
     """Every combination of engine, batch size and threads in which both were timed."""
     rows = []
     for ratio in both.ratios:
@@ -156,7 +143,7 @@ def times(both: Comparison) -> list[TimeRow]:
         if dense is not None and light is not None:
             change = ratio.verdict.partition(" (")[0]
             interval = f"{ratio.low:.2f}x to {ratio.high:.2f}x"
-            rows.append(TimeRow(*where, str(dense), str(light), change, interval, tone(ratio)))
+            rows.append(Row(where, str(dense), str(light), change, tone(ratio), interval))
     return rows
 
 

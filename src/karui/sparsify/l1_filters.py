@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 
 from karui.errors import require
 from karui.model import Note
-from karui.technique import Card, technique
+from karui.technique import Card, require_passes, technique
 from karui.technique.pruning.criteria import L1
 from karui.technique.pruning.plan import Candidates, candidates, remarks, shares
 from karui.technique.pruning.schedule import cut_layer_by_layer, cut_once
@@ -121,7 +121,7 @@ class L1Filters:
 
     def __post_init__(self) -> None:
         Quota.of(self)
-        require(self.epochs >= 0, f"epochs is {self.epochs}; give 0 or more")
+        require_passes(epochs=self.epochs)
         require(
             self.max_drop is None or self.max_drop >= 0, f"max_drop is {self.max_drop}; give 0 or more, such as 0.02"
         )

@@ -42,7 +42,7 @@ from karui.errors import CaptureError, SurgeryError, require
 from karui.model import Analysis, Model, Note, coupled_groups, layer_at, remove_units
 from karui.sparsify._dead_units import settle
 from karui.sparsify._rounds import Gradual, Selection, by_name, computing_order, sensitivity
-from karui.technique import Card, technique
+from karui.technique import Card, require_passes, technique
 from karui.train import Influence, Together
 from karui.train.conditions import DropoutRates, Penalty, Resting, dropout_rates
 from karui.train.masks import MaskKeeper, connections, density, zero_masks, zero_pruned
@@ -161,8 +161,7 @@ class MagnitudePruning:
             require(value >= 0, f"{name} is {value}; give 0 or more")
         require(self.rate > 0, f"rate is {self.rate}; give a positive share of the learning rate, for example 0.1")
         require(self.rounds >= 1, f"rounds is {self.rounds}; give 1 or more")
-        for name, epochs in (("epochs", self.epochs), ("learn", self.learn)):
-            require(epochs >= 0, f"{name} is {epochs}; give a number of passes, 0 or more")
+        require_passes(epochs=self.epochs, learn=self.learn)
         require(
             not self.qualities or self.quality is not None,
             "qualities is given without quality.",

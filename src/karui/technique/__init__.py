@@ -8,4 +8,5 @@ from karui.technique.compose import Then as Then
 from karui.technique.protocol import Technique as Technique
 from karui.technique.protocol import card_of as card_of
 from karui.technique.protocol import lacking as lacking
+from karui.technique.protocol import require_passes as require_passes
 from karui.technique.protocol import technique as technique

@@ -65,6 +65,12 @@ def card_of(step: Technique) -> Card | None:
     return getattr(step, "card", None)
 
 
+def require_passes(**passes: int) -> None:
+    """Refuse a negative number of passes over the training data, by the name of its setting; 0 trains nothing."""
+    for name, number in passes.items():
+        require(number >= 0, f"{name} is {number}; give a number of passes over the training data, 0 or more")
+
+
 def lacking(step: Technique, model: Model | None, bench: Bench) -> list[tuple[str, str]]:
     """What the technique, or any step of a pipeline, needs and was not given: (message, remedy) pairs.
 
