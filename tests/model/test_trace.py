@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from karui.errors import CaptureError
 from karui.model import Model, coupled_groups, remove_units
@@ -81,3 +84,37 @@ def test_a_look_at_the_mask_hinders_no_graph_form() -> None:
     light = remove_units(dense, {"value": torch.tensor([1])})
     assert light.parameters < dense.parameters
     assert light.module(*example).shape == (2, 3)
+
+
+def test_control_flow_on_data_cannot_be_captured() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return y if y.sum() > 0 else -y
+
+    with pytest.raises(CaptureError, match="takes a number out of a tensor"):
+        coupled_groups(Model(Branching(), example=(torch.randn(1, 4),)))
+
+
+def test_an_example_that_does_not_fit_is_said_plainly() -> None:
+    with pytest.raises(CaptureError, match="does not run on its example"):
+        coupled_groups(Model(nn.Linear(4, 2), example=(torch.randn(1, 3),)))
+
+
+class Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.dropout(x, 0.5, self.training)
+
+
+def test_capture_leaves_the_model_alone() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Dropping())
+    net.train()
+    net[1].eval()
+    before = copy.deepcopy(net.state_dict())
+    coupled_groups(Model(net, example=(torch.randn(1, 3, 6, 6),)))
+    assert [m.training for m in net] == [True, False, True]
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
