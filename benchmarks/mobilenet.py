@@ -22,7 +22,7 @@ from karui.technique import Bench
 from karui.train import Adam, Training
 
 SEEDS = 3
-PLANS = {"mnist": (6000, 12), "cifar10": (4000, 8)}
+PLANS = {"mnist": (3000, 8), "cifar10": (3000, 6)}
 WIDTHS = (0.5, 0.375, 0.25, 0.125)
 
 
