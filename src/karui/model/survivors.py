@@ -82,7 +82,7 @@ def _spread(whole: Tensor, tensor: Tensor, kept: list[Tensor | None]) -> Tensor:
     places = [torch.arange(n) if k is None else k for k, n in zip(kept, whole.shape, strict=True)]
     shape = [[-1 if d == dim else 1 for d in range(len(places))] for dim in range(len(places))]
     where = [place.reshape(size) for place, size in zip(places, shape, strict=True)]
-    return whole.zero_().index_put_(where, tensor)
+    return whole.zero_().index_put_(tuple(where), tensor)
 
 
 def _resized(name: str, args: tuple[Any, ...], groups: int) -> tuple[Any, ...]:
