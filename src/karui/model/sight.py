@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Removed = Mapping[str, Tensor]
 # How often the slices of hidden groups are drawn in a row without showing one more.
-VAIN = 2
+VAIN = 4
 
 
 def mask(module: nn.Module, analysis: Analysis, removed: Removed) -> None:
@@ -149,7 +149,7 @@ def drawings(module: nn.Module, analysis: Analysis, removed: Removed) -> Generat
         hidden = yield drawn
         fewest, vain = len(hidden), 0
         while hidden and vain < VAIN:
-            redraw_units(drawn, analysis, {name: removed[name] for name in hidden}, generator)
+            redraw_units(drawn, analysis, {n: units for n, units in removed.items() if n in hidden}, generator)
             hidden = yield drawn
             vain = 0 if len(hidden) < fewest else vain + 1
             fewest = min(fewest, len(hidden))
