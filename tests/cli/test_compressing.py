@@ -163,3 +163,123 @@ def test_mistakes(folder: Path, arguments: list[str], error: str, hint: str, cap
     assert error in err[0]
     assert hint in err[1]
     assert not (folder / "x" / "model.json").exists()
+
+
+BAD_DATA = """
+import torch
+from torch.utils.data import TensorDataset
+
+
+def part(samples=60, classes=10):
+    return TensorDataset(torch.zeros(samples, 1, 8, 8), torch.arange(samples) % classes)
+
+
+def one_class():
+    return part(classes=1), part()
+
+
+def empty_test():
+    return part(), part(0)
+
+
+def spoilt_test():
+    test = part()
+    test.tensors[0][7] = float("nan")
+    return part(), test
+
+
+def other_shape():
+    return part(), TensorDataset(torch.zeros(60, 1, 9, 9), torch.arange(60) % 10)
+
+
+def no_targets():
+    return TensorDataset(torch.zeros(60, 1, 8, 8)), part()
+
+
+def real_targets():
+    return TensorDataset(torch.zeros(60, 1, 8, 8), torch.rand(60)), part()
+
+
+def unread():
+    class Lazy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, number):
+            if number == 33:
+                raise OSError("no such picture")
+            return torch.zeros(1, 8, 8), number % 10
+
+    return Lazy(), part()
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("one_class", "are of one class (0)"),
+        ("empty_test", "The test split of"),
+        ("spoilt_test", "test split: the input of sample 7 holds values that are not finite"),
+        ("other_shape", "inputs of the test split are (1, 9, 9) float32"),
+        ("no_targets", "train split: sample 0 has no target"),
+        ("real_targets", "targets are torch.float32, and classification needs class numbers"),
+        ("unread", "cannot be read: OSError: no such picture"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compress", "plan"])
+def test_bad_data_is_refused_before_anything_is_trained(
+    folder: Path, command: str, function: str, words: str, capsys: pytest.CaptureFixture[str]
+):
+    (folder / "bad.py").write_text(BAD_DATA)
+    where = ["--out", "x"] if command == "compress" else []
+    assert run([command, "net.py:net", "--data", f"bad.py:{function}", "--recipe", "recipe.toml", *where]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    error, hint = told.err.splitlines()
+    assert words in error
+    assert hint.startswith("hint: ")
+    assert not (folder / "x").exists()
+
+
+def test_an_unforeseen_fault_is_one_line_and_has_a_code_of_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "x/run.json")
+
+    monkeypatch.setattr("karui.recipes.run.run_recipe", full)
+    assert run([*COMPRESS, "--out", "x"]) == 3
+    error, hint = capsys.readouterr().err.splitlines()[-2:]
+    assert error == "error: OSError: [Errno 28] No space left on device: 'x/run.json'."
+    assert "free space" in hint
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("weight")
+
+    monkeypatch.setattr("karui.recipes.run.run_recipe", broken)
+    assert run([*COMPRESS, "--out", "x"]) == 3
+    told = capsys.readouterr().err
+    assert "error: KeyError: 'weight'." in told
+    assert "--debug" in told
+    assert "Traceback" not in told
+    assert run(["--debug", *COMPRESS, "--out", "x"]) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_in_a_file_comes_back_in_a_fresh_process_elsewhere(folder: Path):
+    (folder / "own.py").write_text(
+        "import karui, torch\nfrom torch.utils.data import TensorDataset\n"
+        "def loss(outputs, targets): return (outputs - targets).abs().mean()\n"
+        "def gaps(outputs, targets): return (outputs - targets).abs().mean(1)\n"
+        "gap = karui.CustomTask(loss=loss, scores=gaps, metric='gap', higher_is_better=False)\n"
+        "def data(): return tuple(TensorDataset(torch.rand(n, 1, 8, 8), torch.rand(n, 10)) for n in (60, 30))\n"
+    )
+    recipe = (folder / "recipe.toml").read_text().partition('[[step]]\ntechnique = "know')[0]
+    (folder / "cut.toml").write_text(recipe)
+    command = ["compress", "net.py:net", "--data", "own.py:data", "--task", "own.py:gap", "--recipe", "cut.toml"]
+    assert run([*command, "--out", "light"]) == 0
+    code = f"import karui; print(karui.load({str(folder / 'light')!r}).task.metric)"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))}
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "gap"

@@ -53,6 +53,7 @@ class Own:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own_net.py").write_text(NET)
+    (tmp_path / "half.py").write_text("def task(: pass")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -89,6 +90,7 @@ def test_file_and_module_factories(folder: Path, digits: Splits):
     assert open_model("own_net:net", shape="1x8x8").model.example[0].shape == (2, 1, 8, 8)
     assert isinstance(open_model("own_net:whole").model.task, Regression)
     assert open_model("own_net:net", shape="64", task="own_net:Own").model.task.metric == "gap"
+    assert open_model("own_net:net", shape="64", task="own_net.py:Own").model.task.metric == "gap"
 
 
 @pytest.mark.parametrize(
@@ -104,8 +106,13 @@ def test_file_and_module_factories(folder: Path, digits: Splits):
         ("own_net:net", {"shape": "3x"}, "'3x' is no shape of an input."),
         ("own_net:net", {"shape": "0x4"}, "'0x4' is no shape of an input."),
         ("own_net:net", {"shape": "64", "task": "classify"}, "Task 'classify' is not known."),
-        ("own_net:net", {"shape": "64", "task": "own_net:nobody"}, "cannot be imported"),
+        ("own_net:net", {"shape": "64", "task": "own_net:nobody"}, "has no 'nobody'"),
         ("own_net:net", {"shape": "64", "task": "own_net:net"}, "not a task"),
+        ("own_net:net", {"shape": "64", "task": "own_net.py:nobody"}, "has no 'nobody'"),
+        ("own_net:net", {"shape": "64", "task": "lost.py:task"}, "There is no file lost.py."),
+        ("own_net:net", {"shape": "64", "task": "half.py:task"}, "half.py failed: SyntaxError"),
+        ("own_net:net", {"shape": "64", "task": "half:task"}, "Importing 'half' failed: SyntaxError"),
+        ("own_net:net", {"shape": "99999999x99999999"}, "An input of 99999999x99999999 does not fit into memory."),
         (".", {}, "is no karui directory"),
         ("resnet8:depth=3", {}, "does not take these settings"),
     ],
@@ -174,6 +181,19 @@ def test_weights_that_are_missing_or_too_many():
     assert torch.equal(net.weight, before)
 
 
+def test_weights_of_another_kind_or_spoilt():
+    net = nn.Linear(2, 1)
+    before = net.weight.clone()
+    good = {"weight": torch.zeros(1, 2), "bias": torch.zeros(1)}
+    with pytest.raises(UsageError, match="weight holds int64 there and float32 in the model"):
+        put_weights(net, {**good, "weight": torch.zeros(1, 2, dtype=torch.long)}, "w")
+    with pytest.raises(UsageError, match=r"w: bias and 0 other tensors hold values that are no numbers \(NaN\)"):
+        put_weights(net, {**good, "bias": torch.tensor([float("nan")])}, "w")
+    assert torch.equal(net.weight, before)
+    put_weights(net, {name: value.half() for name, value in good.items()}, "w")
+    assert net.weight.dtype == torch.float32
+
+
 class Evil:
     def __reduce__(self):
         return (Path.touch, (Path("touched"),))
@@ -188,6 +208,7 @@ class Evil:
         ("code.pt", None),
         ("list.pt", [1, 2]),
         ("objects.npz", {"a": np.array([{}], dtype=object)}),
+        ("words.npz", {"a": np.array(["weight"])}),
     ],
 )
 def test_weights_files_that_are_none(name: str, content: object, folder: Path):

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from karui.data import Splits, check
 from karui.errors import DataError
-from karui.model import Classification, Model, Regression
+from karui.model import Classification, CustomTask, Model, Regression
 
 
 def part(samples: int = 6, features: int = 3, classes: int = 2) -> TensorDataset:
@@ -110,3 +110,55 @@ def test_a_void_class_counts_for_nothing() -> None:
     check(splits, net)
     with pytest.raises(DataError, match="is class 11; the model has 2 classes"):
         check(splits, replace(net, task=Classification()))
+
+
+class Named(nn.Module):
+    """Outputs in a dict, as many published networks give them."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": x[:, :2]}
+
+
+class Spoilt(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :2] * float("nan")
+
+
+class Fails(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise KeyError("mask")
+
+
+@pytest.mark.parametrize(
+    ("net", "words"),
+    [
+        (Named(), "The model gives a dict, and classification needs a tensor"),
+        (nn.Flatten(0), "The model gives a tensor of shape (6,), and classification needs"),
+        (Spoilt(), "computes values that are not numbers (NaN) from the first samples of 'mine'"),
+        (Fails(), "The model cannot take the data 'mine'"),
+        (nn.Conv1d(3, 2, 1), "cannot take the data"),
+    ],
+)
+def test_a_model_that_classification_cannot_judge(net: nn.Module, words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        check(GOOD, replace(model(), module=net))
+    assert words in caught.value.message
+    assert caught.value.hint
+
+
+def test_targets_of_another_shape_than_the_outputs() -> None:
+    pairs = TensorDataset(torch.zeros(4, 3), torch.zeros(4, 2, dtype=torch.long))
+    with pytest.raises(DataError, match=r"the target of a sample has shape \(2,\); the model's output takes one class"):
+        check(Splits(train=pairs, validation=pairs, test=pairs), model())
+
+
+def test_a_task_of_ones_own_is_tried() -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).abs().mean()
+
+    numbers = TensorDataset(torch.zeros(4, 3), torch.zeros(4, 2))
+    splits = Splits(train=numbers, validation=numbers, test=numbers)
+    check(splits, replace(model(), task=CustomTask(loss=loss, scores=lambda o, t: (o - t).abs().mean(1))))
+    whole = replace(model(), task=CustomTask(loss=loss, scores=loss))
+    with pytest.raises(DataError, match=r"scores are a tensor of shape \(\) for 2 samples"):
+        check(splits, whole)

@@ -208,6 +208,18 @@ def test_a_function_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load_data(f"{file}:failing")
 
 
+def test_a_stream_without_a_length_is_refused(tmp_path: Path) -> None:
+    code = (
+        "from torch.utils.data import IterableDataset\n"
+        "class Stream(IterableDataset):\n    def __iter__(self): yield 0, 0\n"
+        "def data(): return Stream(), Stream()\n"
+    )
+    (tmp_path / "stream.py").write_text(code)
+    with pytest.raises(DataError, match="returned a Stream, which has no length") as caught:
+        load_data(f"{tmp_path / 'stream.py'}:data")
+    assert "__len__" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [

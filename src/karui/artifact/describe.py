@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from karui.artifact.pack import dtype_of
 from karui.errors import ArtifactError
 from karui.model import Classification, CustomTask, Regression, Task
+from karui.model.importing import file_of, importable, load_callable
 
 PREFIX = "karui/example/"
 SMALL = 4096
@@ -61,19 +63,24 @@ def task_from_json(values: Mapping[str, Any] | None) -> Task | None:
 
 
 def _import_path(function: Callable[..., Any]) -> str:
-    """`module:name` of a function that a fresh process can import; empty where there is none."""
+    """`module:name` or `/absolute/file.py:name`, where a fresh process finds the function; empty if it cannot."""
     module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
-    held = getattr(sys.modules.get(module or ""), name, None)
-    return f"{module}:{name}" if held is function and module != "__main__" else ""
+    home = sys.modules.get(module or "")
+    if getattr(home, name, None) is not function or module == "__main__":
+        return ""
+    return f"{file_of(module) or module}:{name}"
 
 
 def _imported(path: str) -> Callable[..., Any]:
-    where, _, name = path.partition(":")
+    where, _, name = path.rpartition(":")
+    if where.endswith(".py"):
+        return load_callable(path, ArtifactError)
     remedy = "Make the module importable, or the task will have to be given again after loading."
     if where.partition(".")[0] in sys.stdlib_module_names or not name.isidentifier():
         raise ArtifactError(f"The saved task names '{path}', which is no function of a task.", _DAMAGED)
     try:
-        function = getattr(importlib.import_module(where), name)
+        with importable(Path.cwd()):
+            function = getattr(importlib.import_module(where), name)
     except (ImportError, AttributeError) as error:
         raise ArtifactError(f"The saved task's function '{path}' cannot be imported: {error}.", remedy) from error
     if not callable(function):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +29,10 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+FAILED = 3
+"""Exit code where something went wrong that no command foresees: not 1, which says that a goal was missed."""
+
+
 @app.callback(invoke_without_command=True)
 def start(
     context: typer.Context,
@@ -47,7 +53,7 @@ for group in (listing, profiling, planning, compressing, benching):
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit code. Every error a person can mend is one line and its remedy on stderr."""
+    """Run one command; the exit code. Every error is one line and its remedy on stderr; `--debug` adds a traceback."""
     command = typer.main.get_command(app)
     try:
         code = command.main(arguments, prog_name="karui", standalone_mode=False)
@@ -61,4 +67,16 @@ def run(arguments: list[str] | None = None) -> int:
         # The reader (head, less) has gone; what is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:  # noqa: BLE001  (foreign code, a network or a data set, may raise anything)
+        told = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".removesuffix(": ").rstrip(".")
+        return screen.complain(f"{told}.", _unexpected(error), code=FAILED)
     return code if isinstance(code, int) else 0
+
+
+def _unexpected(error: Exception) -> str:
+    """Where an unforeseen error came from, and how to see more of it."""
+    if isinstance(error, OSError):
+        return "Check the disk's free space and the permissions; with karui --debug ... the traceback is shown."
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+    return f"It came up{place}; karui --debug ... shows the whole traceback."

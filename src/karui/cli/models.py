@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import inspect
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,7 +203,7 @@ def from_shape(text: str) -> tuple[Tensor, ...]:
     """
     import torch
 
-    inputs = []
+    inputs: list[Tensor] = []
     draw = torch.Generator().manual_seed(0)
     for part in text.split(","):
         found = re.fullmatch(r"(\d+(?:x\d+)*)(:int)?", part.strip())
@@ -216,32 +215,29 @@ def from_shape(text: str) -> tuple[Tensor, ...]:
             UsageError,
         )
         whole = found is not None and found[2] is not None
-        zeros = torch.zeros(SAMPLES, *sizes, dtype=torch.long)
-        inputs.append(zeros if whole else torch.rand(SAMPLES, *sizes, generator=draw))
+        size = (SAMPLES, *sizes)
+        try:
+            inputs.append(torch.zeros(size, dtype=torch.long) if whole else torch.rand(size, generator=draw))
+        except (RuntimeError, OverflowError, ValueError) as error:  # how torch says that there is no such memory
+            raise UsageError(f"An input of {part.strip()} does not fit into memory.", "Give a smaller one.") from error
     return tuple(inputs)
 
 
 def read_task(text: str) -> Task:
-    """The task that `--task` names.
+    """The task that `--task` names: `classification`, `regression`, `package.module:object` or `file.py:object`.
 
     Raises:
         UsageError: it is not known or cannot be imported.
     """
     from karui.model import Classification, Regression, Task
+    from karui.model.importing import load_object
 
     known: Mapping[str, Callable[[], Task]] = {"classification": Classification, "regression": Regression}
     if text in known:
         return known[text]()
-    module, colon, name = text.partition(":")
-    if not colon:
+    if ":" not in text:
         did_you_mean(text, list(known), "Task", listing="Give classification, regression or module:object.")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"The task '{text}' cannot be imported: {error}.", "Write package.module:object.") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
+    found = load_object(text)
     found = found() if isinstance(found, type) else found
     require(
         isinstance(found, Task),

@@ -49,11 +49,15 @@ JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else
 
 
 def data_of(spec: str | None, seed: int) -> Splits | None:
-    """The data that `--data` names."""
-    from karui.data import load_data
+    """The data that `--data` names, every sample of it checked."""
+    from karui.data import check, load_data
 
     screen.progress_to_stderr()
-    return None if spec is None else load_data(spec, seed=seed)
+    if spec is None:
+        return None
+    splits = load_data(spec, seed=seed)
+    check(splits, progress=screen.watched())
+    return splits
 
 
 def bench_of(data: Splits | None, recipe: Recipe | None, *, seed: int, epochs: int | None, progress: bool) -> Bench:
@@ -61,7 +65,7 @@ def bench_of(data: Splits | None, recipe: Recipe | None, *, seed: int, epochs: i
     from karui.technique import Bench
 
     splits = {} if data is None else {"train": data.train, "validation": data.validation, "test": data.test}
-    bench = Bench(**splits, progress=progress)
+    bench = Bench(**splits, progress=progress and screen.watched())
     bench = dataclasses.replace(bench if recipe is None else recipe.bench(bench), seed=seed)
     training = bench.training
     if epochs is not None:
@@ -80,7 +84,11 @@ def seed_of(asked: int | None, recipe: Recipe | None) -> int:
 def model_of(
     spec: str, *, weights: Path | None, shape: str | None, task: str, data: Splits | None, seed: int
 ) -> Opened:
-    """The model that the command line names."""
+    """The model that the command line names, checked against the data."""
     from karui.cli.models import open_model
+    from karui.data import check_fit
 
-    return open_model(spec, weights=weights, shape=shape, task=task, data=data, seed=seed)
+    opened = open_model(spec, weights=weights, shape=shape, task=task, data=data, seed=seed)
+    if data is not None:
+        check_fit(data, opened.model)
+    return opened

@@ -46,7 +46,7 @@ def profile(
         told = _counted(opened.model)
         measured = None
     else:
-        measured = measure_model(opened.model, test=test, progress=not json)
+        measured = measure_model(opened.model, test=test, progress=screen.watched())
         told = measured.to_json()
     if json:
         screen.out_json({"model": model, **told, "layer_times": layers})

@@ -49,6 +49,11 @@ def progress_to_stderr() -> None:
     rich.reconfigure(stderr=True)
 
 
+def watched() -> bool:
+    """Whether a person sees bars move: not where stderr is a file or a pipe."""
+    return sys.stderr.isatty()
+
+
 def complain(message: str, hint: str = "", code: int = 2) -> int:
     """Tell an error, and its traceback where `--debug` asks for it; the exit code."""
     if DEBUG.get() and sys.exc_info()[0] is not None:

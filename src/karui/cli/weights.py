@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +26,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     reader = {".safetensors": _safetensors, ".npz": _npz}.get(path.suffix, _torch)
     try:
         held = reader(path)
-    except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path} cannot be read as weights: {_first_line(error)}", _FORMS) from error
+    except Exception as error:  # a damaged file may make its reader raise anything
+        raise UsageError(f"{path} cannot be read as weights: {_told(error)}", _FORMS) from error
     return _plain(held, path)
 
 
@@ -90,13 +89,17 @@ def put_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str) ->
     missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in weights if name not in own]
     unlike = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    whole = [name for name in own if name in weights and own[name].is_floating_point() and not _is_real(weights[name])]
     if unlike:
         first = f"{unlike[0]} is {_shape(weights[unlike[0]])} there and {_shape(own[unlike[0]])} in the model"
     elif missing:
         first = f"{missing[0]} is not in the file"
     elif unexpected:
         first = f"the model has no {unexpected[0]}"
+    elif whole:
+        first = f"{whole[0]} holds {_kind(weights[whole[0]])} there and {_kind(own[whole[0]])} in the model"
     else:
+        _check_finite(own, weights, where)
         module.load_state_dict({**own, **weights})
         return
     counts = f"{len(unlike)} of another shape, {len(missing)} missing, {len(unexpected)} unexpected, of {len(own)}"
@@ -106,10 +109,28 @@ def put_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str) ->
     )
 
 
+def _check_finite(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors with values that are no numbers; infinities may be meant, as in the mask of an attention."""
+    spoilt = [name for name in own if name in weights and _is_real(weights[name]) and weights[name].isnan().any()]
+    told = f"{where}: {spoilt[0] if spoilt else ''} and {len(spoilt) - 1} other tensors hold values that are no numbers"
+    hint = "The training that wrote them went wrong, or the file is damaged; give weights of an earlier epoch."
+    require(not spoilt, f"{told} (NaN).", hint, UsageError)
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a single number"
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".") + "."
+def _told(error: Exception) -> str:
+    """The first sentence of an error; its kind before it, unless it is one that only carries a message."""
+    sentence = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
+    plain = type(error) in (ValueError, RuntimeError, OSError) and bool(sentence)
+    return f"{sentence}." if plain else f"{type(error).__name__}{': ' if sentence else ''}{sentence}."

@@ -10,6 +10,7 @@ from karui.data.batches import tensors_of as tensors_of
 from karui.data.calibration import Calibration as Calibration
 from karui.data.calibration import calibration_batches as calibration_batches
 from karui.data.check import check as check
+from karui.data.check import check_fit as check_fit
 from karui.data.cifar import cifar10 as cifar10
 from karui.data.sources import load_data as load_data
 from karui.data.splits import Splits as Splits

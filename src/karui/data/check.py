@@ -7,22 +7,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor
 
-from karui.data.batches import Batches, split_sample, tensors_of
+from karui.data.batches import Batches, split_sample, targets_of, tensors_of
 from karui.data.splits import Splits
 from karui.errors import DataError, KaruiError, require
-from karui.model import Classification, Model
+from karui.model import Classification, Model, Task
 
 CHUNK = 1024
 
 
-def check(splits: Splits, model: Model | None = None) -> None:
+def check(splits: Splits, model: Model | None = None, *, progress: bool = False) -> None:
     """Read every sample once, and refuse what cannot be trained on or judged by.
 
     Args:
         splits: the data.
-        model: the model that shall be trained on it; its task decides what targets may be.
+        model: the model that shall be trained on it, which then is checked too; see `check_fit`.
+        progress: whether bars are shown while data that do not lie in memory are read.
 
     Raises:
         DataError: a split is empty; a sample cannot be read, has another shape or values that are not finite; there is
@@ -40,7 +42,7 @@ def check(splits: Splits, model: Model | None = None) -> None:
             "Give it some samples.",
             DataError,
         )
-    forms = {name: _check_part(name, part, splits) for name, part in parts.items()}
+    forms = {name: _check_part(name, part, splits, progress) for name, part in parts.items()}
     for name, form in forms.items():
         require(
             form == forms["train"],
@@ -50,14 +52,14 @@ def check(splits: Splits, model: Model | None = None) -> None:
             DataError,
         )
     if model is not None:
-        _check_fit(splits, model)
+        check_fit(splits, model)
 
 
-def _check_part(name: str, part: Any, splits: Splits) -> list[tuple[tuple[int, ...], str]]:
+def _check_part(name: str, part: Any, splits: Splits, progress: bool) -> list[tuple[tuple[int, ...], str]]:
     """Check one split; the shape and type of its inputs."""
     first: list[tuple[tuple[int, ...], str]] | None = None
     seen: set[int] = set()
-    for start, inputs, targets in _read(name, part, splits.name):
+    for start, inputs, targets in _read(name, part, splits.name, progress):
         form = [(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for x in inputs]
         first = first or form
         where = f"'{splits.name}', {name} split"
@@ -82,14 +84,14 @@ def _check_part(name: str, part: Any, splits: Splits) -> list[tuple[tuple[int, .
     return first
 
 
-def _read(name: str, part: Any, source: str) -> Iterator[tuple[int, tuple[Tensor, ...], Any]]:
+def _read(name: str, part: Any, source: str, progress: bool = False) -> Iterator[tuple[int, tuple[Tensor, ...], Any]]:
     """The number of the first sample, inputs and targets, in pieces; sample by sample where they are not in memory."""
     if tensors_of(part) is not None:
         batches = Batches(part)
         for index in torch.arange(len(batches)).split(CHUNK):
             yield int(index[0]), *batches.fetch(index)
         return
-    for number in range(len(part)):
+    for number in track(range(len(part)), f"reading {name}", transient=True, disable=not progress):
         try:
             inputs, target = split_sample(part[number])
         except KaruiError:
@@ -138,48 +140,96 @@ def _check_classes(name: str, seen: set[int], splits: Splits) -> None:
         )
 
 
-def _check_fit(splits: Splits, model: Model) -> None:
-    """Run the model on two samples, and hold its outputs against the targets."""
+def check_fit(splits: Splits, model: Model) -> None:
+    """Run the model on two samples, and hold its outputs against the targets that its task judges them by.
+
+    Args:
+        splits: the data, which `check` has passed.
+        model: the model that shall be trained on it, or judged by it; its task decides what targets may be.
+
+    Raises:
+        DataError: the model does not take the inputs or computes no numbers from them, or the task cannot compare its
+            outputs with the targets.
+    """
     inputs, targets = Batches(splits.train).fetch(torch.arange(min(2, len(splits.train))))
-    need = ", ".join(str(tuple(x.shape[1:])) for x in model.example if isinstance(x, Tensor))
-    got = ", ".join(str(tuple(x.shape[1:])) for x in inputs)
-    was_training = model.module.training
-    try:
-        with torch.no_grad():
-            outputs = model.module.eval()(*inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise DataError(
-            f"The model cannot take the data '{splits.name}': its example input is {need}, a sample is {got}.",
-            f"Give data of the model's shape, or a model for this data ({str(error).splitlines()[0]}).",
-        ) from error
-    finally:
-        model.module.train(was_training)
+    outputs = _outputs(splits, model, inputs)
+    require(
+        not (isinstance(outputs, Tensor) and outputs.is_floating_point() and bool(outputs.isnan().any())),
+        f"The model computes values that are not numbers (NaN) from the first samples of '{splits.name}'.",
+        "Check its weights, and the range of the inputs that it was trained on.",
+        DataError,
+    )
     if isinstance(model.task, Classification):
         _check_labels(splits, model.task, outputs)
     elif model.task is not None:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "error"
-                )  # torch only warns where it spreads targets over outputs of another shape
-                model.task.loss(outputs, targets)
-        except (RuntimeError, TypeError, ValueError, IndexError, Warning) as error:
-            raise DataError(
-                f"The task's loss cannot compare the model's outputs with the targets of '{splits.name}': "
-                f"{str(error).splitlines()[0]}.",
-                "Give targets of the form that the loss takes.",
-            ) from error
+        _check_comparable(splits, model.task, outputs, targets, len(inputs[0]))
 
 
-def _check_labels(splits: Splits, task: Classification, outputs: Tensor) -> None:
-    classes = outputs.shape[1]
+def _outputs(splits: Splits, model: Model, inputs: tuple[Any, ...]) -> Any:
+    """The model's outputs in evaluation mode; every layer then is in the mode that it was in."""
+    need = ", ".join(str(tuple(x.shape[1:])) for x in model.example if isinstance(x, Tensor))
+    got = ", ".join(str(tuple(x.shape[1:])) for x in inputs)
+    modes = {layer: layer.training for layer in model.module.modules()}
+    try:
+        with torch.no_grad():
+            return model.module.eval()(*inputs)
+    except Exception as error:  # the network is foreign code and may raise anything
+        raise DataError(
+            f"The model cannot take the data '{splits.name}': its example input is {need}, a sample is {got}.",
+            f"Give data of the model's shape, or a model for this data ({_first_line(error)}).",
+        ) from error
+    finally:
+        for layer, mode in modes.items():
+            layer.training = mode
+
+
+def _check_comparable(splits: Splits, task: Task, outputs: Any, targets: Any, samples: int) -> None:
+    try:
+        with warnings.catch_warnings():
+            # torch only warns where it spreads targets over outputs of another shape
+            warnings.simplefilter("error")
+            task.loss(outputs, targets)
+            scores = task.scores(outputs, targets)
+    except Exception as error:  # the task may be foreign code and raise anything
+        raise DataError(
+            f"The task's loss cannot compare the model's outputs with the targets of '{splits.name}': "
+            f"{_first_line(error)}.",
+            "Give targets of the form that the loss takes.",
+        ) from error
+    require(
+        isinstance(scores, Tensor) and tuple(scores.shape) == (samples,),
+        f"The task's scores are {_shape_told(scores)} for {samples} samples.",
+        "Return one number for each sample, shape [batch].",
+        DataError,
+    )
+
+
+def _shape_told(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _check_labels(splits: Splits, task: Classification, outputs: Any) -> None:
+    require(
+        isinstance(outputs, Tensor) and outputs.ndim >= 2,
+        f"The model gives {_shape_told(outputs)}, and classification needs a tensor [batch, classes].",
+        "Wrap the network so that it returns its logits, or give a task of your own (--task module:object).",
+        DataError,
+    )
+    classes, positions = outputs.shape[1], tuple(outputs.shape[2:])
     for name, part in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
-        for start, _, targets in _read(name, part, splits.name):
+        for start, targets in _targets(name, part, splits.name):
             where = f"'{splits.name}', {name} split"
             require(
                 not targets.is_floating_point(),
                 f"{where}: targets are {targets.dtype}, and classification needs class numbers.",
                 "Give whole numbers from 0, or the model another task.",
+                DataError,
+            )
+            require(
+                tuple(targets.shape[1:]) == positions,
+                f"{where}: the target of a sample has shape {tuple(targets.shape[1:])}; the model's output takes "
+                f"{positions or 'one class number'}.",
+                "Give one class number for each sample, or for each position of the output.",
                 DataError,
             )
             counted = targets if task.ignore is None else targets[targets != task.ignore]
@@ -193,5 +243,20 @@ def _check_labels(splits: Splits, task: Classification, outputs: Tensor) -> None
             )
 
 
+def _targets(name: str, part: Any, source: str) -> Iterator[tuple[int, Tensor]]:
+    """The number of the first sample and targets, in pieces; without reading any input where that can be."""
+    known = targets_of(part)
+    if known is not None:
+        for start in range(0, len(known), CHUNK):
+            yield start, known[start : start + CHUNK]
+        return
+    for start, _, targets in _read(name, part, source):
+        yield start, targets
+
+
 def _told(form: list[tuple[tuple[int, ...], str]]) -> str:
     return " and ".join(f"{shape} {kind}" for shape, kind in form)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

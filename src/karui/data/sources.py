@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -15,7 +15,7 @@ from karui.data.cifar import cifar10
 from karui.data.pictures import folder
 from karui.data.splits import VALIDATION_SHARE, Splits, hold_out
 from karui.errors import DataError, KaruiError, UsageError, did_you_mean, require
-from karui.model.origin import load_callable
+from karui.model.importing import load_callable
 
 DIGITS_TEST = 597
 
@@ -108,6 +108,13 @@ def _own(spec: str, seed: int) -> Splits:
         len(parts) in (2, 3) and all(callable(getattr(part, "__getitem__", None)) for part in parts),
         f"The function '{spec}' returned a {type(made).__name__}, not data sets.",
         "Return (train, test), two torch data sets of (input, target) pairs.",
+        DataError,
+    )
+    endless = next((type(part).__name__ for part in parts if not isinstance(part, Sized)), "")
+    require(
+        not endless,
+        f"The function '{spec}' returned a {endless}, which has no length.",
+        "Give data sets with __len__ and __getitem__; a stream cannot be split, shuffled or resumed.",
         DataError,
     )
     train, *validation, test = parts
