@@ -37,6 +37,21 @@ class FactoredLinear(nn.Sequential):
     def __init__(self, in_features: int, rank: int, out_features: int, bias: bool = True) -> None:
         super().__init__(nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features, bias=bias))
         self.in_features, self.rank, self.out_features = in_features, rank, out_features
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights drawn so that the outputs spread as far as those of one linear layer of torch do at its start.
+
+        The first factor keeps the variance, the last one takes it to where torch's own rule would.
+        """
+        first, last = self.children()
+        assert isinstance(first, nn.Linear)  # noqa: S101  (narrows the type; built so above)
+        assert isinstance(last, nn.Linear)  # noqa: S101
+        last.reset_parameters()
+        nn.init.normal_(first.weight, std=self.in_features**-0.5)
+        if last.bias is not None:
+            bound = self.in_features**-0.5
+            nn.init.uniform_(last.bias, -bound, bound)
 
     def settings(self) -> dict[str, Any]:
         """What `FactoredLinear(**settings)` rebuilds it from."""

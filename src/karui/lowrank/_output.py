@@ -36,5 +36,5 @@ def output_layer(
     last = max(seen, key=lambda one: one.order, default=None)
     if last is None or not last.final:
         told = [f" ({choice.path}: {choice.reason})" for choice in left[-1:] if last is None]
-        return None, f"no layer that fits gives the model's output{''.join(told)}; name one with layer=..."
+        return None, f"the last such layer does not give the model's output{''.join(told)}; name one with layer=..."
     return last, ""

@@ -33,9 +33,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from karui.errors import NeedError, SettingError, require
+from karui.errors import NeedError, require
 from karui.layers.svd_softmax import SvdSoftmaxHead, operations, rotate
-from karui.lowrank._common import Seen, scan
+from karui.lowrank._common import Seen
+from karui.lowrank._output import output_layer
 from karui.model import Note, Regression, replace_layers
 from karui.model.taps import layer_at
 from karui.technique import Bench, Card, technique
@@ -143,19 +144,9 @@ class SvdSoftmax:
 
     def _head(self, model: Model) -> tuple[Seen | None, str]:
         """The output layer as the example met it, or why there is none."""
-        if self.layer:
-            layer_at(model.module, self.layer, SettingError)
-        seen, left = scan(model, _objection, shared=True)
-        if self.layer:
-            found = next((one for one in seen if one.path == self.layer), None)
-            why = next((choice.reason for choice in left if choice.path == self.layer), "it has no weight")
-            require(found is not None, f"layer is '{self.layer}', which cannot be an SVD-Softmax output layer: {why}")
-            return found, ""
-        if isinstance(model.task, Regression):
+        if not self.layer and isinstance(model.task, Regression):
             return None, "the task is a regression; SVD-Softmax is for logits of classes"
-        if not seen or not seen[-1].final:
-            return None, "the last linear layer does not give the model's output; name one with layer=..."
-        return seen[-1], ""
+        return output_layer(model, self.layer, _objection, shared=True)
 
     def _sizes(self, layer: nn.Linear) -> tuple[int, int]:
         return counted(self.window, layer.in_features), counted(self.full_view, layer.out_features)
