@@ -1,0 +1,221 @@
+"""Product quantisation: Wu, Leng, Wang, Hu, Cheng 2016, "Quantized Convolutional Neural Networks for Mobile Devices",
+CVPR, arXiv 1512.06473 (survey 19). It is no low-rank method, but stands in that chapter of the survey.
+
+The inputs of a layer are split into subspaces of a few channels. In each, the vectors of all filters, at all positions
+of the kernel, are replaced by the nearest of few codewords, so that a vector is stored as a code of a few bits. Then
+codewords and codes are corrected so that the layer's responses, not its weights, come out right, on what the layers
+below, quantised already, deliver. No labels and no training.
+
+It pays in bytes: 10 to 20 times, most for large linear layers. It does not pay in time unless a kernel of its own does
+the look-ups: what is decoded takes as long as the dense layer, and look-ups in plain torch take longer. Nor does it pay
+for small layers, whose codebooks weigh as much as they do.
+
+Paper -> here: `C_s`, `C_t` -> inputs, outputs, `C'_s` -> sub_dim, `K` -> codewords, `D` -> books, `B` -> codes, `S` ->
+what the layer sees.
+
+DEPARTURE: codewords of one subspace are solved for together, over all outputs and all positions of the kernel that they
+meet at, and from the second moments of calibration inputs; the paper solves for one after the other, from the inputs.
+
+DEPARTURE: where subspaces do not part the channels evenly the next smaller size that does is taken, and said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from karui.errors import require
+from karui.layers.product_quantized import MOST_CODEWORDS, quantized_layer
+from karui.lowrank._calibrate import Calibration
+from karui.lowrank._common import Choice, Seen, carry_out, groups_of, scan
+from karui.lowrank._watching import watched
+from karui.model import replace_layers
+from karui.numerics.product_codes import ProductCode, Quadratic, corrected, product_code, stored_bytes
+from karui.numerics.unfold import split_groups
+from karui.technique import Bench, Card, technique
+
+if TYPE_CHECKING:
+    from karui.model import Model
+    from karui.technique.card import Need
+
+
+@technique(
+    Card(
+        survey=19,
+        slug="product_quantization",
+        title="Quantized Convolutional Neural Networks for Mobile Devices",
+        kind="replace",
+        needs=("calibration",),
+        reduces=("parameters", "bytes"),
+        identity={"codewords": 0, "conv_codewords": 0},
+        quick={"codewords": 16, "conv_codewords": 16, "images": 100, "sweeps": 1, "turns": 1},
+        arxiv="1512.06473",
+        pays="bytes of large linear layers and of convolutions with many channels, with inputs at hand and no labels",
+        costs="small layers; time, since what is decoded takes as long as the dense layer",
+    )
+)
+@dataclass(frozen=True, kw_only=True)
+class ProductQuantization:
+    """Store every linear layer and convolution as codebooks and codes, corrected for its responses.
+
+    Settings:
+        sub_dim: channels of a subspace of a linear layer.
+        codewords: of each subspace of a linear layer, up to 256; 0 leaves linear layers.
+        conv_sub_dim: channels of a subspace of a convolution.
+        conv_codewords: of each subspace of a convolution, up to 256; 0 leaves convolutions.
+        layers: single layers, as (path, sub_dim, codewords); they go before the other settings.
+        correct: whether responses are corrected after k-means on the weights.
+        chained: whether a layer is corrected on the inputs that the quantised layers below give.
+        images: calibration inputs.
+        positions: random positions of each layer's output that are looked at, for each input.
+        sweeps: passes of the correction over all subspaces.
+        turns: of codewords and codes in each subspace, in a pass.
+        lookup: whether the layers' forward pass goes by tables of products, as in the paper, or by the decoded weight.
+        skip: paths of layers to leave.
+
+    Needs: calibration inputs, unless `correct` is off.
+
+    Raises:
+        SettingError: a setting is out of range, or names no layer.
+        NeedError: there are no calibration inputs.
+
+    Relations: a dictionary of whole channel vectors, trained with sparse mixtures, is LCNN (29).
+
+    Example:
+        >>> import karui
+        >>> model = karui.Model(nn.Linear(256, 100), example=(torch.zeros(1, 256),))
+        >>> light = ProductQuantization(sub_dim=8, codewords=16, correct=False).apply(model, karui.Bench())
+        >>> light.module.bits()
+        {'books': 131072, 'codes': 12800, 'bias': 3200}
+    """
+
+    sub_dim: int = 4
+    codewords: int = 32
+    conv_sub_dim: int = 8
+    conv_codewords: int = 128
+    layers: tuple[tuple[str, int, int], ...] = ()
+    correct: bool = True
+    chained: bool = True
+    images: int = 500
+    positions: int = 20
+    sweeps: int = 2
+    turns: int = 2
+    lookup: bool = False
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple((path, size, words) for path, size, words in self.layers))
+        object.__setattr__(self, "skip", tuple(self.skip))
+        for path, size, words in self.layers:
+            within = size >= 1 and 1 <= words <= MOST_CODEWORDS
+            require(within, f"layers has {size}, {words} for '{path}'; give a size from 1, and 1 to 256 codewords")
+        for name in ("codewords", "conv_codewords"):
+            value = getattr(self, name)
+            require(0 <= value <= MOST_CODEWORDS, f"{name} is {value}; give 0 to {MOST_CODEWORDS}, for example 32")
+        for name in ("sub_dim", "conv_sub_dim", "images", "positions", "sweeps", "turns"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; give a number from 1")
+
+    def needs(self) -> tuple[Need, ...]:
+        """What these settings need: k-means looks at weights alone."""
+        return ("calibration",) if self.correct else ()
+
+    def apply(self, model: Model | None, bench: Bench) -> Model:
+        """The quantised model."""
+        assert model is not None  # noqa: S101  (the card's kind asks for one)
+        seen, left = self._scan(model)
+        calibration = Calibration(model, bench, self.images, self.positions)
+        current, layers, told = model, {}, list(left)
+        with watched("quantise", len(seen), shown=bench.progress) as report:
+            for done, one in enumerate(sorted(seen, key=lambda one: one.order)):
+                choice = self._choose(one)
+                if choice.replaced:
+                    source = current if self.chained else model
+                    report(done, one.path)
+                    layers[one.path], choice = self._build(one, choice, source, calibration)
+                    current = replace_layers(current, {one.path: layers[one.path]}, check=False)
+                told.append(choice)
+        wanted = {"correct": self.correct, "chained": self.chained}
+        return carry_out(model, told, layers, "Product quantisation", wanted)
+
+    def remarks(self, model: Model) -> tuple[str, ...]:
+        """What would be done with each layer, and why."""
+        return tuple(choice.describe() for choice in self.choose(model))
+
+    def choose(self, model: Model) -> tuple[Choice, ...]:
+        """Subspaces and codewords of each layer, or the reason why it is left."""
+        seen, left = self._scan(model)
+        return (*map(self._choose, seen), *left)
+
+    def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
+        seen, left = scan(model, lambda _: "", self.skip)
+        known = {choice.path: choice.reason for choice in left}
+        for path, *_ in self.layers:
+            why = known.get(path, "there is no such layer with a weight")
+            found = any(one.path == path for one in seen)
+            require(found, f"layers names '{path}', which cannot be quantised: {why}")
+        return seen, left
+
+    def _choose(self, one: Seen) -> Choice:
+        """The settings for a layer; it is left where codebooks and codes would weigh as much as it does."""
+        linear = isinstance(one.layer, nn.Linear)
+        asked, words = (self.sub_dim, self.codewords) if linear else (self.conv_sub_dim, self.conv_codewords)
+        own = next(((size, words) for path, size, words in self.layers if path == one.path), None)
+        asked, words = own or (asked, words)
+        if not words:
+            return Choice(one.path, reason=f"{'' if linear else 'conv_'}codewords is 0")
+        weight, groups = one.layer.weight, groups_of(one)
+        filters, channels = weight.shape[0], weight.shape[1]
+        size = max(part for part in range(1, min(asked, channels) + 1) if channels % part == 0)
+        taps = weight[0, 0].numel()
+        # Each group has codebooks of its own; its filters have codes for its channels alone.
+        held = stored_bytes(channels, size, words, filters, taps) + 4 * channels * (groups - 1) * words
+        if held >= 4 * weight.numel():
+            told = f"{words} codewords of {size} channels would not save bytes ({4 * weight.numel():,} -> {held:,})"
+            return Choice(one.path, reason=told)
+        bias, books = filters if one.layer.bias is not None else 0, channels * groups * words
+        dense = one.calls * one.outputs * weight.numel()
+        return Choice(
+            one.path,
+            ranks=(size, words),
+            full=(channels, filters * taps),
+            parameters=(weight.numel() + bias, books + bias),
+            macs=(dense, one.calls * one.inputs * books if self.lookup else dense),
+            remark="" if size == min(asked, channels) else f"subspaces of {asked} do not part {channels} channels",
+            form=f"{channels // size} subspaces, {words} codewords, {4 * weight.numel():,} -> {held:,} bytes",
+        )
+
+    def _build(self, one: Seen, choice: Choice, source: Model, calibration: Calibration) -> tuple[nn.Module, Choice]:
+        """The layer, and what was chosen with its error: of responses if they were corrected, else of the weight."""
+        kernels = split_groups(one.layer.weight.detach().double(), groups_of(one))
+        kernels = kernels.reshape(*kernels.shape[:3], -1)
+        size, words = choice.ranks
+        codes = [product_code(kernel, size, words, calibration.bench.seed) for kernel in kernels]
+        made = torch.stack([code.kernel() for code in codes])
+        error, remark = float((made - kernels).norm() / kernels.norm().clamp(min=1e-300)), choice.remark
+        if self.correct:
+            codes, before, error = self._corrected(one, codes, source, calibration)
+            told = f"error of responses {before:.4f} -> {error:.4f}"
+            remark = f"{remark}; {told}" if remark else told
+        return quantized_layer(one.layer, codes, lookup=self.lookup), replace(choice, error=error, remark=remark)
+
+    def _corrected(
+        self, one: Seen, codes: list[ProductCode], source: Model, calibration: Calibration
+    ) -> tuple[list[ProductCode], float, float]:
+        """The corrected codes, and the relative error of responses before and after."""
+        moments = calibration.moments(source, one)
+        bias = one.layer.bias
+        biases: Any = [None] * len(codes) if bias is None else bias.detach().chunk(len(codes))
+        wanted = [Quadratic.of(each, own) for each, own in zip(moments, biases, strict=True)]
+        total = max(sum(each.yy for each in wanted), 1e-300)
+
+        fixed = [
+            corrected(code, each, sweeps=self.sweeps, turns=self.turns)
+            for code, each in zip(codes, wanted, strict=True)
+        ]
+        lost = [
+            sum(each.error(code.kernel()) for code, each in zip(side, wanted, strict=True)) for side in (codes, fixed)
+        ]
+        return fixed, (lost[0] / total) ** 0.5, (lost[1] / total) ** 0.5
