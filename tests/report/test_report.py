@@ -145,9 +145,10 @@ def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{", encoding="utf-8")
     with pytest.raises(ArtifactError, match="damaged"):
         write_report(tmp_path)
-    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
-    with pytest.raises((ArtifactError, UsageError)):
-        write_report(tmp_path)
+    for content, words in (("{}", "incomplete"), ("[]", "damaged: it holds a list"), ('{"dense": {}}', "incomplete")):
+        (tmp_path / "run.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ArtifactError, match=rf"run\.json is {words}"):
+            write_report(tmp_path)
 
 
 PROBE = """<script>
@@ -156,6 +157,9 @@ addEventListener("error", event => errors.push(event.message));
 addEventListener("load", () => setTimeout(() => {
   const told = {
     overflow: document.documentElement.scrollWidth - window.innerWidth,
+    hidden: Array.from(document.querySelectorAll("table.stack, .plot .main-svg"), shown => Math.max(
+      shown.getBoundingClientRect().right - shown.closest("section").getBoundingClientRect().right,
+      shown.parentElement.scrollWidth - shown.parentElement.clientWidth)),
     plots: document.querySelectorAll(".plot .main-svg").length,
     fetched: performance.getEntriesByType("resource").map(entry => entry.name),
     errors: errors,
@@ -195,3 +199,5 @@ def test_in_a_browser_it_draws_offline_and_fits_the_screen(tmp_path: Path, width
     assert told["fetched"] == []
     assert told["plots"] >= 3
     assert told["overflow"] <= 0
+    assert len(told["hidden"]) > told["plots"]
+    assert max(told["hidden"]) <= 0, "a table or a plot of the measurements has parts that are out of sight"

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import karui
-from karui.errors import ArtifactError, UsageError
+from karui.errors import ArtifactError, KaruiError, UsageError, require
 from karui.measuring import Comparison
 from karui.measuring.values import bytes_text
 from karui.report import view
 from karui.report.plots import plots
 
 RECORD, PAGE = "run.json", "report.html"
+_AGAIN = "Run karui compress again into this folder."
 
 _DEPLOY = """import numpy, onnxruntime
 
@@ -43,10 +44,10 @@ def write_report(folder: Path) -> Path:
     run = read_run(folder)
     try:
         page = page_of(run, folder)
+    except KaruiError as error:
+        raise ArtifactError(f"The record {folder / RECORD} is incomplete: {error.message}", _AGAIN) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(
-            f"The record {folder / RECORD} is incomplete: {error!r}.", "Run karui compress again into this folder."
-        ) from error
+        raise ArtifactError(f"The record {folder / RECORD} is incomplete: {error!r}.", _AGAIN) from error
     path = folder / PAGE
     draft = path.with_suffix(".html.part")
     draft.write_text(page, encoding="utf-8")
@@ -67,9 +68,16 @@ def read_run(folder: Path) -> dict[str, Any]:
             f"There is no run in {folder}: it has no {RECORD}.", "Give a folder that karui compress wrote."
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ArtifactError(f"The record {path} is damaged: {error}.", "Run karui compress again.") from error
+        raise ArtifactError(f"The record {path} is damaged: {error}.", _AGAIN) from error
+    require(
+        isinstance(found, dict),
+        f"The record {path} is damaged: it holds a {type(found).__name__}.",
+        _AGAIN,
+        ArtifactError,
+    )
+    return found
 
 
 def page_of(run: dict[str, Any], folder: Path) -> str:
