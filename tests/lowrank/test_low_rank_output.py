@@ -226,7 +226,7 @@ def test_a_quarter_of_the_width_as_rank_is_as_good_and_factoring_a_hidden_layer_
 ) -> None:
     train, test = triples(digits.train, 15_000, 0), triples(digits.test, 3_000, 1)
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(192, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1000))
+    net = nn.Sequential(nn.Linear(192, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 1000))
     model = Model(net.eval(), example=(torch.zeros(1, 192),), task=Classification())
     training = Training(epochs=15, batch_size=128, optimizer=Adam(lr=4e-3), schedule=Cosine())
     bench = Bench(train=train, test=test, training=training, seed=seed)
@@ -234,12 +234,12 @@ def test_a_quarter_of_the_width_as_rank_is_as_good_and_factoring_a_hidden_layer_
     def accuracy(trained: Model) -> float:
         return 100 * bench.evaluate(trained, "test").value
 
-    light = {rank: LowRankOutput(rank=rank, epochs=15).apply(model, bench) for rank in (2, 32, 106)}
-    hidden = replace_layers(model, {"2": FactoredLinear(128, 32, 128)})
-    assert light[32].parameters < 0.7 * model.parameters
-    assert abs(hidden.parameters - light[106].parameters) < 0.01 * model.parameters
+    light = {rank: LowRankOutput(rank=rank, epochs=15).apply(model, bench) for rank in (2, 64, 165)}
+    hidden = replace_layers(model, {"2": FactoredLinear(256, 32, 256)})
+    assert light[64].parameters < 0.7 * model.parameters
+    assert abs(hidden.parameters - light[165].parameters) < 0.01 * model.parameters
     dense = accuracy(bench.fit(model))
     scores = {rank: accuracy(trained) for rank, trained in light.items()}
-    assert scores[32] > dense - 1, (dense, scores)
+    assert scores[64] > dense - 1, (dense, scores)
     assert scores[2] < dense - 20, (dense, scores)
-    assert accuracy(bench.fit(hidden)) < scores[106] + 0.5, (dense, scores)
+    assert accuracy(bench.fit(hidden)) < scores[165] + 0.5, (dense, scores)

@@ -108,10 +108,10 @@ class Choice:
         }
 
 
-def unless_larger(choice: Choice) -> Choice:
-    """The choice, or the layer left as it is where its factors would hold or compute as much as it does."""
+def unless_larger(choice: Choice, *, macs: bool = True) -> Choice:
+    """The choice, or the layer left as it is where its factors would hold or (`macs`) compute as much as it does."""
     for what, (before, after) in (("parameters", choice.parameters), ("multiply-adds", choice.macs)):
-        if after >= before:
+        if after >= before and (macs or what == "parameters"):
             made = choice.form or f"rank {' x '.join(map(str, choice.ranks))}"
             return Choice(choice.path, reason=f"{made} would not save {what} ({before:,} -> {after:,})")
     return choice
