@@ -157,7 +157,8 @@ def remove_units(
     except SurgeryError as refused:
         own = refused
     try:
-        return cut_graph(model, analysis, chosen, capture_programs(model.module, model.example), prove=prove)
+        programs = capture_programs(model.module, model.example, analysis.trace)
+        return cut_graph(model, analysis, chosen, programs, prove=prove)
     except (SurgeryError, CaptureError) as refused:
         raise type(refused)(f"{own.message} {refused.message}", refused.hint) from own
 
@@ -211,7 +212,9 @@ def _runs(module: nn.Module, model: Model) -> None:
 def with_rewrites(step: Cut, model: Model, programs: tuple[Program, Program]) -> Cut:
     """The cut of the graph form: the same tensors, and the programs' arguments that must change."""
     changed = [rewrites(programs[0], model.module, widen(model.example), step.kept, training=False)]
-    if programs[1] is not programs[0]:
+    if programs[1].twin is programs[0]:
+        changed.append(changed[0])
+    elif programs[1] is not programs[0]:
         changed.append(rewrites(programs[1], model.module, widen(model.example), step.kept, training=True))
     return replace(step, programs=changed)
 

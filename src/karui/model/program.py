@@ -20,7 +20,7 @@ from karui.errors import SurgeryError, require
 from karui.model.copying import copied
 from karui.model.escapes import DataDependentError
 from karui.model.inline import inline
-from karui.model.trace import brief, first, minds_training, mode_of, plain_attention, traced, widen
+from karui.model.trace import Step, Trace, brief, first, minds_training, mode_of, plain_attention, traced, widen
 
 # Layers that are called whole: their forward is one operator on their input, and their attributes follow a cut.
 WHOLE: dict[type[nn.Module], tuple[str, ...]] = {
@@ -42,6 +42,7 @@ WHOLE: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Dropout3d: ("feature_dropout",),
 }
 NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+DROPOUTS = frozenset({nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d})
 # Operators that are told whether they train.
 MINDFUL = frozenset(
     {
@@ -69,12 +70,14 @@ class Program:
         inputs: the names of the inputs.
         outputs: how the flat outputs are put together.
         constants: tensors that it made once, by name.
+        twin: the program that it is but for statistics of the batch, so that sizes stand where they do there.
     """
 
     graph: fx.Graph
     inputs: tuple[str, ...]
     outputs: TreeSpec
     constants: dict[str, Tensor] = field(default_factory=dict)
+    twin: Program | None = None
 
     def compiled(self, dtype: torch.dtype | None = None) -> Callable[..., Any]:
         """A function of the module that holds the parameters, and the flat inputs; float32 may be another type."""
@@ -91,18 +94,24 @@ class Program:
         return space["forward"]
 
 
-def capture_programs(module: nn.Module, example: tuple[Any, ...]) -> tuple[Program, Program]:
-    """The evaluation and the training program of a module, with a dynamic batch.
+def capture_programs(module: nn.Module, example: tuple[Any, ...], seen: Trace | None = None) -> tuple[Program, Program]:
+    """The evaluation and the training program of a module, with a dynamic batch; `seen` is a trace of it, if there is.
 
     Raises:
         SurgeryError: `torch.export` cannot capture it, or would freeze the batch size.
     """
     module = copied(module)
     evaluation = _export(module, widen(example), training=False)
-    told = any(n.op == "call_function" and _packet(n) in MINDFUL for n in evaluation.graph.nodes)
+    told = {_packet(n) for n in evaluation.graph.nodes if n.op == "call_function"} & MINDFUL
     if not told and not minds_training(module):
         return evaluation, evaluation
-    if _same_operators(module, widen(example)):
+    runs = (
+        [] if seen is None or seen.evaluated is None else [seen.steps[: seen.evaluated], seen.steps[seen.evaluated :]]
+    )
+    # A dropout that is called whole knows training from evaluation by itself, in either program.
+    whole = {str(n.target) for n in evaluation.graph.nodes if n.op == "call_module"}
+    quiet = [layer for path, layer in module.named_modules() if path in whole and type(layer) in DROPOUTS]
+    if (runs and _names(runs[0]) == _names(runs[1])) or _same_operators(module, widen(example), quiet):
         return evaluation, _trained(evaluation, module) if told else evaluation
     return evaluation, _export(module, widen(example), training=True)
 
@@ -141,16 +150,33 @@ def _trained(evaluation: Program, module: nn.Module) -> Program:
             if isinstance(_attribute(module, counter), Tensor):
                 with graph.inserting_before(node):
                     graph.call_function(torch.ops.aten.add_.Tensor, (graph.get_attr(counter), 1))
-    return replace(evaluation, graph=graph)
+    return replace(evaluation, graph=graph, twin=evaluation)
 
 
-def _same_operators(module: nn.Module, example: tuple[Any, ...]) -> bool:
-    """Whether training runs the operators that evaluation does, beside counting batches."""
+def _same_operators(module: nn.Module, example: tuple[Any, ...], quiet: list[nn.Module]) -> bool:
+    """Whether training runs the operators that evaluation does, but for `quiet` layers, which do not train."""
     names = []
     for training in (False, True):
-        trace = traced(module, example, training=training)
-        names.append([s.name for s in trace.steps if not any("num_batches" in v.origin for v in s.inputs)])
+        kept = [layer.forward for layer in quiet]
+        for layer in quiet:
+            layer.forward = _given
+        try:
+            trace = traced(module, example, training=training)
+        finally:
+            for layer, forward in zip(quiet, kept, strict=True):
+                layer.forward = forward
+        names.append(_names(trace.steps))
     return names[0] == names[1]
+
+
+def _given(x: Tensor) -> Tensor:
+    """Dropout that drops nothing."""
+    return x
+
+
+def _names(steps: list[Step]) -> list[str]:
+    """The operators that ran, beside those that count batches."""
+    return [s.name for s in steps if not any("num_batches" in v.origin for v in s.inputs)]
 
 
 def _packet(node: fx.Node) -> str:

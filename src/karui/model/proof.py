@@ -9,10 +9,10 @@ nothing, so the units must be visible; where the weights hide them, others are d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ from karui.errors import CaptureError, SurgeryError, require
 from karui.model.copying import copied
 from karui.model.graphform import graph_form
 from karui.model.groups import analyse
-from karui.model.running import difference, double, double_precision, outputs, random_like, run_double, tensors
+from karui.model.running import difference, double, double_precision, outputs, random_like, run_double
 from karui.model.sight import drawings, look, mask
-from karui.model.survivors import on_survivors
-from karui.model.trace import Trace, brief, minds_training, run_traced, traced, widen
+from karui.model.survivors import run_on_survivors
+from karui.model.trace import Trace, brief, minds_training, traced, widen
 
 if TYPE_CHECKING:
     from karui.model.cut import Cut
@@ -35,14 +35,6 @@ if TYPE_CHECKING:
 
 
 Pair = tuple[tuple[Any, ...], tuple[Any, ...]]
-
-
-class Run(Protocol):
-    """How a model is run."""
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], *, training: bool) -> list[Tensor]:
-        """Its outputs."""
-        ...
 
 
 # How far above the measured floor two equal computations may lie: the order of their sums differs.
@@ -115,19 +107,6 @@ class Candidate:
         return f"Cut of {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}"
 
 
-def survivors_only(module: nn.Module, step: Cut, inputs: tuple[Any, ...], *, training: bool) -> Run:
-    """How to run the masked model with statistics over survivors only; `module` runs once, for its operators."""
-    trace = traced(module, inputs, training=training)
-    compute = on_survivors(trace.steps, analyse(trace, []).alive(step.kept))
-
-    def run_counted(module: nn.Module, inputs: tuple[Any, ...], *, training: bool) -> list[Tensor]:
-        with double_precision():
-            again = Trace(exported=trace.exported)
-            return tensors(run_traced(module, inputs, again, training=training, compute=compute))
-
-    return run_counted
-
-
 def measure(
     drawn: nn.Module,
     candidate: Candidate,
@@ -174,16 +153,37 @@ def _masked(
     drawn: nn.Module, dense: nn.Module, candidate: Candidate, inputs: list[Any], *, training: bool
 ) -> list[list[Tensor]]:
     """What the masked model gives in double precision, with statistics over survivors only where the cut needs that."""
-    wide = [double(given) for given in inputs]
     if candidate.exact:
-        return [run_double(dense, given, training=training) for given in wide]
-    try:
-        counted = survivors_only(drawn, candidate.step, inputs[0], training=training)
-        return [counted(dense, given, training=training) for given in wide]
-    except SurgeryError:  # other operators in double precision (a recurrent layer): look at those
-        with double_precision():
-            counted = survivors_only(dense, candidate.step, wide[0], training=training)
-        return [counted(dense, given, training=training) for given in wide]
+        return [run_double(dense, double(given), training=training) for given in inputs]
+    return [_on_survivors(drawn, dense, candidate, given, training=training) for given in inputs]
+
+
+def _on_survivors(
+    drawn: nn.Module, dense: nn.Module, candidate: Candidate, given: tuple[Any, ...], *, training: bool
+) -> list[Tensor]:
+    """One such output. The analysis has seen the operators; where others run, they are looked at for this input."""
+    analysis, wide = candidate.analysis, double(given)
+    traces: list[Callable[[], Analysis]] = [
+        lambda: analyse(traced(drawn, given, training=training), []),
+        # Other operators in double precision (a recurrent layer).
+        lambda: analyse(_traced_double(dense, wide, training=training), []),
+    ]
+    if not training:
+        traces.insert(0, lambda: analysis)
+    refused: SurgeryError | None = None
+    for look_at in traces:
+        seen = look_at()
+        try:
+            return run_on_survivors(dense, wide, seen.trace, seen.alive(candidate.step.kept), training=training)
+        except SurgeryError as error:
+            refused = error
+    assert refused is not None  # noqa: S101  (each that ran returned or was refused)
+    raise refused
+
+
+def _traced_double(module: nn.Module, inputs: tuple[Any, ...], *, training: bool) -> Trace:
+    with double_precision():
+        return traced(module, inputs, training=training)
 
 
 def joined(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:

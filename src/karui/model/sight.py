@@ -58,11 +58,14 @@ def look(dense: nn.Module, analysis: Analysis, removed: Removed, inputs: tuple[A
     """Which groups the output shows.
 
     The slopes of vectors (a bias, a normalisation's scale) cost the least and nearly always tell; only for groups that
-    they do not show is the run repeated with the slopes of all parameters.
+    they do not show is the run repeated, with the slopes of all that they own.
     """
-    sight = _sight(dense, analysis, removed, inputs, training=training, vectors=True)
+    vectors = {name for name, p in dense.named_parameters() if p.ndim == 1}
+    sight = _sight(dense, analysis, removed, inputs, training=training, by=vectors)
     if sight.unseen:
-        sight = _sight(dense, analysis, removed, inputs, training=training, vectors=False)
+        hidden = {name: units for name, units in removed.items() if name in sight.unseen}
+        owned = {member.tensor for name in hidden for member in analysis[name].members}
+        sight = _sight(dense, analysis, hidden, inputs, training=training, by=owned)
     if not sight.unused:
         return sight
     seen = {
@@ -92,12 +95,11 @@ def _moves(
 
 
 def _sight(
-    dense: nn.Module, analysis: Analysis, removed: Removed, inputs: tuple[Any, ...], *, training: bool, vectors: bool
+    dense: nn.Module, analysis: Analysis, removed: Removed, inputs: tuple[Any, ...], *, training: bool, by: set[str]
 ) -> Sight:
-    """What one run shows of the groups, by the slopes of vectors alone or of all parameters."""
+    """What one run shows of the groups, by the slopes of some parameters."""
     parameters = {
-        name: p.detach().requires_grad_(p.is_floating_point() and (p.ndim == 1 or not vectors))
-        for name, p in dense.named_parameters()
+        name: p.detach().requires_grad_(p.is_floating_point() and name in by) for name, p in dense.named_parameters()
     }
     try:
         made, slope = _slopes(dense, parameters, inputs, training=training)

@@ -8,16 +8,20 @@ the others' places. Everything else runs as it is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from karui.errors import SurgeryError, require
-from karui.model.rules import tensors_in
-from karui.model.trace import Step, Value
+from karui.model.rules import rule_for, tensors_in
+from karui.model.running import Steady, double_precision, tensors
+from karui.model.trace import Step, Trace, Value, as_exported, mode_of, plain_attention
 
 COUNTING = frozenset(
     {
@@ -35,7 +39,53 @@ COUNTING = frozenset(
 )
 
 
-def on_survivors(steps: list[Step], alive: np.ndarray) -> Callable[[int, Any, Any, Any], Any]:
+Compute = Callable[[int, Any, Any, Any], Any]
+
+
+class Computed(TorchDispatchMode):
+    """Computes each operator in a way of its own, counted as a tracer counts them."""
+
+    def __init__(self, compute: Compute) -> None:
+        super().__init__()
+        self.compute = compute
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        _, split = rule_for(func)
+        if split is not None:
+            with self:
+                return split(*args, **kwargs)
+        self.count += 1
+        return self.compute(self.count - 1, func, args, kwargs)
+
+
+def run_on_survivors(
+    module: nn.Module, inputs: tuple[Any, ...], trace: Trace, alive: np.ndarray, *, training: bool
+) -> list[Tensor]:
+    """The outputs in double precision when statistics count only what stays alive; `trace` is of such a run.
+
+    Raises:
+        SurgeryError: the run is another one than the trace's.
+    """
+    buffers = {name: b.clone() for name, b in module.named_buffers()} if training else {}
+    kept = torch.random.get_rng_state()
+    try:
+        with (
+            torch.no_grad(),
+            double_precision(),
+            mode_of(module, training),
+            plain_attention(),
+            as_exported(trace.exported),
+            Steady() if training else nullcontext(),
+            Computed(on_survivors(trace.steps, alive)),
+        ):
+            return tensors(functional_call(module, buffers, inputs) if buffers else module(*inputs))
+    finally:
+        torch.random.set_rng_state(kept)
+
+
+def on_survivors(steps: list[Step], alive: np.ndarray) -> Compute:
     """How a tracer is to compute each operator, `compute(number, func, args, kwargs)`, when only these labels stay."""
 
     def stay(value: Value) -> list[Tensor | None]:
@@ -43,19 +93,20 @@ def on_survivors(steps: list[Step], alive: np.ndarray) -> Callable[[int, Any, An
         return [None if len(k) == len(d) else torch.from_numpy(k) for k, d in zip(kept, value.dims, strict=True)]
 
     def compute(number: int, func: Any, args: Any, kwargs: Any) -> Any:
-        step = steps[number]
+        step = steps[number] if number < len(steps) else None
         require(
-            step.name == str(func),
-            f"The model runs {func} where it ran {step.name} before.",
+            step is not None and step.name == str(func),
+            f"The model runs {func} where it ran {step.name if step else 'nothing'} before.",
             "It must compute the same operators each time.",
             SurgeryError,
         )
+        assert step is not None  # noqa: S101  (for the type checker)
         kept = [stay(value) for value in step.inputs]
         name = func.overloadpacket.__name__
         if name not in COUNTING or not any(k is not None for dims in kept for k in dims):
             return func(*args, **kwargs)
-        rest = iter(kept)
-        small_args, small_kwargs = tree_map_only(Tensor, lambda t: _take(t, next(rest)), (args, kwargs))
+        rest = iter(zip(kept, step.inputs, strict=True))
+        small_args, small_kwargs = tree_map_only(Tensor, lambda t: _take(t, *next(rest)), (args, kwargs))
         groups = int(alive[step.outputs[-1].dims[-1]].sum()) if step.outputs[-1].dims else 1
         result = func(*_resized(name, small_args, groups), **small_kwargs)
         small = zip(tensors_in(result), [stay(v) for v in step.outputs], strict=True)
@@ -67,10 +118,16 @@ def on_survivors(steps: list[Step], alive: np.ndarray) -> Callable[[int, Any, An
     return compute
 
 
-def _take(tensor: Tensor, kept: list[Tensor | None]) -> Tensor:
+def _take(tensor: Tensor, kept: list[Tensor | None], value: Value) -> Tensor:
     """The survivors' part of a tensor."""
     for dim, indices in enumerate(kept):
         if indices is not None:
+            require(
+                tensor.shape[dim] == len(value.dims[dim]),
+                f"The model makes {tensor.shape[dim]} indices where it made {len(value.dims[dim])} before.",
+                "It must compute the same shapes each time.",
+                SurgeryError,
+            )
             tensor = tensor.index_select(dim, indices)
     return tensor
 

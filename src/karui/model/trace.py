@@ -69,6 +69,7 @@ class Trace:
         exported: whether the module is told, where it asks, that it is being exported; see `as_exported`.
         example: the inputs that it ran on.
         sized: whether some tensor's size depends on the values of the inputs.
+        evaluated: how many of the steps are of the evaluation run, where one of training follows.
     """
 
     labels: Labels = field(default_factory=Labels)
@@ -80,6 +81,7 @@ class Trace:
     exported: bool = False
     example: tuple[Any, ...] = ()
     sized: bool = False
+    evaluated: int | None = None
 
 
 class Tracer(TorchDispatchMode):
@@ -328,6 +330,7 @@ def capture(module: nn.Module, example: tuple[Any, ...]) -> Trace:
     except CaptureError:
         trace = traced(module, example, training=False)
     if minds_training(module):
+        trace.evaluated = len(trace.steps)
         run_traced(module, widen(example), trace, training=True)
     return trace
 
