@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from karui.errors import require
 from karui.layers.factored import CONVOLUTIONS, conv_settings
+from karui.layers.windows import Windows
 from karui.numerics.product_codes import ProductCode, code_bits, decoded
 
 _FUNCTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -146,9 +147,9 @@ class QuantizedConv(nn.Module):
             in_channels, out_channels, tuple(kernel_size), groups=groups, bias=bias, device="meta", **space
         )
         self._told = conv_settings(shape)
-        self._around: tuple[int, ...] = tuple(shape._reversed_padding_repeated_twice)  # noqa: SLF001
+        self._windows = Windows(self._told)
         self.kernel_size, self.stride, self.dilation = shape.kernel_size, shape.stride, shape.dilation
-        self.groups, self.padding_mode, self.lookup = groups, shape.padding_mode, lookup
+        self.groups, self.lookup = groups, lookup
         taps = math.prod(self.kernel_size)
         self.books = nn.Parameter(
             torch.randn(groups * subspaces, codewords, channels // subspaces) / math.sqrt(channels * taps)
@@ -174,13 +175,11 @@ class QuantizedConv(nn.Module):
 
     def forward(self, input: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch filters *made"]:  # noqa: A002
         """By the decoded kernel, or by tables."""
-        if any(self._around):
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            input = functional.pad(input, self._around, mode=mode)  # noqa: A001
+        padded = self._windows.padded(input)
         if self.lookup:
-            return self._by_tables(input)
+            return self._by_tables(padded)
         convolve = _FUNCTIONS[len(self.kernel_size)]
-        return convolve(input, self.weight(), self.bias, self.stride, 0, self.dilation, self.groups)
+        return convolve(padded, self.weight(), self.bias, self.stride, 0, self.dilation, self.groups)
 
     def _by_tables(self, padded: Tensor) -> Tensor:
         """Products of each pixel with all codewords, then a sum of what the codes name, position by position."""
@@ -192,20 +191,10 @@ class QuantizedConv(nn.Module):
         part = first[:, None] + torch.arange(subspaces, device=self.codes.device)
         made: Any = 0
         for tap in range(taps):
-            seen = tables[(slice(None), slice(None), *self._window(tap, padded.shape[2:]))]
+            seen = tables[self._windows.at(tap, padded.shape[2:])]
             places = (part * codewords + self.codes[:, :, tap].long()).flatten()
             made = made + seen.index_select(1, places).unflatten(1, (filters, subspaces)).sum(2)
         return made if self.bias is None else made + self.bias.reshape(-1, *[1] * dims)
-
-    def _window(self, tap: int, space: Sequence[int]) -> list[slice]:
-        """Where one position of the kernel lies over a padded input, for all outputs."""
-        slices, rest = [], tap
-        for dim in reversed(range(len(self.kernel_size))):
-            rest, place = divmod(rest, self.kernel_size[dim])
-            start, step = place * self.dilation[dim], self.stride[dim]
-            made = (space[dim] - self.dilation[dim] * (self.kernel_size[dim] - 1) - 1) // step + 1
-            slices.append(slice(start, start + step * (made - 1) + 1, step))
-        return slices[::-1]
 
     def dense(self) -> nn.Module:
         """The convolution that computes the same; grouped as it is."""
