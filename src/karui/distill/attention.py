@@ -206,8 +206,7 @@ class InputGradients(Influence):
             other = input_gradient(moment.module, flipped, targets, self.task, differentiable=True).flip(-1)
             term = (own - other).flatten(1).square().sum(1).mean()
         else:
-            module = self.guide.module.to(inputs[0].device)
-            other = input_gradient(module, inputs, targets, self.task, differentiable=False)
+            other = input_gradient(self.guide.on(inputs), inputs, targets, self.task, differentiable=False)
             term = (own - other).flatten(1).norm(dim=1).mean()
         beta = self.beta * (1 - moment.step / moment.steps) if self.decay else self.beta
         return loss + beta / 2 * term

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from karui.artifact import stored_bytes
 from karui.data import hold_out
 from karui.measuring import Clock, Measurement, Score, evaluate, measure_model
-from karui.train import Influence, Together, Training, fit
+from karui.train import Influence, Together, Training, Turn, fit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +63,13 @@ class Bench:
         return replace(self, influence=influence if self.influence is None else Together(self.influence, influence))
 
     def fit(
-        self, model: Model, *, epochs: int | None = None, influence: Influence | None = None, label: str = "train"
+        self,
+        model: Model,
+        *,
+        epochs: int | None = None,
+        influence: Influence | None = None,
+        turns: tuple[Turn, ...] | None = None,
+        label: str = "train",
     ) -> Model:
         """A trained copy of `model`.
 
@@ -71,6 +77,7 @@ class Bench:
             model: what to train; left as it is.
             epochs: passes over the training data; None takes the number of `training`.
             influence: what acts during this training, with the bench's own.
+            turns: parts of a step, each with parameters, objective and data of its own; None is ordinary training.
             label: what the progress bar and the checkpoint are called.
 
         Raises:
@@ -84,6 +91,7 @@ class Bench:
             training=training,
             seed=self.seed,
             influence=self.under(influence).influence if influence is not None else self.influence,
+            turns=turns,
             checkpoints=self.checkpoints,
             label=label,
             progress=self.progress,

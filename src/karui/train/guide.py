@@ -42,10 +42,14 @@ class Guide:
 
         Gradients flow to inputs that want them, and are not kept where none does.
         """
-        device = next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
-        with taps(self.module.to(device), self.layers) as seen:
+        with taps(self.on(inputs), self.layers) as seen:
             outputs = self.module(*inputs)
         return outputs, dict(seen)
+
+    def on(self, inputs: tuple[Any, ...]) -> nn.Module:
+        """The network, on the device that the inputs are on."""
+        device = next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
+        return self.module.to(device)
 
 
 @contextmanager

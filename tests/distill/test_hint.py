@@ -1,0 +1,209 @@
+"""FitNets, [33]: the regressor, the two stages, and what the paper claims."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from karui.architectures.perceptron import perceptron
+from karui.data import Splits
+from karui.distill.hint import REGRESSOR, FadingTargets, FitNets, hint_loss, hint_pair, output_of, regressor
+from karui.errors import NeedError, SettingError
+from karui.measuring import evaluate
+from karui.model import Classification, Model, taps
+from karui.technique import Bench
+from karui.train import SGD, Adam, Constant, Moment, Training
+from karui.train.guide import Guide
+
+pytestmark = pytest.mark.paper(33)
+
+
+def bench_of(digits: Splits, epochs: int = 1, seed: int = 0) -> Bench:
+    training = Training(epochs=epochs, batch_size=64, optimizer=Adam(lr=2e-3), schedule=Constant())
+    return Bench(train=digits.train, validation=digits.validation, test=digits.test, training=training, seed=seed)
+
+
+def net(*widths: int, norm: bool = True, seed: int = 0) -> Model:
+    """Convolutions of 3x3 on 8x8, each followed by ReLU, then pooled to the classes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for before, width in zip((1, *widths), widths, strict=False):
+            layers += [nn.Conv2d(before, width, 3, padding=1), *([nn.BatchNorm2d(width)] * norm), nn.ReLU()]
+        module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * widths[-1], 10))
+    return Model(module, example=(torch.zeros(1, 1, 8, 8),), task=Classification())
+
+
+def state(model: Model) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.module.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("guided", "hint"),
+    [((4, 6, 6), (9, 4, 4)), ((4, 6, 5), (9, 6, 1)), ((3, 7), (5, 5)), ((2, 3, 4, 5), (6, 2, 2, 5)), ((8,), (5,))],
+)
+def test_the_regressor_reaches_the_size_of_the_hint_by_the_formula(guided: tuple[int, ...], hint: tuple[int, ...]):
+    made = regressor(guided, hint)
+    assert made(torch.rand(2, *guided)).shape == (2, *hint)
+    window = 1
+    for a, b in zip(guided[1:], hint[1:], strict=True):
+        window *= a - b + 1
+    assert sum(p.numel() for p in made.parameters()) == window * guided[0] * hint[0] + hint[0]
+    assert isinstance(regressor(guided, hint, "relu")[-1], nn.ReLU)  # pyright: ignore[reportIndexIssue]
+
+
+@pytest.mark.parametrize(("guided", "hint"), [((4, 4, 4), (9, 6, 6)), ((4, 6, 6), (9,)), ((5,), (9, 4, 4))])
+def test_shapes_that_do_not_fit_are_both_told(guided: tuple[int, ...], hint: tuple[int, ...]) -> None:
+    with pytest.raises(SettingError) as caught:
+        regressor(guided, hint)
+    assert str(guided) in caught.value.message
+    assert str(hint) in caught.value.message
+
+
+def test_the_loss_sums_over_units_and_averages_over_the_batch() -> None:
+    a, b = torch.randn(5, 3, 4), torch.randn(5, 3, 4)
+    assert float(hint_loss(a, b)) == pytest.approx(float((a - b).square().sum()) / 2 / 5, rel=1e-5)
+    assert float(hint_loss(a, a)) == 0
+
+
+def test_running_stops_at_the_layer() -> None:
+    model, x = net(4, 6), torch.rand(3, 1, 8, 8)
+    with taps(model.module.eval(), ["2"]) as seen:
+        model.module(x)
+    before = state(model)
+    model.module.train()
+    output_of(model.module, "0", (x,))
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items()), "no statistics above it moved"
+    torch.testing.assert_close(output_of(model.module.eval(), "2", (x,)), seen["2"])
+    assert len(model.module[0]._forward_hooks) == 0
+    with pytest.raises(SettingError, match="was not called"):
+        output_of(Unused(), "unused", (x,))
+
+
+class Unused(nn.Module):
+    """Has a layer that is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_stage_one_trains_what_is_below_and_nothing_above(digits: Splits) -> None:
+    student, teacher = net(4, 6, 6), net(12, 16, seed=1)
+    before, taught = state(student), state(teacher)
+    technique = FitNets(teacher=teacher, layer="5", teacher_layer="2", hint_epochs=1, epochs=0)
+    after = state(technique.apply(student, bench_of(digits)))
+    assert before.keys() == after.keys(), "the regressor is thrown away"
+    for name, value in after.items():
+        above = int(name.split(".")[0]) > 5
+        assert torch.equal(value, before[name]) == above, name
+    assert all(torch.equal(value, taught[name]) for name, value in state(teacher).items())
+
+
+def test_stage_one_uses_no_label(digits: Splits) -> None:
+    technique = FitNets(teacher=net(12, 16, seed=1), layer="5", teacher_layer="2", hint_epochs=1, epochs=0)
+    shuffled = torch.utils.data.TensorDataset(
+        torch.stack([x for x, _ in digits.train]), torch.zeros(len(digits.train), dtype=torch.long)
+    )
+    bench = bench_of(digits)
+    right = technique.apply(net(4, 6, 6), bench)
+    wrong = technique.apply(net(4, 6, 6), replace(bench, train=shuffled))
+    assert all(torch.equal(value, state(wrong)[name]) for name, value in state(right).items())
+
+
+def test_stage_two_starts_where_stage_one_ended(digits: Splits) -> None:
+    student, teacher, bench = net(4, 6, 6), net(12, 16, seed=1), bench_of(digits)
+    technique = FitNets(teacher=teacher, layer="5", teacher_layer="2", hint_epochs=1, epochs=1)
+    first = replace(technique, epochs=0).apply(student, bench)
+    assert not any(REGRESSOR in name for name, _ in first.module.named_modules())
+    both = technique.apply(student, bench)
+    second = replace(technique, hint_epochs=0).apply(first, bench)
+    assert all(torch.equal(value, state(second)[name]) for name, value in state(both).items())
+
+
+def test_the_weight_falls_linearly_to_nothing() -> None:
+    fading = FadingTargets(guide=Guide(net(4)), weight=4.0)
+    told = [fading.at(Moment(nn.Identity(), (), None, None, step=step, steps=9)) for step in range(9)]
+    assert told == pytest.approx([4 - step / 2 for step in range(9)])
+    assert told[-1] == 0.0
+
+
+def test_the_temperature_is_not_squared_unless_asked() -> None:
+    teacher, x = net(4, seed=1), torch.rand(6, 1, 8, 8)
+    guide = Guide(teacher)
+    outputs = net(4).module(x)
+    moment = Moment(nn.Identity(), (x,), None, outputs, step=0, steps=9)
+    answers, _ = guide((x,))
+    entropy = -((answers / 3).softmax(1) * (outputs / 3).log_softmax(1)).sum(1).mean()
+    plain = FadingTargets(guide=guide).objective(torch.tensor(1.0), moment)
+    squared = FadingTargets(guide=guide, squared=True).objective(torch.tensor(1.0), moment)
+    torch.testing.assert_close(plain, 1 + 4 * entropy)
+    torch.testing.assert_close(squared, 1 + 4 * 9 * entropy)
+
+
+def test_a_student_like_its_teacher_has_nothing_to_learn() -> None:
+    teacher, x = net(4, 6, seed=1), torch.rand(6, 1, 8, 8)
+    hint = output_of(Guide(teacher).module, "2", (x,))
+    identity = regressor((4, 8, 8), (4, 8, 8))
+    with torch.no_grad():
+        identity[0].weight.copy_(torch.eye(4)[:, :, None, None])  # pyright: ignore[reportIndexIssue]
+        identity[0].bias.zero_()  # pyright: ignore[reportIndexIssue]
+        assert float(hint_loss(identity(output_of(teacher.module.eval(), "2", (x,))), hint)) < 1e-9
+
+
+def test_the_middle_layers_are_found() -> None:
+    assert hint_pair(net(4, 4, 4, norm=False), net(8, 8, norm=False), "", "") == ("3", "2")  # maps: 0 to 6, and 0 to 4
+    assert hint_pair(net(4, 4, 4, norm=False), net(8, 8, norm=False), "", "3") == ("3", "3")
+    vectors = [Model(perceptron((64, *widths, 10)), example=(torch.zeros(1, 1, 8, 8),)) for widths in ((8,) * 3, (32,))]
+    layer, hint = hint_pair(vectors[0], vectors[1], "", "")
+    assert layer
+    assert hint
+    with pytest.raises(SettingError, match="no layer of the teacher fits the student's '2', which gives shape"):
+        hint_pair(net(4, 4), vectors[1], "2", "")
+
+
+def test_mistakes_are_told(digits: Splits) -> None:
+    with pytest.raises(NeedError, match="'fitnets_hint' needs a teacher"):
+        FitNets().apply(net(4, 6), bench_of(digits))
+    other = net(8, 8, seed=1)
+    other.module[-1] = nn.Linear(32, 7)
+    with pytest.raises(NeedError, match="same classes"):
+        FitNets(teacher=other, hint_epochs=0, epochs=1).apply(net(4, 6), bench_of(digits))
+
+
+@pytest.mark.effect
+@pytest.mark.slow
+def test_a_deep_thin_network_trains_from_a_hint(digits: Splits) -> None:
+    """Eighteen thin layers without normalisation or shortcuts, which SGD alone does not train: equal epochs in all."""
+    teacher = bench_of(digits, 20).fit(dense(64, 64, seed=100))
+    gains = []
+    for seed in range(2):
+        training = Training(epochs=24, batch_size=32, optimizer=SGD(lr=0.02), schedule=Constant())
+        bench, student = replace(bench_of(digits, seed=seed), training=training), dense(*(16,) * 18, seed=seed)
+        technique = FitNets(teacher=teacher, layer="18", teacher_layer="2", hint_epochs=12, epochs=12)
+        arms = {
+            "labels": bench.fit(student),
+            "soft": replace(technique, hint_epochs=0, epochs=24).apply(student, bench),
+            "hint": technique.apply(student, bench),
+        }
+        scores = {name: evaluate(model, digits.test).value for name, model in arms.items()}
+        gains.append(scores["hint"] - max(scores["labels"], scores["soft"]))
+    assert sum(gains) / len(gains) >= 0.05, gains
+
+
+def dense(*widths: int, seed: int = 0) -> Model:
+    """Layers of which each weight is drawn with variance 1 / inputs: too small for many ReLUs in a row."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = perceptron((64, *widths, 10))
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+                nn.init.zeros_(layer.bias)
+    return Model(module, example=(torch.zeros(1, 1, 8, 8),), task=Classification())
