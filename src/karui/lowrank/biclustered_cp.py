@@ -97,7 +97,7 @@ class BiclusteredCp:
     one sum, and takes space apart.
 
     Example:
-        >>> import karui
+        >>> import karui, torch
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 5), nn.ReLU(), nn.Conv2d(16, 32, 5))
         >>> model = karui.Model(net, example=(torch.zeros(1, 3, 16, 16),))
         >>> light = BiclusteredCp(ranks=(("2", 4),)).apply(model, karui.Bench())

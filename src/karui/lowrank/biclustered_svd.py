@@ -93,7 +93,7 @@ class BiclusteredSvd:
     Relations: `BiclusteredCp` has sums of outer products in each bicluster; `Tucker2` (12) is one bicluster.
 
     Example:
-        >>> import karui
+        >>> import karui, torch
         >>> net = nn.Sequential(nn.Conv2d(3, 16, 5), nn.ReLU(), nn.Conv2d(16, 32, 5))
         >>> model = karui.Model(net, example=(torch.zeros(1, 3, 16, 16),))
         >>> light = BiclusteredSvd(ranks=(("2", 3, 4),)).apply(model, karui.Bench())
