@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-EXTRAS := dev,openvino,bench
+EXTRAS := dev,openvino,bench,fast
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help demo test check bench venv format clean

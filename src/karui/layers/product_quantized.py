@@ -21,6 +21,7 @@ from karui.errors import require
 from karui.layers.factored import CONVOLUTIONS, conv_settings
 from karui.layers.windows import Windows
 from karui.numerics.product_codes import ProductCode, code_bits, decoded
+from karui.numerics.row_sums import row_sums
 
 _FUNCTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 MOST_CODEWORDS = 256
@@ -30,7 +31,8 @@ class QuantizedLinear(nn.Module):
     """A linear layer `out[t] = sum_m books[m, codes[t, m]] . x_m + bias`, `x_m` the inputs of subspace `m`.
 
     The weight is looked up and multiplied (decoded), or (`lookup`) the products of all codewords with their inputs are
-    tabled and looked up. Both compute the same. Codebooks and bias learn; codes stay.
+    tabled and looked up, by a kernel of its own where numba is installed. Both compute the same. Codebooks and bias
+    learn; codes stay.
 
     Settings:
         in_features, out_features, bias: as those of `torch.nn.Linear`.
@@ -83,11 +85,9 @@ class QuantizedLinear(nn.Module):
         """By the decoded weight, or by tables."""
         if not self.lookup:
             return functional.linear(input, self.weight(), self.bias)
-        subspaces, codewords, size = self.books.shape
-        parts = input.reshape(-1, subspaces, size).transpose(0, 1)
-        tables = torch.bmm(parts, self.books.mT).transpose(0, 1).flatten(1)
-        places = self.codes.long() + codewords * torch.arange(subspaces, device=self.codes.device)
-        made = tables[:, places.flatten()].unflatten(1, places.shape).sum(2)
+        subspaces, _, size = self.books.shape
+        tables = torch.bmm(self.books, input.reshape(-1, subspaces, size).permute(1, 2, 0))
+        made = row_sums(tables, self.codes).T
         made = made if self.bias is None else made + self.bias
         return made.reshape(*input.shape[:-1], self.out_features)
 

@@ -6,9 +6,10 @@ of the kernel, are replaced by the nearest of few codewords, so that a vector is
 codewords and codes are corrected so that the layer's responses, not its weights, come out right, on what the layers
 below, quantised already, deliver. No labels and no training.
 
-It pays in bytes: 10 to 20 times, most for large linear layers. It does not pay in time unless a kernel of its own does
-the look-ups: what is decoded takes as long as the dense layer, and look-ups in plain torch take longer. Nor does it pay
-for small layers, whose codebooks weigh as much as they do.
+It pays in bytes: 10 to 20 times, most for large linear layers. It pays in time for large linear layers of 16 codewords
+by tables (`lookup`), with numba: twice as fast as the dense layer at 4096 inputs. It does not pay in time otherwise:
+what is decoded takes longer than the dense layer, and so do tables of many codewords, and look-ups in plain torch and
+in other engines. Nor does it pay for small layers, whose codebooks weigh as much as they do.
 
 Paper -> here: `C_s`, `C_t` -> inputs, outputs, `C'_s` -> sub_dim, `K` -> codewords, `D` -> books, `B` -> codes, `S` ->
 what the layer sees.
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
         quick={"codewords": 16, "conv_codewords": 16, "images": 100, "sweeps": 1, "turns": 1},
         arxiv="1512.06473",
         pays="bytes of large linear layers and of convolutions with many channels, with inputs at hand and no labels",
-        costs="small layers; time, since what is decoded takes as long as the dense layer",
+        costs="small layers; time, but for large linear layers of 16 codewords by tables, with numba (karui[fast])",
     )
 )
 @dataclass(frozen=True, kw_only=True)

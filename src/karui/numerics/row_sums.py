@@ -1,0 +1,109 @@
+"""Sums of looked-up rows, the inner loop of layers that go by tables (survey 19).
+
+The plain form is torch's, and serves everywhere: gradients, any device, export. With numba installed (`karui[fast]`)
+inference on the CPU takes a kernel, the operator `karui::row_sums`: rows of a table are contiguous, so that four of
+them are added at a time, as wide as the processor's registers are.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("karui", "FRAGMENT")
+_LIBRARY.define("row_sums(Tensor tables, Tensor codes) -> Tensor")
+
+
+def row_sums(
+    tables: Float[Tensor, "parts words columns"], codes: Integer[Tensor, "rows parts"]
+) -> Float[Tensor, "rows columns"]:
+    """`sum_m tables[m, codes[n, m]]` for each row `n`: by the kernel where it serves, else in plain torch.
+
+    Example:
+        >>> tables = torch.tensor([[[1.0], [2.0]], [[10.0], [20.0]]])
+        >>> row_sums(tables, torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8)).tolist()
+        [[21.0], [12.0]]
+    """
+    serves = tables.device.type == "cpu" and tables.dtype == torch.float32 and codes.dtype == torch.uint8
+    learns = torch.is_grad_enabled() and tables.requires_grad
+    if not serves or learns or torch.compiler.is_exporting() or not has_kernel():
+        return plain_row_sums(tables, codes)
+    return torch.ops.karui.row_sums(tables, codes)
+
+
+def plain_row_sums(
+    tables: Float[Tensor, "parts words columns"], codes: Integer[Tensor, "rows parts"]
+) -> Float[Tensor, "rows columns"]:
+    """The same in operators of torch: one gather, one sum."""
+    parts, words = tables.shape[:2]
+    places = codes.long() + words * torch.arange(parts, device=codes.device)
+    return tables.flatten(0, 1)[places.flatten()].unflatten(0, places.shape).sum(1)
+
+
+@cache
+def has_kernel() -> bool:
+    """Whether numba is installed."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def _on_the_cpu(tables: Tensor, codes: Tensor) -> Tensor:
+    out = torch.empty(codes.shape[0], tables.shape[2])
+    several, single = kernels()
+    arrays = [one.detach().contiguous().numpy() for one in (tables, codes)]
+    (single if tables.shape[2] == 1 else several)(*arrays, out.numpy())
+    return out
+
+
+def _shape(tables: Tensor, codes: Tensor) -> Tensor:
+    return tables.new_empty(codes.shape[0], tables.shape[2])
+
+
+_LIBRARY.impl("row_sums", _on_the_cpu, "CPU")
+_LIBRARY.impl("row_sums", _shape, "Meta")
+
+
+@cache
+def kernels() -> tuple[Any, Any]:
+    """The compiled loops: for tables of several columns, and for those of one."""
+    import numba
+
+    compiled = numba.njit(nogil=True, fastmath=True, error_model="numpy")
+    return compiled(_several), compiled(_single)
+
+
+def _several(tables: Any, codes: Any, out: Any) -> None:
+    rows, parts = codes.shape
+    for row in range(rows):
+        into = out[row]
+        into[:] = 0
+        whole = parts - parts % 4
+        for part in range(0, whole, 4):
+            # Slices of rows: an index that is computed in the loop could be negative, and would not be vectorised.
+            a, b = tables[part, codes[row, part]], tables[part + 1, codes[row, part + 1]]
+            c, d = tables[part + 2, codes[row, part + 2]], tables[part + 3, codes[row, part + 3]]
+            for column in range(into.shape[0]):
+                into[column] += (a[column] + b[column]) + (c[column] + d[column])
+        for part in range(whole, parts):
+            a = tables[part, codes[row, part]]
+            for column in range(into.shape[0]):
+                into[column] += a[column]
+
+
+def _single(tables: Any, codes: Any, out: Any) -> None:
+    rows, parts = codes.shape
+    for row in range(rows):
+        one = two = three = four = tables[0, 0, 0] - tables[0, 0, 0]
+        whole = parts - parts % 4
+        for part in range(0, whole, 4):
+            one += tables[part, codes[row, part], 0]
+            two += tables[part + 1, codes[row, part + 1], 0]
+            three += tables[part + 2, codes[row, part + 2], 0]
+            four += tables[part + 3, codes[row, part + 3], 0]
+        for part in range(whole, parts):
+            one += tables[part, codes[row, part], 0]
+        out[row, 0] = (one + two) + (three + four)

@@ -1,0 +1,72 @@
+"""The kernel of layers that go by tables, against its plain form (survey 19)."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+from torch import nn
+
+from karui.layers.product_quantized import QuantizedLinear
+from karui.numerics import row_sums as module
+from karui.numerics.row_sums import has_kernel, kernels, plain_row_sums, row_sums
+
+pytestmark = pytest.mark.paper(19)
+
+needs_numba = pytest.mark.skipif(not has_kernel(), reason="numba is not installed: pip install '.[fast]'")
+
+
+@needs_numba
+@pytest.mark.parametrize("columns", [1, 2, 7, 64])
+@pytest.mark.parametrize("parts", [1, 4, 10])
+def test_the_kernel_gives_what_plain_torch_gives(parts: int, columns: int) -> None:
+    torch.manual_seed(0)
+    tables, codes = torch.randn(parts, 16, columns), torch.randint(16, (33, parts), dtype=torch.uint8)
+    made = torch.ops.karui.row_sums(tables, codes)
+    torch.testing.assert_close(made, plain_row_sums(tables, codes), rtol=1e-5, atol=1e-5)
+    wide = tables.transpose(0, 2).contiguous().transpose(0, 2)  # not contiguous
+    torch.testing.assert_close(torch.ops.karui.row_sums(wide, codes), made)
+
+
+@needs_numba
+def test_it_is_an_operator_that_torch_can_trace() -> None:
+    torch.manual_seed(0)
+    tables, codes = torch.randn(4, 16, 8), torch.randint(16, (5, 4), dtype=torch.uint8)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.karui.row_sums.default, (tables, codes), test_utils=checks)
+
+
+@needs_numba
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of registers are those of x86")
+def test_its_loop_is_vectorised() -> None:
+    row_sums(torch.randn(4, 16, 8), torch.zeros(5, 4, dtype=torch.uint8))
+    (assembly,) = kernels()[0].inspect_asm().values()
+    assert "ymm" in assembly or "zmm" in assembly or "addps" in assembly
+
+
+def test_without_numba_and_where_gradients_are_wanted_it_is_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    tables, codes = torch.randn(4, 16, 8, requires_grad=True), torch.randint(16, (5, 4), dtype=torch.uint8)
+    row_sums(tables, codes).sum().backward()
+    assert tables.grad is not None
+    wanted = row_sums(tables.detach(), codes)
+    monkeypatch.setattr(module, "has_kernel", lambda: False)
+
+    def refused() -> None:
+        raise AssertionError("the kernel was asked for")
+
+    monkeypatch.setattr(module, "kernels", refused)
+    torch.testing.assert_close(row_sums(tables.detach(), codes), wanted)
+
+
+@needs_numba
+def test_a_layer_exports_and_compiles_around_it() -> None:
+    torch.manual_seed(0)
+    layer = QuantizedLinear(16, 10, subspaces=4, codewords=8, lookup=True).eval()
+    layer.codes.copy_(torch.randint(8, (10, 4)))
+    x = torch.randn(3, 16)
+    program = torch.export.export(nn.Sequential(layer), (x,))
+    assert "row_sums" not in str(program.graph)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-5)
