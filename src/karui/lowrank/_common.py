@@ -270,13 +270,16 @@ def filters_of(one: Seen) -> int:
 
 
 def blocks(layer: Any) -> Float[Tensor, "groups rows columns"]:
-    """The weight of a linear layer or pointwise convolution as one matrix for each group, in float64."""
+    """The weight of a linear layer or convolution as one matrix (filters x all else) for each group, in float64."""
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     return split_groups(layer.weight.detach().double(), groups).flatten(2)
 
 
 def factor_matrix(layer: Any, rank: int, *, balanced: bool = False) -> tuple[nn.Module, float]:
-    """A linear layer or pointwise convolution as two of them, by SVD group by group, and its relative error."""
+    """A linear layer or convolution as two, by SVD of filters x all else, group by group, and its relative error.
+
+    The first factor sees what the layer saw, the second one is pointwise.
+    """
     parts = [truncated_svd(block, rank) for block in blocks(layer)]
     pairs = [part.factors(balanced=balanced) for part in parts]
     left, right = torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
@@ -284,8 +287,7 @@ def factor_matrix(layer: Any, rank: int, *, balanced: bool = False) -> tuple[nn.
     error = math.sqrt(lost / max(float(blocks(layer).square().sum()), 1e-300))
     if isinstance(layer, nn.Linear):
         return factor_linear(layer, left[0], right[0]), error
-    ones = [1] * len(layer.kernel_size)
-    return factor_conv(layer, right.reshape(*right.shape, *ones), outer=left), error
+    return factor_conv(layer, right.reshape(*right.shape[:2], *layer.weight.shape[1:]), outer=left), error
 
 
 def require_ranks(paths: Sequence[str], seen: Sequence[Seen], left: Sequence[Choice]) -> None:

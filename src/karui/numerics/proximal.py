@@ -29,3 +29,14 @@ def shrink(values: Float[Tensor, "*shape"], threshold: float) -> Float[Tensor, "
         [2.0, -0.0, 0.0]
     """
     return torch.nn.functional.softshrink(values, threshold)
+
+
+def shrink_rows(matrix: Float[Tensor, "*batch rows columns"], threshold: float) -> Float[Tensor, "*batch rows columns"]:
+    """The proximal operator of `threshold` times the sum of the rows' Euclidean norms: each row shortens by it.
+
+    Example:
+        >>> shrink_rows(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0).tolist()
+        [[2.4000000953674316, 3.200000047683716], [0.0, 0.0]]
+    """
+    norms = matrix.norm(dim=-1, keepdim=True)
+    return matrix * (1 - threshold / norms.clamp(min=1e-30)).clamp(min=0)

@@ -40,9 +40,9 @@ from torch import Tensor, nn
 
 from karui.errors import CaptureError, SurgeryError, require
 from karui.model import Analysis, Model, Note, coupled_groups, layer_at, remove_units
-from karui.sparsify._dead_units import settle
 from karui.sparsify._rounds import Gradual, Selection, by_name, computing_order, sensitivity
 from karui.technique import Card, require_passes, technique
+from karui.technique.pruning.dead_units import settle
 from karui.train import Influence, Together
 from karui.train.conditions import DropoutRates, Penalty, Resting, dropout_rates
 from karui.train.masks import MaskKeeper, connections, density, zero_masks, zero_pruned

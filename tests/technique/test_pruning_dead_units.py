@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from karui.measuring.inference import inference
 from karui.model import Model, coupled_groups
-from karui.sparsify._dead_units import settle
+from karui.technique.pruning.dead_units import settle
 from karui.train.masks import connections, zero_pruned
 
 pytestmark = pytest.mark.paper(63)
