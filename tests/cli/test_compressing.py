@@ -145,6 +145,12 @@ def test_bench_compares_recipes_over_seeds(folder: Path, capsys: pytest.CaptureF
         ([*COMPRESS, "--out", "x", "--input", "3x8x8"], "does not take", "shape"),
         ([*COMPRESS, "--out", "taken"], "taken is no folder of a run: it holds thesis.txt.", "new folder"),
         ([*COMPRESS, "--out", "x", "--data", "digit"], "Data 'digit'", "digits"),
+        (
+            [*COMPRESS, "--out", "taken/thesis.txt/x"],
+            "The folder taken/thesis.txt/x cannot be made: Not a dir",
+            "--out",
+        ),
+        (["compress", "saved", *COMPRESS[2:], "--out", "./saved"], "the folder of the model itself, saved", "its own"),
         (["report", "nowhere"], "nowhere", "compress"),
         (["bench", "net.py:net", "-d", "digits", "-r", "recipe.toml", "--seeds", "0"], "--seeds is 0.", "1"),
     ],
@@ -152,6 +158,8 @@ def test_bench_compares_recipes_over_seeds(folder: Path, capsys: pytest.CaptureF
 def test_mistakes(folder: Path, arguments: list[str], error: str, hint: str, capsys: pytest.CaptureFixture[str]):
     (folder / "taken").mkdir()
     (folder / "taken" / "thesis.txt").write_text("years of work")
+    (folder / "saved").mkdir()
+    (folder / "saved" / "model.json").write_text("{}")
     shapes = {"0.weight": (8, 1, 3, 3), "0.bias": (8,), "3.weight": (8, 8, 3, 3), "3.bias": (8,), "6.weight": (3, 72)}
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder / "other.safetensors")
     assert run(arguments) == 2

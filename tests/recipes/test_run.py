@@ -156,6 +156,18 @@ def test_another_seed_repeats_what_was_finished(
     assert calls == [1, 2]
 
 
+def test_another_task_repeats_what_was_finished(
+    model: Model, recipe: Recipe, bench: Bench, tmp_path: Path, calls: list[int]
+):
+    """What was trained for one loss is not what another asks for."""
+    with killed_at(type(recipe.steps[1])):
+        run_recipe(model, recipe, bench, tmp_path)
+    calls.clear()
+    smooth = dataclasses.replace(model, task=Classification(label_smoothing=0.5))
+    run_recipe(smooth, recipe, bench, tmp_path, resume=True)
+    assert calls == [1, 2]
+
+
 def test_a_finished_run_is_not_repeated(model: Model, recipe: Recipe, bench: Bench, tmp_path: Path, calls: list[int]):
     first = run_recipe(model, recipe, bench, tmp_path).record
     calls.clear()
@@ -186,7 +198,7 @@ def test_what_a_step_lacks_is_refused_before_anything(model: Model, recipe: Reci
         NeedError, match=r"Step 1: 'train_more' needs training data\. \(1 more: karui plan tells them\)"
     ):
         run_recipe(model, recipe, Bench(clock=CLOCK), tmp_path / "out")
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_somebody_elses_folder_is_refused(model: Model, recipe: Recipe, bench: Bench, tmp_path: Path):

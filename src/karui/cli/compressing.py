@@ -42,6 +42,12 @@ def compress(
     from karui.recipes.run import Asked, run_recipe
 
     steps = recipe_from(recipe)
+    require(
+        not (out / "model.json").is_file() or Path(model).resolve() != out.resolve(),
+        f"--out is the folder of the model itself, {model}, which would be lost.",
+        "Give a folder of its own.",
+        UsageError,
+    )
     number = options.seed_of(seed, steps)
     splits = options.data_of(data, number)
     opened = options.model_of(model, weights=weights, shape=shape, task=task, data=splits, seed=number)

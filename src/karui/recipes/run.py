@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from karui.artifact import load, save, stored_bytes
+from karui.artifact.describe import task_to_json
 from karui.artifact.files import OURS, write_file
 from karui.errors import KaruiError, UsageError, require
 from karui.measuring import Comparison, compare, count, ratios_between, this_machine
@@ -160,9 +161,10 @@ def run_recipe(
     """
     out = Path(out)
     bench = dataclasses.replace(bench, checkpoints=out / CHECKPOINTS)
-    _claim(out, resume)
+    _refuse_foreign(out)
     plan = plan_recipe(model, recipe, bench)
     plan.check()
+    _claim(out, resume)
     mark = _digest(FORMAT, _identity(model), _data(bench), bench.seed, settings(bench.training), recipe.told())
     done = _read(out / RECORD)
     if resume and done is not None and done.get("mark") == mark:
@@ -188,8 +190,8 @@ def run_recipe(
     return read_run(out)
 
 
-def _claim(out: Path, resume: bool) -> None:
-    """Make sure that the folder is ours, and empty of unfinished work unless that is to go on."""
+def _refuse_foreign(out: Path) -> None:
+    """Refuse a folder that holds anything else than a run."""
     strangers = sorted(path.name for path in out.iterdir() if path.name not in OWN) if out.is_dir() else []
     require(
         not strangers and (not out.exists() or out.is_dir()),
@@ -197,7 +199,14 @@ def _claim(out: Path, resume: bool) -> None:
         "Give --out a new folder, or the folder of an earlier run.",
         UsageError,
     )
-    out.mkdir(parents=True, exist_ok=True)
+
+
+def _claim(out: Path, resume: bool) -> None:
+    """Make the folder, empty of unfinished work unless that is to go on."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"The folder {out} cannot be made: {error.strerror}.", "Give --out another one.") from error
     if not resume:
         for name in (STEPS, CHECKPOINTS):
             shutil.rmtree(out / name, ignore_errors=True)
@@ -276,8 +285,9 @@ def _version() -> str:
 
 
 def _identity(model: Model) -> str:
-    """A digest of the model: its lineage, and every tensor."""
-    digest = hashlib.sha256(json.dumps([edit_to_json(edit) for edit in model.lineage], default=str).encode())
+    """A digest of the model: its lineage, its task, and every tensor."""
+    told = [*(edit_to_json(edit) for edit in model.lineage), task_to_json(model.task)[0]]
+    digest = hashlib.sha256(json.dumps(told, default=str).encode())
     for name, tensor in sorted(model.module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
