@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -150,7 +150,7 @@ class Lcnn:
 
     size: int = 30
     linear_size: int = 512
-    sizes: tuple[tuple[str, int], ...] = field(default=())
+    sizes: tuple[tuple[str, int], ...] = ()
     strength: float = 0.1
     norm: bool = True
     share: float = 1.0
