@@ -73,8 +73,9 @@ def one(listed: dict[str, Any]) -> dict[str, Any]:
     limit_time(None)
     row |= {"graph form": isinstance(light.module, GraphForm)}
     if not inexact:
-        row |= {"difference": _difference(net, light.module, analysis, removed, size)}
-        row |= {"outcome": "wrong"} if not row["difference"] <= EQUAL else {}
+        apart = _difference(net, light.module, analysis, removed, size)
+        row |= {} if apart is None else {"difference": apart}
+        row |= {"outcome": "wrong"} if apart is not None and not apart <= EQUAL else {}
     return row
 
 
@@ -88,8 +89,11 @@ def _since(started: float) -> float:
     return round(time.process_time() - started, 2)
 
 
-def _difference(net: Any, light: Any, analysis: Any, removed: dict[str, Any], size: tuple[int, ...]) -> float:
-    """The largest difference of masked and cut model in single precision, relative to the largest output."""
+def _difference(net: Any, light: Any, analysis: Any, removed: dict[str, Any], size: tuple[int, ...]) -> float | None:
+    """The largest difference of masked and cut model in single precision, relative to the largest output.
+
+    None where all outputs are zero, as they are of a head that starts at zero: those say nothing.
+    """
     import torch
     from torch.utils._pytree import tree_leaves
 
@@ -100,7 +104,10 @@ def _difference(net: Any, light: Any, analysis: Any, removed: dict[str, Any], si
     given = torch.randn(1, *size, generator=torch.Generator().manual_seed(7))
     with torch.inference_mode():
         pairs = list(zip(tree_leaves(masked.eval()(given)), tree_leaves(light.eval()(given)), strict=True))
-    return max(float((one - other).abs().max() / one.abs().max()) for one, other in pairs)
+    found = [(float((one - other).abs().max()), float(one.abs().max())) for one, other in pairs]
+    if not any(size for _, size in found) and not any(gap for gap, _ in found):
+        return None
+    return max(gap / size if size else gap and float("inf") for gap, size in found)
 
 
 def _size(listed: dict[str, Any], net: Any) -> tuple[int, ...]:
@@ -161,23 +168,24 @@ def summary(rows: list[dict[str, Any]], listed: int) -> str:
 
 def report(rows: list[dict[str, Any]], listed: int) -> str:
     """The counts, and a line for each model."""
+    states = {state: chr(ord("A") + place) for place, state in enumerate(sorted({row["state"] for row in rows}))}
     lines = [
         f"# Public models, cut by {SHARE:.0%} and proved",
         "",
         summary(rows, listed),
         "",
-        "Measured with: " + "; ".join(sorted({row["state"] for row in rows})) + ".",
+        "Measured with: " + "; ".join(f"({letter}) {state}" for state, letter in states.items()) + ".",
         "",
-        "| library | model | outcome | parameters left | up to normalisation | graph form | seconds | reason |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| library | model | outcome | parameters left | up to normalisation | graph form | seconds | with | reason |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         left = f"{row['after'] / row['before']:.0%}" if "after" in row else ""
         inexact = f"{row['up to normalisation']} of {row['groups']}" if row.get("up to normalisation") else ""
         form = "yes" if row.get("graph form") else ""
         reason = str(row.get("reason", "")).replace("|", "/").replace("\n", " ")[:200]
-        cells = [row["library"], row["model"], row["outcome"], left, inexact, form, row.get("seconds", ""), reason]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        cells = [row["library"], row["model"], row["outcome"], left, inexact, form, row.get("seconds", "")]
+        lines.append("| " + " | ".join(map(str, [*cells, states[row["state"]], reason])) + " |")
     return "\n".join(lines) + "\n"
 
 
