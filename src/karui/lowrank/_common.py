@@ -357,3 +357,19 @@ def tracked(items: Sequence[Any], text: str, *, shown: bool) -> Iterable[Any]:
 
 def _plain(items: Sequence[Any]) -> Iterator[Any]:
     yield from items
+
+
+RATIOS = (0.75, 0.5, 0.375, 0.25, 0.125)
+"""Shares of the full rank that are offered as candidates."""
+
+
+def rank_ladder(full: int, multiple: int) -> tuple[int, ...]:
+    """Ranks below the full one at the shares of `RATIOS`: multiples of `multiple` where the full rank holds several.
+
+    Example:
+        >>> rank_ladder(64, 8), rank_ladder(10, 8)
+        ((48, 32, 24, 16, 8), (8, 5, 4, 3, 2))
+    """
+    ranks = [math.ceil(full * ratio) for ratio in RATIOS]
+    aligned = [math.ceil(rank / multiple) * multiple if full >= 2 * multiple else rank for rank in ranks]
+    return tuple(dict.fromkeys(rank for rank in aligned if rank < full))

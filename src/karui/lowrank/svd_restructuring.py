@@ -23,9 +23,11 @@ share of the spectrum would take most of an output layer over few classes, whose
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from karui.errors import require
@@ -36,6 +38,7 @@ from karui.lowrank._common import (
     carry_out,
     factor_matrix,
     fine_tune,
+    rank_ladder,
     require_data,
     require_fine_tuning,
     require_ranks,
@@ -46,7 +49,7 @@ from karui.lowrank._common import (
 from karui.model.taps import layer_at
 from karui.numerics.evbmf import singular_values
 from karui.numerics.svd import Energy, Fixed, RankPolicy, Worth, factored_size
-from karui.technique import Bench, Card, technique
+from karui.technique import Bench, Candidate, Card, technique
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -143,6 +146,26 @@ class SvdRestructuring:
     def remarks(self, model: Model) -> tuple[str, ...]:
         """What would be done with each layer, and why."""
         return tuple(choice.describe() for choice in self.choose(model))
+
+    def candidates(self, model: Model, bench: Bench, *, multiple: int = 1) -> Iterator[Candidate]:
+        """For a budget: each linear layer and pointwise convolution at lower and lower ranks."""
+        seen, _ = scan(model, self._objection, self.skip)
+        for one in seen:
+            groups = 1 if isinstance(one.layer, nn.Linear) else one.layer.groups
+            full = min(one.layer.weight.shape[0] // groups, one.layer.weight.shape[1])
+            for rank in rank_ladder(full, multiple):
+                choice = _choice(one, [torch.zeros(full)] * groups, Fixed(rank))
+                if choice.replaced:
+                    alone = replace(self, energy=1.0, rank=None, budget=None, ranks=((one.path, rank),), epochs=0)
+                    yield alone._candidate(one.path, one.layer, rank, full)
+
+    def _candidate(self, path: str, layer: Any, rank: int, full: int) -> Candidate:
+        return Candidate(
+            place=path,
+            technique=self,
+            text=f"rank {rank} of {full}",
+            layers=lambda: {path: factor_matrix(layer, rank, balanced=self.balanced)[0]},
+        )
 
     def choose(self, model: Model) -> tuple[Choice, ...]:
         """The rank of each layer, or the reason why it is left."""

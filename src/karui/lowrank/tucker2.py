@@ -45,6 +45,7 @@ from karui.lowrank._common import (
     carry_out,
     factor_matrix,
     fine_tune,
+    rank_ladder,
     require_data,
     require_fine_tuning,
     require_ranks,
@@ -55,7 +56,7 @@ from karui.lowrank._common import (
 from karui.numerics.evbmf import evbmf
 from karui.numerics.tucker import tucker2
 from karui.numerics.unfold import split_groups, unfold
-from karui.technique import Bench, Card, technique
+from karui.technique import Bench, Candidate, Card, technique
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -159,6 +160,29 @@ class Tucker2:
         """The ranks (input, output) of each layer, or the reason why it is left."""
         seen, left = self._scan(model)
         return (*map(self._choose, seen), *left)
+
+    def candidates(self, model: Model, bench: Bench, *, multiple: int = 1) -> Iterator[Candidate]:
+        """For a budget: each convolution at lower and lower ranks, the same share of both modes."""
+        seen, _ = self._scan(model)
+        for one in seen:
+            if isinstance(one.layer, nn.Linear) or _is_matrix(one):
+                continue
+            filters, channels = kernel_of(one).shape[1:3]
+            outer = rank_ladder(filters, multiple)
+            inner = (channels,) * len(outer) if one.first else rank_ladder(channels, multiple)
+            # The shorter ladder waits at its end, so that a narrow side does not end the other's.
+            for rung in range(max(len(outer), len(inner))):
+                ranks = (inner[min(rung, len(inner) - 1)], outer[min(rung, len(outer) - 1)])
+                alone = replace(self, ratio=1.0, ranks=((one.path, *ranks),), epochs=0)
+                choice = alone._choose(one)
+                if choice.replaced:
+                    yield alone._candidate(one, choice)
+
+    def _candidate(self, one: Seen, choice: Choice) -> Candidate:
+        text = f"rank {' x '.join(map(str, choice.ranks))} of {' x '.join(map(str, choice.full))}"
+        return Candidate(
+            place=one.path, technique=self, text=text, layers=lambda: {one.path: self._build(one, choice)[0]}
+        )
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
         seen, left = scan(model, self._objection, self.skip)

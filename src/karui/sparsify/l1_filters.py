@@ -31,17 +31,18 @@ tried already costs more than that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from karui.errors import require
 from karui.model import Note
-from karui.technique import Card, require_passes, technique
+from karui.technique import Candidate, Card, require_passes, technique
 from karui.technique.pruning.criteria import L1
 from karui.technique.pruning.plan import Candidates, candidates, remarks, shares
 from karui.technique.pruning.schedule import cut_layer_by_layer, cut_once
 from karui.technique.pruning.scope import Quota, Scope, layers_of, matches
+from karui.technique.pruning.selection import ladder, weakest
 from karui.technique.pruning.sensitivity import scan, stage_ratios
 
 if TYPE_CHECKING:
@@ -162,6 +163,23 @@ class L1Filters:
             model, bench, L1, counts, label="l1", greedy=self.greedy, allow_normalisation=self.allow_normalisation
         )
         return bench.fit(light, epochs=self.epochs, label="retrain") if self.epochs else light
+
+    def candidates(self, model: Model, bench: Bench, *, multiple: int = 1) -> Iterator[Candidate]:
+        """For a budget: each group, tied ones too, with fewer and fewer units."""
+        found = candidates(model, replace(Scope.of(self), tied=True))
+        scores = L1(model, found.groups, bench)
+        for group in found.groups:
+            for kept in ladder(group.size, multiple):
+                gone = group.size - kept
+                alone = replace(
+                    self, ratio=0.0, ratios={group.name: gone / group.size}, tied=True, multiple=1, epochs=0
+                )
+                yield Candidate(
+                    place=group.name,
+                    technique=alone,
+                    text=f"{kept} of {group.size} units kept",
+                    cut={group.name: weakest(scores[group.name], gone)},
+                )
 
     def _planned(
         self, model: Model, bench: Bench, found: Candidates, asked: Mapping[str, float]

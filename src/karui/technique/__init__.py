@@ -2,6 +2,8 @@
 
 from karui.technique.bench import Bench as Bench
 from karui.technique.bench import measure as measure
+from karui.technique.candidate import Candidate as Candidate
+from karui.technique.candidate import Offers as Offers
 from karui.technique.card import KINDS as KINDS
 from karui.technique.card import Card as Card
 from karui.technique.compose import Then as Then

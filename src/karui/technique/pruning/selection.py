@@ -42,3 +42,17 @@ def weakest(scores: Float[Tensor, "units"], count: int) -> Int[Tensor, "count"]:
     require(bool(torch.isfinite(scores).all()), "A score is not finite, so units cannot be ranked by it")
     require(0 <= count <= len(scores), f"{count} units are to go, but there are only {len(scores)}")
     return torch.argsort(scores.cpu(), stable=True)[:count].sort().values
+
+
+def ladder(size: int, multiple: int = 1, rungs: int = 8) -> tuple[int, ...]:
+    """How many of `size` units to keep, from nearly all down to an eighth: multiples of `multiple`, at most `rungs - 1`.
+
+    A group that holds no smaller multiple gets the plain shares: it cannot be aligned anyway.
+
+    Example:
+        >>> ladder(64, 8), ladder(128, 8), ladder(6, 8)
+        ((56, 48, 40, 32, 24, 16, 8), (112, 96, 80, 64, 48, 32, 16), (5, 4, 3, 2, 1))
+    """
+    step = multiple if size > multiple else 1
+    kept = [math.ceil(size * (rungs - rung) / rungs / step) * step for rung in range(1, rungs)]
+    return tuple(dict.fromkeys(count for count in kept if count < size))

@@ -1,0 +1,157 @@
+"""The choice: one setting for each place, least harm under all limits at once; a multiple-choice knapsack, exact.
+
+What a layer costs depends on the settings of several places: cutting a group changes what its consumers read, and a
+layer that is replaced lies between two groups. So costs come in tables over the settings of a few places; in the
+integer program a table's cells have weights of their own whose margins are the places' settings. Since those are whole,
+so are the weights: the cost of the pair that is chosen, not a sum of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_matrix
+
+SECONDS = 60.0
+"""Most that the solver may take; what it then has is taken, and is a valid choice, if perhaps not the best."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """How quantities change with the settings of a few places.
+
+    Settings:
+        places: their names.
+        amounts: for each quantity an array with an axis for each place, the change against setting 0 everywhere;
+            infinite where those settings do not go together.
+    """
+
+    places: tuple[str, ...]
+    amounts: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Problem:
+    """What is to be chosen from.
+
+    Settings:
+        harms: for each place the harm of each of its settings; setting 0 leaves the place as it is.
+        tables: the changes of all quantities, which add up.
+        limits: the most that the changes of a quantity may add up to (negative: a saving).
+    """
+
+    harms: Mapping[str, Sequence[float]]
+    tables: Sequence[Table]
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    def total(self, chosen: Mapping[str, int], quantity: str) -> float:
+        """What the changes of a quantity add up to."""
+        cells = (
+            table.amounts[quantity][tuple(chosen.get(place, 0) for place in table.places)]
+            for table in self.tables
+            if quantity in table.amounts
+        )
+        return float(sum(cells))
+
+    def harm(self, chosen: Mapping[str, int]) -> float:
+        """What the harms add up to."""
+        return float(sum(self.harms[place][setting] for place, setting in chosen.items()))
+
+
+def choose(problem: Problem) -> dict[str, int] | None:
+    """The settings of least harm within the limits; None where no choice keeps them.
+
+    Example:
+        >>> time = Table(("a", "b"), {"time": np.array([[0.0, -2.0], [-3.0, -4.0]])})
+        >>> problem = Problem(harms={"a": [0, 1], "b": [0, 1]}, tables=[time], limits={"time": -3})
+        >>> choose(problem)
+        {'a': 1, 'b': 0}
+    """
+    return _Program(problem).solve()
+
+
+def cheapest(problem: Problem, quantity: str) -> dict[str, int]:
+    """The settings that take least of one quantity, whatever the harm: how far the menu reaches."""
+    free = Problem(harms=problem.harms, tables=problem.tables)
+    found = _Program(free, aim=quantity).solve()
+    return found if found is not None else dict.fromkeys(problem.harms, 0)
+
+
+class _Program:
+    """The integer program: a binary variable for each setting, a weight for each cell of each table."""
+
+    def __init__(self, problem: Problem, aim: str = "") -> None:
+        self.problem = problem
+        self.start: dict[str, int] = {}
+        self.costs: list[float] = []
+        for place, harms in problem.harms.items():
+            self.start[place] = len(self.costs)
+            self.costs += [0.0 if aim else float(harm) for harm in harms]
+        self.whole = len(self.costs)
+        self.rows: list[tuple[dict[int, float], float, float]] = []
+        self.spent: dict[str, dict[int, float]] = {quantity: {} for quantity in problem.limits}
+        for place, harms in problem.harms.items():
+            self.rows.append(({self.start[place] + k: 1.0 for k in range(len(harms))}, 1.0, 1.0))
+        for table in problem.tables:
+            self._add(table, aim)
+        for quantity, limit in problem.limits.items():
+            self.rows.append((self.spent[quantity], -np.inf, limit))
+
+    def _add(self, table: Table, aim: str) -> None:
+        """A table over one place needs no weights of its own; others get one for each cell that is possible."""
+        arrays = {quantity: np.asarray(array, dtype=float) for quantity, array in table.amounts.items()}
+        shape = next(iter(arrays.values())).shape
+        possible = np.all([np.isfinite(array) for array in arrays.values()], axis=0)
+        single = len(table.places) == 1
+        margins: list[list[dict[int, float]]] = [[{} for _ in range(n)] for n in shape]
+        for cell in np.ndindex(*shape):
+            if single:
+                column = self.start[table.places[0]] + cell[0]
+                if not possible[cell]:
+                    self.rows.append(({column: 1.0}, 0.0, 0.0))
+                    continue
+            elif possible[cell]:
+                column = len(self.costs)
+                self.costs.append(0.0)
+                for axis, setting in enumerate(cell):
+                    margins[axis][setting][column] = 1.0
+            else:
+                continue
+            for quantity, array in arrays.items():
+                if quantity in self.spent:
+                    self.spent[quantity][column] = self.spent[quantity].get(column, 0.0) + array[cell]
+                if quantity == aim:
+                    self.costs[column] += array[cell]
+        if not single:
+            for axis, place in enumerate(table.places):
+                for setting, margin in enumerate(margins[axis]):
+                    self.rows.append(({**margin, self.start[place] + setting: -1.0}, 0.0, 0.0))
+
+    def solve(self) -> dict[str, int] | None:
+        """The chosen setting of each place."""
+        if not self.whole:
+            return {} if all(limit >= 0 for limit in self.problem.limits.values()) else None
+        places = [(row, column, value) for row, (cells, _, _) in enumerate(self.rows) for column, value in cells.items()]
+        rows, columns, values = (np.array(part) for part in zip(*places, strict=True))
+        # Limits are seconds and bytes: each row is brought to a size of 1, as the solver's tolerances are absolute.
+        sizes = np.array([max(map(abs, cells.values()), default=1.0) or 1.0 for cells, _, _ in self.rows])
+        matrix = coo_matrix((values / sizes[rows], (rows, columns)), shape=(len(self.rows), len(self.costs)))
+        low, high = (np.array([row[side] for row in self.rows]) / sizes for side in (1, 2))
+        costs = np.array(self.costs)
+        scale = np.abs(costs).max() or 1.0
+        found = milp(
+            costs / scale,
+            integrality=(np.arange(len(costs)) < self.whole).astype(int),
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(matrix.tocsr(), low, high),
+            options={"time_limit": SECONDS, "mip_rel_gap": 0.0},
+        )
+        if found.x is None:
+            return None
+        return {
+            place: int(np.argmax(found.x[start : start + len(self.problem.harms[place])]))
+            for place, start in self.start.items()
+        }
