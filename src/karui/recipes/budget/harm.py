@@ -1,0 +1,107 @@
+"""The harm of candidates: how far each, alone, moves the model's output on calibration data. No labels are needed.
+
+Data is streamed: for each batch the model's own outputs, then those of every candidate, tried one after the other on one
+working copy whose values come back each time. So there are never more than two copies of the model here, and the
+activations of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from karui.errors import NeedError, require
+from karui.measuring.inference import inference, tensors_of
+from karui.model import Analysis, Classification, Model
+from karui.technique.pruning.masking import silenced
+
+if TYPE_CHECKING:
+    from karui.technique import Bench, Candidate
+
+SAMPLES, BATCH = 128, 64
+
+
+def harms(model: Model, candidates: Sequence[Candidate], analysis: Analysis | None, bench: Bench) -> list[float]:
+    """The harm of each candidate; infinite where the output stops being finite.
+
+    Args:
+        model: what they were offered for; left as it is.
+        candidates: what is tried.
+        analysis: the coupled groups that cuts name; None where none of them cuts.
+        bench: calibration data (its training inputs, a seeded subset).
+
+    Raises:
+        NeedError: there is no calibration data.
+    """
+    require(bench.train is not None, "A budget needs calibration data.", "Give --data, or Bench(train=...).", NeedError)
+    working = model.copy()
+    totals, samples = [0.0] * len(candidates), 0
+    with inference(working.module) as module:
+        for inputs in bench.calibration(SAMPLES, BATCH):
+            before = tensors_of(module(*inputs))
+            count = len(tensors_of(inputs)[0])
+            samples += count
+            for number, candidate in enumerate(_bar(candidates, bench)):
+                with tried(module, candidate, analysis):
+                    totals[number] += count * change(before, tensors_of(module(*inputs)), model.task)
+    return [total / samples for total in totals]
+
+
+def _bar(candidates: Sequence[Candidate], bench: Bench) -> Any:
+    from rich.progress import track
+
+    return track(candidates, "measuring harm", disable=not bench.progress, transient=True)
+
+
+@contextmanager
+def tried(module: nn.Module, candidate: Candidate, analysis: Analysis | None) -> Iterator[nn.Module]:
+    """The module as the candidate would have it, and as it was afterwards. Changes it in place meanwhile."""
+    with ExitStack() as stack:
+        for name, units in candidate.cut.items():
+            assert analysis is not None  # noqa: S101  (who cuts has groups)
+            stack.enter_context(silenced(module, analysis[name], units))
+        if candidate.layers is not None:
+            stack.enter_context(_swapped(module, candidate.layers()))
+        yield module
+
+
+@contextmanager
+def _swapped(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Other layers at these paths, also where one is held under several names."""
+    places = []
+    for path, layer in layers.items():
+        old = module.get_submodule(path)
+        for parent in module.modules():
+            places += [(parent, name, old, layer) for name, held in parent.named_children() if held is old]
+    for parent, name, _, layer in places:
+        setattr(parent, name, layer.eval())
+    try:
+        yield
+    finally:
+        for parent, name, old, _ in places:
+            setattr(parent, name, old)
+
+
+def change(before: Sequence[Tensor], after: Sequence[Tensor], task: Any) -> float:
+    """How far outputs moved, for one sample: 0 where they are equal, about 1 where little of them is left.
+
+    Of a classifier, the Kullback-Leibler divergence of its probabilities, in nats (for each position); of any other
+    output, the squared distance as a share of its variance over the batch. Several outputs are averaged.
+
+    Example:
+        >>> change([torch.tensor([[0.0], [2.0]])], [torch.tensor([[0.0], [1.0]])], None)
+        0.5
+    """
+    if isinstance(task, Classification) and len(before) == 1:
+        old, new = (functional.log_softmax(t.double(), 1) for t in (before[0], after[0]))
+        found = [(old.exp() * (old - new)).sum(1).mean()]
+    else:
+        pairs = [(a.double(), b.double()) for a, b in zip(before, after, strict=True) if a.is_floating_point()]
+        found = [(a - b).square().mean() / (a - a.mean(0, keepdim=True)).square().mean().clamp(1e-12) for a, b in pairs]
+    value = float(torch.stack(found).mean())
+    return max(value, 0.0) if value == value and value != float("inf") else float("inf")  # noqa: PLR0124  (nan)

@@ -1,0 +1,184 @@
+"""The menu: what every technique of the catalogue offers for a model, with the measured time and harm of each offer.
+
+A technique joins by offering candidates (see `karui.technique.Candidate`); nothing here names one. What is measured
+slower than what it replaces is struck off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from karui.errors import CaptureError, KaruiError, SurgeryError
+from karui.index import techniques
+from karui.model import Analysis, Model, Note, coupled_groups, remove_units, replace_layers
+from karui.recipes.budget.choice import Problem, Table
+from karui.recipes.budget.harm import harms
+from karui.recipes.budget.tables import Coster
+from karui.technique import Candidate, Offers, card_of
+
+if TYPE_CHECKING:
+    from karui.recipes.budget.timing import Stopwatch
+    from karui.technique import Bench
+
+KINDS = ("cut", "replace", "forward")
+"""Kinds of technique that change a trained network at once, without a training of their own."""
+CLOCK = 0.02
+"""What the clock cannot tell apart, as a share of a layer's time."""
+CAP = 1e6
+"""Harm of a candidate whose output is not finite: never worth it, and still a number."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Offer:
+    """A candidate, measured alone.
+
+    Settings:
+        candidate: what would be done.
+        harm: how far it moves the output; see `karui.recipes.budget.harm`.
+        seconds, bytes: how the whole model's time and ONNX file change.
+    """
+
+    candidate: Candidate
+    harm: float
+    seconds: float
+    bytes: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Menu:
+    """All offers for a model, by place.
+
+    Settings:
+        model: what they are for.
+        offers: for each place what can be done there; a place is a coupled group ("units of X") or a layer.
+        tables: how time and bytes depend on the settings of neighbours.
+        analysis: the coupled groups; None where the model cannot be captured.
+        notes: what could not be offered, and why.
+        slower: how many offers were struck off because they are slower.
+    """
+
+    model: Model
+    offers: Mapping[str, tuple[Offer, ...]]
+    tables: tuple[Table, ...]
+    analysis: Analysis | None
+    notes: tuple[str, ...] = ()
+    slower: int = 0
+    failed: set[str] = field(default_factory=set)
+
+    def problem(self, limits: Mapping[str, float]) -> Problem:
+        """What is to be chosen, within limits on the changes of "time" and "bytes"."""
+        harm = {place: [0.0, *(min(offer.harm, CAP) for offer in offers)] for place, offers in self.offers.items()}
+        out = [Table((place,), {"time": _only_first(len(harm[place]))}) for place in self.failed]
+        return Problem(harms=harm, tables=(*self.tables, *out), limits=limits)
+
+    def taken(self, chosen: Mapping[str, int]) -> dict[str, Offer]:
+        """The offers that a choice takes, by place."""
+        return {place: self.offers[place][setting - 1] for place, setting in chosen.items() if setting}
+
+    def carry_out(self, chosen: Mapping[str, int]) -> Model:
+        """The model with all chosen candidates: every cut in one proved surgery, then every replacement.
+
+        Raises:
+            SurgeryError: a cut is refused; the places at fault are remembered, and not offered again.
+        """
+        taken = self.taken(chosen)
+        cuts = {name: units for offer in taken.values() for name, units in offer.candidate.cut.items()}
+        model = self.model
+        if cuts:
+            try:
+                model = remove_units(model, cuts, analysis=self.analysis)
+            except SurgeryError:
+                self._blame({place: offer for place, offer in taken.items() if offer.candidate.cut})
+                raise
+        layers = {}
+        for offer in taken.values():
+            if offer.candidate.layers is not None:
+                layers |= offer.candidate.layers()
+        if layers:
+            model = replace_layers(model, layers)
+        return model.evolve(model.module, *_notes(taken))
+
+    def _blame(self, cuts: Mapping[str, Offer]) -> None:
+        """Find the cuts that are refused alone; where none is, the last one goes."""
+        before = len(self.failed)
+        for place, offer in cuts.items():
+            try:
+                remove_units(self.model, offer.candidate.cut, analysis=self.analysis)
+            except SurgeryError:
+                self.failed.add(place)
+        if len(self.failed) == before:
+            self.failed.add(list(cuts)[-1])
+
+
+def _only_first(count: int):
+    import numpy as np
+
+    return np.array([0.0, *[np.inf] * (count - 1)])
+
+
+def _notes(taken: Mapping[str, Offer]) -> list[Note]:
+    """What each technique did, for the lineage."""
+    by: dict[str, dict[str, str]] = {}
+    for offer in taken.values():
+        card = card_of(offer.candidate.technique)
+        slug = card.slug if card is not None else type(offer.candidate.technique).__name__
+        by.setdefault(slug, {})[offer.candidate.place] = offer.candidate.text
+    return [Note(f"{slug}: {len(places)} places chosen under a budget", {"places": places}) for slug, places in by.items()]
+
+
+def place_of(candidate: Candidate) -> str:
+    """The name of a place in the menu: units and layers of one name are two places."""
+    return f"units of {candidate.place}" if candidate.cut else f"layer {candidate.place}"
+
+
+def collect(model: Model, bench: Bench, multiple: int) -> tuple[list[Candidate], tuple[str, ...]]:
+    """What every technique of the catalogue offers, and why some offer nothing."""
+    found: list[Candidate] = []
+    notes = []
+    for entry in techniques():
+        if entry.card["kind"] in KINDS:
+            made = entry.load()()
+            if isinstance(made, Offers):
+                try:
+                    found += made.candidates(model, bench, multiple=multiple)
+                except KaruiError as error:
+                    notes.append(f"{entry.slug} offers nothing: {error.message}")
+    return found, tuple(notes)
+
+
+def menu(model: Model, bench: Bench, watch: Stopwatch) -> Menu:
+    """Everything that can be done to the model, measured.
+
+    Raises:
+        NeedError: there is no calibration data.
+        CaptureError: the model has no ONNX form, so that no time can be measured.
+    """
+    try:
+        analysis = coupled_groups(model)
+    except CaptureError:
+        analysis = None
+    candidates, notes = collect(model, bench, watch.multiple())
+    coster = Coster(model, analysis, watch)
+    costs = coster.alone(candidates)
+    kept = [k for k, cost in enumerate(costs) if cost.seconds <= CLOCK * cost.touched]
+    harm = harms(model, [candidates[k] for k in kept], analysis, bench)
+    offers: dict[str, list[Offer]] = {}
+    for k, each in zip(kept, harm, strict=True):
+        offer = Offer(candidate=candidates[k], harm=each, seconds=costs[k].seconds, bytes=costs[k].bytes)
+        offers.setdefault(place_of(candidates[k]), []).append(offer)
+    fixed = {place: tuple(found) for place, found in offers.items()}
+    tables = coster.tables({place: _candidates(found) for place, found in fixed.items()})
+    return Menu(
+        model=model,
+        offers=fixed,
+        tables=tables,
+        analysis=analysis,
+        notes=notes,
+        slower=len(candidates) - len(kept),
+    )
+
+
+def _candidates(offers: Sequence[Offer]) -> list[Candidate]:
+    return [offer.candidate for offer in offers]

@@ -1,0 +1,278 @@
+"""What candidates cost, alone and together: each layer timed at every width that its neighbours' settings give it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from karui.measuring import onnx_form
+from karui.model import Analysis, Group, Model, remove_units, replace_layers
+from karui.recipes.budget.blocks import LAYERS, Block, Shape, blocks_of, exchanged, resized, told_layer
+from karui.recipes.budget.choice import Table
+
+if TYPE_CHECKING:
+    from karui.recipes.budget.timing import Stopwatch
+    from karui.technique import Candidate
+
+CELLS = 256
+"""Combinations of neighbours' settings that are timed for a layer; beyond, each place is timed with the others whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a candidate alone changes: seconds and bytes of the whole model, and the time of the layers it touches."""
+
+    seconds: float
+    bytes: float
+    touched: float
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Seconds and bytes of one layer at some widths, or as a new layer."""
+
+    seconds: float
+    bytes: float
+
+
+class Coster:
+    """Costs of candidates for one model.
+
+    Args:
+        model: what they are offered for.
+        analysis: its coupled groups; None where it has none.
+        watch: times what is not known yet.
+    """
+
+    def __init__(self, model: Model, analysis: Analysis | None, watch: Stopwatch) -> None:
+        self.model, self.analysis, self.watch = model, analysis, watch
+        self.graph = blocks_of(model, watch.batch)
+        modules = dict(model.module.named_modules())
+        self.layers = {p: modules[p] for p in self.graph.blocks if p in modules and type(modules[p]) in LAYERS}
+        self.norms = {path for path, layer in modules.items() if isinstance(layer, _BatchNorm)}
+        self.cells: dict[tuple[str, tuple[tuple[int, int], ...]], _Cell] = {}
+        self.exchanged: dict[int, dict[str, _Cell]] = {}
+        self.singles: dict[int, Cost] = {}
+
+    def alone(self, candidates: Sequence[Candidate]) -> list[Cost]:
+        """What each candidate changes by itself."""
+        self._time_cells(self._wanted(candidates))
+        self._time_layers([c for c in candidates if c.layers is not None])
+        costs = [self._alone(candidate) for candidate in candidates]
+        self.singles = {id(c): cost for c, cost in zip(candidates, costs, strict=True)}
+        return costs
+
+    def _wanted(self, candidates: Sequence[Candidate]) -> list[tuple[str, dict[int, int]]]:
+        wanted: list[tuple[str, dict[int, int]]] = [(path, {}) for path in self.layers]
+        for candidate in candidates:
+            if candidate.cut and not self._blind(candidate):
+                wanted += self._lost(candidate).items()
+        return wanted
+
+    def _alone(self, candidate: Candidate) -> Cost:
+        if candidate.cut and not self._blind(candidate):
+            lost = self._lost(candidate)
+            pairs = [(self._cell(path, dims), self._cell(path, {})) for path, dims in lost.items()]
+        elif candidate.layers is not None and id(candidate) in self.exchanged:
+            pairs = [(new, self._cell(path, {})) for path, new in self.exchanged[id(candidate)].items()]
+        else:
+            return self._whole(candidate)
+        return Cost(
+            seconds=sum(new.seconds - old.seconds for new, old in pairs),
+            bytes=sum(new.bytes - old.bytes for new, old in pairs),
+            touched=sum(old.seconds for _, old in pairs),
+        )
+
+    def _whole(self, candidate: Candidate) -> Cost:
+        """By carrying it out: for what acts on layers that cannot be resized by themselves, as recurrent ones."""
+        if candidate.cut:
+            light = remove_units(self.model, candidate.cut, analysis=self.analysis, prove=False)
+        else:
+            assert candidate.layers is not None  # noqa: S101  (one of the two is there)
+            light = replace_layers(self.model, candidate.layers())
+        data = onnx_form(light).data
+        dense = self.watch.whole(self.model, self.graph.data)
+        ratio = self.watch.ratio(self.model, data, self.graph.data)
+        return Cost(seconds=dense * (ratio - 1), bytes=len(data) - self.graph.bytes, touched=dense)
+
+    def _groups(self, candidate: Candidate) -> list[tuple[Group, int]]:
+        assert self.analysis is not None  # noqa: S101  (who cuts has groups)
+        return [(self.analysis[name], len(units)) for name, units in candidate.cut.items()]
+
+    def _lost(self, candidate: Candidate) -> dict[str, dict[int, int]]:
+        """How many indices each layer's weight loses, by dimension."""
+        lost: dict[str, dict[int, int]] = {}
+        for group, count in self._groups(candidate):
+            for member in group.members:
+                path, _, leaf = member.tensor.rpartition(".")
+                if leaf == "weight" and path in self.layers:
+                    dims = lost.setdefault(path, {})
+                    dims[member.dim] = dims.get(member.dim, 0) + count * member.indices.shape[1]
+        return lost
+
+    def _blind(self, candidate: Candidate) -> bool:
+        """Whether it touches weights whose time cannot be had layer by layer."""
+        for group, _ in self._groups(candidate):
+            for member in group.members:
+                path, _, leaf = member.tensor.rpartition(".")
+                if path not in self.norms and not (path in self.layers and leaf in ("weight", "bias")):
+                    return True
+        return any(
+            resized(block, self.layers[path], dims) is None
+            for path, dims in self._lost(candidate).items()
+            for block in self.graph.blocks[path]
+        )
+
+    def _time_cells(self, wanted: Sequence[tuple[str, Mapping[int, int]]]) -> None:
+        """Time layers at widths that are not known yet, all in one go."""
+        fresh: dict[tuple[str, tuple[tuple[int, int], ...]], list[Block]] = {}
+        for path, dims in wanted:
+            key = (path, tuple(sorted(dims.items())))
+            if key not in self.cells and key not in fresh:
+                made = [resized(block, self.layers[path], dims) for block in self.graph.blocks[path]]
+                fresh[key] = [block for block in made if block is not None]
+        flat = [block for blocks in fresh.values() for block in blocks]
+        seconds = iter(self.watch.blocks(flat))
+        for key, blocks in fresh.items():
+            taken = sum(next(seconds) for _ in blocks) if len(blocks) == len(self.graph.blocks[key[0]]) else math.inf
+            self.cells[key] = _Cell(taken, blocks[0].bytes if blocks else 0)
+
+    def _cell(self, path: str, dims: Mapping[int, int]) -> _Cell:
+        return self.cells[path, tuple(sorted(dims.items()))]
+
+    def _time_layers(self, candidates: Sequence[Candidate]) -> None:
+        """Time new layers in the place of old ones; each is made, timed and dropped."""
+        for candidate in candidates:
+            assert candidate.layers is not None  # noqa: S101  (they were filtered)
+            found = {}
+            for path, layer in candidate.layers().items():
+                if path not in self.graph.blocks or not isinstance(layer, nn.Module):
+                    break
+                found[path] = self._new_layer(path, layer)
+            else:
+                self.exchanged[id(candidate)] = found
+
+    def _new_layer(self, path: str, layer: nn.Module) -> _Cell:
+        """A layer's cost where another stands. It is exported only where its time is not known on this machine."""
+        told, seconds = told_layer(layer), 0.0
+        for block in self.graph.blocks[path]:
+            key = f"{told} for {block.key}"
+
+            def make(block: Block = block) -> Block:
+                return exchanged(block, layer, _single(block, self.watch.batch), self.watch.batch)
+
+            seconds += self.watch.named(key, make)
+        old = sum(p.numel() for p in self.model.module.get_submodule(path).parameters())
+        weights = sum(p.numel() * p.element_size() for p in layer.parameters()) - 4 * old
+        return _Cell(seconds, self.graph.blocks[path][0].bytes + weights)
+
+    def tables(self, menu: Mapping[str, Sequence[Candidate]]) -> tuple[Table, ...]:
+        """How time and bytes depend on all places: exact for each layer together with its neighbours."""
+        touching: dict[str, list[str]] = {}
+        own: list[Table] = []
+        for place, candidates in menu.items():
+            exact = [c for c in candidates if self._layerwise(c)]
+            if len(exact) < len(candidates):
+                own.append(self._single_table(place, candidates))
+                continue
+            for path in dict.fromkeys(path for c in candidates for path in self._paths(c)):
+                touching.setdefault(path, []).append(place)
+        self._time_cells([w for path, places in touching.items() for w in self._combinations(path, places, menu)])
+        for path, places in touching.items():
+            own += self._layer_tables(path, places, menu)
+        return tuple(own)
+
+    def _layerwise(self, candidate: Candidate) -> bool:
+        return id(candidate) in self.exchanged if candidate.layers is not None else not self._blind(candidate)
+
+    def _paths(self, candidate: Candidate) -> list[str]:
+        return list(self.exchanged[id(candidate)]) if candidate.layers is not None else list(self._lost(candidate))
+
+    def _single_table(self, place: str, candidates: Sequence[Candidate]) -> Table:
+        costs = [self.singles[id(c)] for c in candidates]
+        amounts = {"time": [0.0, *(c.seconds for c in costs)], "bytes": [0.0, *(c.bytes for c in costs)]}
+        return Table((place,), {name: np.array(values) for name, values in amounts.items()})
+
+    def _settings(
+        self, path: str, place: str, menu: Mapping[str, Sequence[Candidate]]
+    ) -> list[dict[int, int] | _Cell]:
+        """What each setting of a place does to a layer: widths that it loses, or another layer."""
+        found: list[dict[int, int] | _Cell] = [{}]
+        for candidate in menu[place]:
+            if candidate.layers is not None:
+                found.append(self.exchanged[id(candidate)].get(path, {}))
+            else:
+                found.append(self._lost(candidate).get(path, {}))
+        return found
+
+    def _combinations(
+        self, path: str, places: Sequence[str], menu: Mapping[str, Sequence[Candidate]]
+    ) -> list[tuple[str, dict[int, int]]]:
+        cut = [place for place in places if menu[place][0].cut]
+        if math.prod(len(menu[place]) + 1 for place in cut) > CELLS:
+            return []
+        sides = [self._settings(path, place, menu) for place in cut]
+        return [(path, _joined(cell)) for cell in product(*sides)]
+
+    def _layer_tables(
+        self, path: str, places: Sequence[str], menu: Mapping[str, Sequence[Candidate]]
+    ) -> list[Table]:
+        cut = [place for place in places if menu[place][0].cut]
+        many = math.prod(len(menu[place]) + 1 for place in cut) > CELLS
+        new = [place for place in places if place not in cut]
+        if many:
+            groups = [[place] for place in cut]
+            pairs = [self._table(path, [*new, place], menu, exclusive=True) for [place] in groups for _ in new]
+            return [*(self._table(path, group, menu) for group in groups), *pairs, *self._new_only(path, new, menu)]
+        return [self._table(path, list(places), menu)]
+
+    def _new_only(self, path: str, new: Sequence[str], menu: Mapping[str, Sequence[Candidate]]) -> list[Table]:
+        return [self._table(path, list(new), menu)] if new else []
+
+    def _table(
+        self, path: str, places: list[str], menu: Mapping[str, Sequence[Candidate]], *, exclusive: bool = False
+    ) -> Table:
+        """A layer's changes over the settings of some places; with `exclusive`, only which of them go together."""
+        sides = [self._settings(path, place, menu) for place in places]
+        shape = tuple(map(len, sides))
+        amounts = {quantity: np.zeros(shape) for quantity in ("time", "bytes")}
+        whole = self._cell(path, {})
+        for index in np.ndindex(*shape):
+            found = self._together([side[k] for side, k in zip(sides, index, strict=True)], path)
+            if found is None:
+                amounts["time"][index] = amounts["bytes"][index] = math.inf
+            elif not exclusive:
+                amounts["time"][index] = found.seconds - whole.seconds
+                amounts["bytes"][index] = found.bytes - whole.bytes
+        return Table(tuple(places), amounts)
+
+    def _together(self, parts: Sequence[dict[int, int] | _Cell], path: str) -> _Cell | None:
+        """The layer under all these settings; None where they exclude each other: a new layer is not resized."""
+        new = [part for part in parts if isinstance(part, _Cell)]
+        cuts = [part for part in parts if isinstance(part, dict) and part]
+        if new:
+            return new[0] if len(new) == 1 and not cuts else None
+        return self.cells.get((path, tuple(sorted(_joined(cuts).items()))), _Cell(math.inf, math.inf))
+
+
+def _joined(parts: Sequence[Mapping[int, int] | _Cell]) -> dict[int, int]:
+    """Widths lost to several places together."""
+    lost: dict[int, int] = {}
+    for part in parts:
+        for dim, count in part.items() if isinstance(part, Mapping) else ():
+            lost[dim] = lost.get(dim, 0) + count
+    return lost
+
+
+def _single(block: Block, batch: int) -> Shape:
+    """The shape of the layer's input for one sample."""
+    given, _ = block.inputs[block.nodes[0].input[0]]
+    return (given[0] // batch, *given[1:])
+

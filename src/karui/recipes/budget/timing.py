@@ -1,0 +1,214 @@
+"""The time of blocks and of whole models in the engine, measured once per machine.
+
+Blocks are run each in a session of its own, in turns, with the engine's own recorder on: it tells the time of the
+operator without the changes of layout around it, which a layer inside a network does not pay. The cache is one file for
+each machine; a key holds operators, shapes, batch, threads and the engine's version. A reference block is measured with
+every lot, and times are kept as if it had always been as fast as in the first: what a machine does meanwhile drops out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from karui.artifact.files import write_file
+from karui.measuring import Clock, OnnxRuntime, this_machine
+from karui.measuring.engines import onnx_session
+from karui.model import Model
+from karui.recipes.budget.blocks import Block, structure
+
+CACHE = "KARUI_CACHE"
+"""Environment variable: the folder of the timing cache."""
+ROUNDS, CALLS, LOT = 9, 4, 24
+"""Rounds of a lot, calls of each block in a round, blocks of a lot."""
+REFERENCE = "reference"
+FREE = 1.05
+"""How much slower a wider convolution may be measured and still count as free."""
+
+
+def cache_folder() -> Path:
+    """The folder of the timing cache: `$KARUI_CACHE`, else karui's folder among the user's caches."""
+    if given := os.environ.get(CACHE):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "karui"
+
+
+@dataclass
+class TimingCache:
+    """Measured seconds by key, in one file for each machine; written after every lot.
+
+    Settings:
+        file: where; None keeps nothing.
+    """
+
+    file: Path | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_this_machine(cls, folder: Path | None = None) -> TimingCache:
+        """The cache of this processor and system."""
+        machine = this_machine(())
+        mark = hashlib.sha256(f"{machine.processor}|{machine.threads}|{machine.system}".encode()).hexdigest()[:12]
+        file = (folder or cache_folder()) / f"timings-{mark}.json"
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            held = {}
+        return cls(file, {str(k): float(v) for k, v in held.items()} if isinstance(held, dict) else {})
+
+    def put(self, found: Mapping[str, float]) -> None:
+        """Keep new times."""
+        self.seconds.update(found)
+        if self.file is not None and found:
+            write_file(self.file, (json.dumps(self.seconds, indent=0, sort_keys=True) + "\n").encode())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopwatch:
+    """Times blocks and models in ONNX Runtime.
+
+    Settings:
+        batch, threads: how they are run.
+        cache: what is known already.
+        progress: whether a bar is shown.
+    """
+
+    batch: int = 1
+    threads: int = 1
+    cache: TimingCache = field(default_factory=TimingCache)
+    progress: bool = False
+
+    def blocks(self, blocks: Sequence[Block]) -> list[float]:
+        """Seconds of each block."""
+        keys = [f"{block.key} | {self._where}" for block in blocks]
+        unknown = {key: block for key, block in zip(keys, blocks, strict=True) if key not in self.cache.seconds}
+        lots = [list(unknown.items())[start : start + LOT] for start in range(0, len(unknown), LOT)]
+        for lot in self._bar(lots):
+            self._measure(dict(lot))
+        return [self.cache.seconds[key] for key in keys]
+
+    def named(self, name: str, make: Callable[[], Block]) -> float:
+        """Seconds of a block that is made only where the time under this name is not known."""
+        key = f"{name} | {self._where}"
+        if key not in self.cache.seconds:
+            self.cache.put({key: self.blocks([make()])[0]})
+        return self.cache.seconds[key]
+
+    def multiple(self) -> int:
+        """The widths that the engine rewards: the largest step up to which rounding a width up costs nothing."""
+        widths = range(33, 65)
+        seconds = dict(zip(widths, self.blocks([_convolution(32, width) for width in widths]), strict=True))
+        for step in (16, 8, 4, 2):
+            if all(seconds[-(-width // step) * step] <= FREE * seconds[width] for width in widths):
+                return step
+        return 1
+
+    def ratio(self, dense: Model, light: bytes, other: bytes, prepare: Callable[..., Any] | None = None) -> float:
+        """How long a file takes as a share of another, timed in turns; `dense` gives the inputs.
+
+        Args:
+            dense: the model whose example is run.
+            light: the file that is judged.
+            other: the file that it is judged against.
+            prepare: how an engine opens the judged file; ONNX Runtime where it is not given.
+        """
+        key = f"{structure(light)} / {structure(other)} | {self._where}"
+        if prepare is not None or key not in self.cache.seconds:
+            engines = (OnnxRuntime(),)
+            clock = Clock(
+                batches=(self.batch,), threads=(self.threads,), engines=engines, rounds=25, cpu_time=self.threads == 1
+            )
+            times = clock.time({"example": dense, "light": light, "other": other}, progress=False)
+            one, two = (times.of(name)[0].median for name in ("light", "other"))
+            self.cache.put({key: one / two})
+        return self.cache.seconds[key]
+
+    def whole(self, dense: Model, data: bytes) -> float:
+        """Seconds of a whole file."""
+        key = f"{structure(data)} | {self._where}"
+        if key not in self.cache.seconds:
+            clock = Clock(
+                batches=(self.batch,), threads=(self.threads,), engines=(OnnxRuntime(),), rounds=25,
+                cpu_time=self.threads == 1,
+            )  # fmt: skip
+            self.cache.put({key: clock.time({"example": dense, "whole": data}).of("whole")[0].median})
+        return self.cache.seconds[key]
+
+    @property
+    def _where(self) -> str:
+        return f"batch {self.batch}, threads {self.threads}, onnxruntime {OnnxRuntime().version()}"
+
+    def _bar(self, lots: Sequence[Any]) -> Any:
+        from rich.progress import track
+
+        return track(lots, "timing layers", disable=not self.progress or not lots, transient=True)
+
+    def _measure(self, lot: dict[str, Block]) -> None:
+        """Time a lot of blocks in turns, beside the reference."""
+        found = profiled({**lot, REFERENCE: _reference()}, self.threads)
+        reference = f"{REFERENCE} | {self._where}"
+        now = found.pop(REFERENCE)
+        if reference not in self.cache.seconds:
+            self.cache.put({reference: now})
+        drift = self.cache.seconds[reference] / now
+        self.cache.put({key: seconds * drift for key, seconds in found.items()})
+
+
+def profiled(blocks: Mapping[str, Block], threads: int) -> dict[str, float]:
+    """Seconds of each block, without changes of layout: the engine's recorder, median over rounds in turns."""
+    with tempfile.TemporaryDirectory(prefix="karui-") as folder:
+        prefix = Path(folder)
+        sessions = {
+            name: onnx_session(block.data(), threads, profile=str(prefix / str(number)))
+            for number, (name, block) in enumerate(blocks.items())
+        }
+        feeds = {name: block.feed() for name, block in blocks.items()}
+        for number in range(ROUNDS + 1):
+            for name in sessions if number % 2 == 0 else reversed(sessions):
+                for _ in range(CALLS):
+                    sessions[name].run(None, feeds[name])
+        return {name: _recorded(session.end_profiling()) for name, session in sessions.items()}
+
+
+LAYOUT = ("ReorderInput", "ReorderOutput", "Transpose")
+
+
+def _recorded(file: str) -> float:
+    """Seconds of one call from a record of many: for each operator the median over rounds, without the first round."""
+    events = json.loads(Path(file).read_text(encoding="utf-8"))
+    taken: dict[str, list[float]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            if event["args"].get("op_name") not in LAYOUT:
+                taken.setdefault(event["name"], []).append(event["dur"] * 1e-6)
+    return sum(_typical(durations) for durations in taken.values())
+
+
+def _typical(durations: Sequence[float]) -> float:
+    """The mean of each round's calls (the recorder counts whole microseconds), and the median of those."""
+    rounds = np.array(durations[CALLS:])
+    rounds = rounds[: len(rounds) // CALLS * CALLS].reshape(-1, CALLS)
+    return median(rounds.mean(axis=1).tolist())
+
+
+def _reference() -> Block:
+    """A convolution of middling size, timed with every lot."""
+    return _convolution(32, 32)
+
+
+def _convolution(inputs: int, outputs: int) -> Block:
+    import onnx
+    from onnx import helper
+
+    weight = np.full((outputs, inputs, 3, 3), 0.01, dtype=np.float32)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    return Block((node,), {"w": weight}, {"x": ((1, inputs, 16, 16), onnx.TensorProto.FLOAT)}, "y", 18)
