@@ -24,6 +24,7 @@ _DOOR = {
     "Card": "karui.technique",
     "Technique": "karui.technique",
     "Then": "karui.technique",
+    "compress": "karui.recipes.budget.door",
     "measure": "karui.technique",
     "Influence": "karui.train",
     "Together": "karui.train",

@@ -34,6 +34,10 @@ RECIPE = Annotated[
     str,
     typer.Option("--recipe", "-r", help="A TOML file, or slug:name=value; several steps are joined with +."),
 ]
+RECIPE_OR_NONE = Annotated[
+    str | None,
+    typer.Option("--recipe", "-r", help="A TOML file, or slug:name=value; several steps are joined with +."),
+]
 WEIGHTS = Annotated[
     Path | None, typer.Option("--weights", "-w", help="Trained weights: safetensors, npz, or a plain state dict.")
 ]

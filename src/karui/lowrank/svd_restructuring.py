@@ -157,15 +157,7 @@ class SvdRestructuring:
                 choice = _choice(one, [torch.zeros(full)] * groups, Fixed(rank))
                 if choice.replaced:
                     alone = replace(self, energy=1.0, rank=None, budget=None, ranks=((one.path, rank),), epochs=0)
-                    yield alone._candidate(one.path, one.layer, rank, full)
-
-    def _candidate(self, path: str, layer: Any, rank: int, full: int) -> Candidate:
-        return Candidate(
-            place=path,
-            technique=self,
-            text=f"rank {rank} of {full}",
-            layers=lambda: {path: factor_matrix(layer, rank, balanced=self.balanced)[0]},
-        )
+                    yield _candidate(alone, one, rank, full)
 
     def choose(self, model: Model) -> tuple[Choice, ...]:
         """The rank of each layer, or the reason why it is left."""
@@ -223,3 +215,12 @@ def _choice(one: Seen, spectra: list[Tensor], policy: RankPolicy) -> Choice:
         macs=(dense * places, factored * places),
     )
     return unless_larger(choice)
+
+
+def _candidate(alone: SvdRestructuring, one: Seen, rank: int, full: int) -> Candidate:
+    return Candidate(
+        place=one.path,
+        technique=alone,
+        text=f"rank {rank} of {full}",
+        layers=lambda: {one.path: factor_matrix(one.layer, rank, balanced=alone.balanced)[0]},
+    )

@@ -141,9 +141,9 @@ class Tucker2:
         seen, left = self._scan(model)
         choices, layers = [], {}
         for one in tracked(seen, "decompose", shown=bench.progress):
-            choice = self._choose(one)
+            choice = self.choice(one)
             if choice.replaced:
-                layers[one.path], error = self._build(one, choice)
+                layers[one.path], error = self.build(one, choice)
                 choice = replace(choice, error=error)
             choices.append(choice)
         extra = {"ranks": "variational Bayes" if self.ratio is None else f"{self.ratio} of full"}
@@ -159,7 +159,7 @@ class Tucker2:
     def choose(self, model: Model) -> tuple[Choice, ...]:
         """The ranks (input, output) of each layer, or the reason why it is left."""
         seen, left = self._scan(model)
-        return (*map(self._choose, seen), *left)
+        return (*map(self.choice, seen), *left)
 
     def candidates(self, model: Model, bench: Bench, *, multiple: int = 1) -> Iterator[Candidate]:
         """For a budget: each convolution at lower and lower ranks, the same share of both modes."""
@@ -174,15 +174,9 @@ class Tucker2:
             for rung in range(max(len(outer), len(inner))):
                 ranks = (inner[min(rung, len(inner) - 1)], outer[min(rung, len(outer) - 1)])
                 alone = replace(self, ratio=1.0, ranks=((one.path, *ranks),), epochs=0)
-                choice = alone._choose(one)
+                choice = alone.choice(one)
                 if choice.replaced:
-                    yield alone._candidate(one, choice)
-
-    def _candidate(self, one: Seen, choice: Choice) -> Candidate:
-        text = f"rank {' x '.join(map(str, choice.ranks))} of {' x '.join(map(str, choice.full))}"
-        return Candidate(
-            place=one.path, technique=self, text=text, layers=lambda: {one.path: self._build(one, choice)[0]}
-        )
+                    yield _candidate(alone, one, choice)
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
         seen, left = scan(model, self._objection, self.skip)
@@ -196,7 +190,7 @@ class Tucker2:
             return "pointwise convolutions are left (pointwise=False)"
         return ""
 
-    def _choose(self, one: Seen) -> Choice:
+    def choice(self, one: Seen) -> Choice:
         """Ranks by the setting; then the layer is left if that would not save anything."""
         kernel, own = kernel_of(one), [ranks for path, *ranks in self.ranks if path == one.path]
         filters, channels, taps = *kernel.shape[1:3], math.prod(kernel.shape[3:])
@@ -226,7 +220,7 @@ class Tucker2:
         taken = min(self.noise_rank or full, full)
         return taken, f"variational Bayes finds nothing but noise in {name}, taken at rank {taken}"
 
-    def _build(self, one: Seen, choice: Choice) -> tuple[nn.Module, float]:
+    def build(self, one: Seen, choice: Choice) -> tuple[nn.Module, float]:
         """The factored layer and its relative error. A mode of full rank is folded back into the core."""
         if len(choice.ranks) == 1:
             return factor_matrix(one.layer, choice.ranks[0])
@@ -296,3 +290,8 @@ def _stages(one: Seen, kernel: Tensor, ranks: tuple[int, ...]) -> Iterator[tuple
     yield taps * rank_in * rank_out, one.outputs
     if rank_out != filters:
         yield rank_out * filters, one.outputs
+
+
+def _candidate(alone: Tucker2, one: Seen, choice: Choice) -> Candidate:
+    text = f"rank {' x '.join(map(str, choice.ranks))} of {' x '.join(map(str, choice.full))}"
+    return Candidate(place=one.path, technique=alone, text=text, layers=lambda: {one.path: alone.build(one, choice)[0]})

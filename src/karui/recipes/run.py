@@ -7,8 +7,6 @@ done the finished steps (`steps/`) and the trainings' checkpoints (`checkpoints/
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -19,12 +17,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from karui.artifact import load, save, stored_bytes
-from karui.artifact.describe import task_to_json
-from karui.artifact.files import OURS, write_file
 from karui.errors import KaruiError, UsageError, require
 from karui.measuring import Comparison, compare, count, ratios_between, this_machine
 from karui.measuring.values import to_json
-from karui.model import edit_to_json
+from karui.recipes.keeping import (
+    CHECKPOINTS,
+    DENSE,
+    FORMAT,
+    RECORD,
+    STEPS,
+    Tell,
+    claim,
+    digest_of,
+    identity_of,
+    quiet,
+    read_record,
+    refuse_foreign,
+    replayable,
+    told_data,
+    version,
+    write_record,
+)
 from karui.recipes.layers import layer_rows
 from karui.recipes.planned import plan_recipe
 from karui.recipes.recipe import Recipe
@@ -34,19 +47,6 @@ from karui.recipes.verdict import verdict
 if TYPE_CHECKING:
     from karui.model import Model
     from karui.technique import Bench, Technique
-
-FORMAT = 1
-RECORD = "run.json"
-STEPS, CHECKPOINTS, DENSE = "steps", "checkpoints", "dense"
-OWN = frozenset({*OURS, STEPS, CHECKPOINTS, DENSE, RECORD, "report.html"})
-"""What a run's folder may hold; anything else is somebody's, and the folder is refused."""
-
-Tell = Callable[[str], None]
-
-
-def quiet(text: str) -> None:
-    """Tell nobody."""
-    del text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +95,20 @@ class _Keeper:
 
     def run(self, stage: _Stage, model: Model, bench: Bench) -> Model:
         """The stage's result: read where it is finished, worked out and kept where it is not."""
-        self.mark = _digest(self.mark, stage.technique, stage.settings)
+        self.mark = digest_of(self.mark, stage.technique, stage.settings)
         folder = self.out / STEPS / stage.folder
-        kept = _read(folder / RECORD)
+        kept = read_record(folder / RECORD)
         if kept is not None and kept.get("mark") == self.mark:
             self.tell(f"{stage.technique}: finished before, not repeated")
             self.told.append(kept["told"])
-            return load(folder, base=model.module if not _replayable(model) else None)
+            return load(folder, base=model.module if not replayable(model) else None)
         self.tell(f"{stage.technique}: started")
         started = time.perf_counter()
         result = stage.work(model)
         told = self._told(stage, result, bench, time.perf_counter() - started)
         shutil.rmtree(folder, ignore_errors=True)
         save(result, folder, onnx=False)
-        _write(folder / RECORD, {"mark": self.mark, "told": told})
+        write_record(folder / RECORD, {"mark": self.mark, "told": told})
         self.told.append(told)
         return result
 
@@ -125,10 +125,6 @@ class _Keeper:
             "macs": counts.macs,
             "validation": score,
         }
-
-
-def _replayable(model: Model) -> bool:
-    return bool(model.lineage) and model.lineage[0].kind == "origin"
 
 
 def run_recipe(
@@ -161,21 +157,21 @@ def run_recipe(
     """
     out = Path(out)
     bench = dataclasses.replace(bench, checkpoints=out / CHECKPOINTS)
-    _refuse_foreign(out)
+    refuse_foreign(out)
     plan = plan_recipe(model, recipe, bench)
     plan.check()
-    _claim(out, resume)
-    mark = _digest(FORMAT, _identity(model), _data(bench), bench.seed, settings(bench.training), recipe.told())
-    done = _read(out / RECORD)
+    claim(out, resume)
+    mark = digest_of(FORMAT, identity_of(model), told_data(bench), bench.seed, settings(bench.training), recipe.told())
+    done = read_record(out / RECORD)
     if resume and done is not None and done.get("mark") == mark:
         tell("this run was finished before; nothing is repeated")
         return Run(record=done, folder=out)
-    keeper = _Keeper(out=out, mark=_digest(mark), tell=tell)
+    keeper = _Keeper(out=out, mark=digest_of(mark), tell=tell)
     dense, light = _stages(model, recipe, bench, keeper, train_first)
     tell("measuring dense against light, in turns")
     record = {
         "format": FORMAT,
-        "karui": _version(),
+        "karui": version(),
         "mark": mark,
         "asked": _told_asked(asked or Asked(), recipe, bench),
         "steps": keeper.told,
@@ -184,46 +180,33 @@ def run_recipe(
     }
     if train_first:
         save(dense, out / DENSE, onnx=False)
-    _write(out / RECORD, record)
+    write_record(out / RECORD, record)
     for name in (STEPS, CHECKPOINTS):
         shutil.rmtree(out / name, ignore_errors=True)
     return read_run(out)
-
-
-def _refuse_foreign(out: Path) -> None:
-    """Refuse a folder that holds anything else than a run."""
-    strangers = sorted(path.name for path in out.iterdir() if path.name not in OWN) if out.is_dir() else []
-    require(
-        not strangers and (not out.exists() or out.is_dir()),
-        f"{out} is no folder of a run: it holds {', '.join(strangers[:3]) or 'a file'}.",
-        "Give --out a new folder, or the folder of an earlier run.",
-        UsageError,
-    )
-
-
-def _claim(out: Path, resume: bool) -> None:
-    """Make the folder, empty of unfinished work unless that is to go on."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"The folder {out} cannot be made: {error.strerror}.", "Give --out another one.") from error
-    if not resume:
-        for name in (STEPS, CHECKPOINTS):
-            shutil.rmtree(out / name, ignore_errors=True)
 
 
 def _stages(model: Model, recipe: Recipe, bench: Bench, keeper: _Keeper, train_first: bool) -> tuple[Model, Model]:
     """The dense and the light model."""
     dense = model
     if train_first:
-        training = settings(bench.training)
-        stage = _Stage(number=0, technique=DENSE, settings=training, work=lambda m: bench.fit(m, label=DENSE))
-        dense = keeper.run(stage, model, bench)
+        dense = _dense(model, bench, keeper)
     light, bench = dense, dataclasses.replace(bench, dense=dense)
     for number, (step, told) in enumerate(zip(recipe.steps, recipe.told(), strict=True), 1):
         work = _applied(step, bench)
         light = keeper.run(_Stage(number=number, work=work, **told), light, bench)
     return dense, light
+
+
+def _dense(model: Model, bench: Bench, keeper: _Keeper) -> Model:
+    training = settings(bench.training)
+    stage = _Stage(number=0, technique=DENSE, settings=training, work=lambda m: bench.fit(m, label=DENSE))
+    return keeper.run(stage, model, bench)
+
+
+def trained_first(model: Model, bench: Bench, out: Path, mark: str, tell: Tell) -> Model:
+    """The model, trained as the bench says; kept in the run's folder, so that a resumed run need not do it again."""
+    return _dense(model, bench, _Keeper(out=out, mark=digest_of(mark), tell=tell))
 
 
 def _applied(step: Technique, bench: Bench) -> Callable[[Model], Model]:
@@ -235,7 +218,7 @@ def _finish(dense: Model, light: Model, recipe: Recipe, bench: Bench, out: Path)
     both = compare(dense, light, test=bench.test, clock=bench.clock, progress=bench.progress)
     told = {"recipe": recipe.told(), "seed": bench.seed, "training": settings(bench.training)}
     saved = save(light, out, measurements=both.to_json(), settings=told)
-    both = _with_bytes(both, stored_bytes(dense), saved.weights_bytes)
+    both = with_bytes(both, stored_bytes(dense), saved.weights_bytes)
     verification = None if saved.verification is None else saved.verification.to_json()
     return {
         "machine": to_json(this_machine()),
@@ -244,7 +227,7 @@ def _finish(dense: Model, light: Model, recipe: Recipe, bench: Bench, out: Path)
         "ratios": to_json(both.ratios),
         "change": to_json(both.change),
         "layers": {"dense": layer_rows(dense), "light": layer_rows(light)},
-        "example": _example(light),
+        "example": example_rows(light),
         "lineage": [{"kind": edit.kind, "text": edit.describe()} for edit in light.lineage],
         "verification": verification,
         "warnings": list(saved.warnings),
@@ -253,13 +236,13 @@ def _finish(dense: Model, light: Model, recipe: Recipe, bench: Bench, out: Path)
     }
 
 
-def _example(model: Model) -> list[dict[str, Any]]:
+def example_rows(model: Model) -> list[dict[str, Any]]:
     """Shape and type of each input, for one sample."""
     tensors = [x for x in model.example if isinstance(x, torch.Tensor)]
     return [{"shape": [1, *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch.")} for x in tensors]
 
 
-def _with_bytes(both: Comparison, dense: int, light: int) -> Comparison:
+def with_bytes(both: Comparison, dense: int, light: int) -> Comparison:
     """The comparison, with the bytes of each model's weights as saved in the same way."""
     heavy = dataclasses.replace(both.dense, stored_bytes=dense)
     lean = dataclasses.replace(both.light, stored_bytes=light)
@@ -278,47 +261,6 @@ def _told_asked(asked: Asked, recipe: Recipe, bench: Bench) -> dict[str, Any]:
     }
 
 
-def _version() -> str:
-    from karui import __version__
-
-    return __version__
-
-
-def _identity(model: Model) -> str:
-    """A digest of the model: its lineage, its task, and every tensor."""
-    told = [*(edit_to_json(edit) for edit in model.lineage), task_to_json(model.task)[0]]
-    digest = hashlib.sha256(json.dumps(told, default=str).encode())
-    for name, tensor in sorted(model.module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _data(bench: Bench) -> list[Any]:
-    """What tells one data set from another without reading all of it: lengths, and the first sample of each split."""
-    told: list[Any] = []
-    for split in (bench.train, bench.validation, bench.test):
-        told += [None] if split is None else [len(split), str(split[0]) if len(split) else ""]
-    return told
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A record; None where there is none, or it was not finished."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    write_file(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
-
-
 def read_run(folder: str | Path) -> Run:
     """The run that lies in a folder.
 
@@ -326,7 +268,7 @@ def read_run(folder: str | Path) -> Run:
         UsageError: there is none, or it is of another version.
     """
     folder = Path(folder)
-    record = _read(folder / RECORD)
+    record = read_record(folder / RECORD)
     require(
         record is not None, f"{folder} holds no finished run.", "Make one: karui compress ... --out DIR", UsageError
     )

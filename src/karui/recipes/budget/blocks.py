@@ -1,8 +1,8 @@
 """Blocks: each heavy operator of a model's ONNX graph with what an engine melts into it, at any width.
 
-A layer is timed as it stands in the exported graph: a convolution with the normalisation that the exporter folded into
-it, the sum and the rectifier that the engine fuses, on inputs of its real shape. Timing a layer in isolation as a module
-would miss all three. A block is data: nodes, the shapes of its weights and inputs; a resized one has other shapes.
+A layer is timed as it stands in the exported graph: a convolution with the normalisation that the exporter folded
+into it, the sum and the rectifier that the engine fuses, on inputs of its real shape. Timing a module by itself would
+miss all three. A block is data: nodes, the shapes of its weights and inputs; a resized one has other shapes.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import onnx
 from onnx import helper, numpy_helper
 from torch import nn
 
-from karui.errors import KaruiError
 from karui.measuring import onnx_form
 from karui.measuring.engines import onnx_session
 from karui.measuring.inference import batch_of, tensors_of
-from karui.model import Model, describe_layer
+from karui.model import Model
 
 if TYPE_CHECKING:
     from karui.measuring import OnnxForm
@@ -71,9 +70,9 @@ class Block:
             parts = [names.setdefault(name, str(len(names))) for name in (*node.input, *node.output)]
             attributes = {a.name: str(helper.get_attribute_value(a)) for a in node.attribute}
             told.append([node.op_type, parts, sorted(attributes.items())])
-        # Small constants (limits of a Clip, a shape) decide what is computed; of weights only the shape matters.
+        # Single numbers (limits of a Clip) and whole ones (a shape) decide what is computed; of weights only shapes do.
         weights = {
-            names.get(name, ""): array.tolist() if array.size <= 16 and array.ndim < 2 else list(array.shape)
+            names.get(name, ""): array.tolist() if array.size == 1 or array.dtype.kind != "f" else list(array.shape)
             for name, array in self.weights.items()
         }
         inputs = {names.get(name, ""): [list(shape), kind] for name, (shape, kind) in self.inputs.items()}
@@ -100,7 +99,7 @@ class Block:
         made = {}
         for name, (shape, kind) in self.inputs.items():
             dtype = helper.tensor_dtype_to_np_dtype(kind)
-            whole = np.issubdtype(dtype, np.integer) or dtype == bool
+            whole = np.issubdtype(dtype, np.integer) or dtype.kind == "b"
             made[name] = np.zeros(shape, dtype) if whole else draw.standard_normal(shape).astype(dtype)
         return made
 
@@ -252,43 +251,6 @@ def resized(block: Block, layer: nn.Module, lost: Mapping[int, int]) -> Block | 
     return replace(block, nodes=tuple(nodes), weights=weights, inputs=inputs)
 
 
-def exchanged(block: Block, layer: nn.Module, given: Shape, batch: int) -> Block:
-    """The block with another layer in place of its own: what followed the old one follows the new one.
-
-    Args:
-        block: of the layer as it is.
-        layer: the new one.
-        given: shape of the layer's input, with one sample.
-        batch: samples.
-
-    Raises:
-        CaptureError: the layer cannot be exported.
-    """
-    import torch
-
-    form = onnx_form(Model(layer, example=(torch.zeros(2, *given[1:]),)))
-    proto = onnx.load_model_from_string(form.data)
-    graph = proto.graph
-    names = {node.output[0]: f"new_{node.output[0]}" for node in graph.node}
-    names |= {tensor.name: f"new_{tensor.name}" for tensor in graph.initializer}
-    own = block.nodes[0]
-    names[graph.input[0].name] = own.input[0]
-    names[graph.output[0].name] = own.output[0]
-    nodes = []
-    for node in graph.node:
-        made = onnx.NodeProto.FromString(node.SerializeToString())
-        made.input[:] = [names.get(name, name) for name in node.input]
-        made.output[:] = [names.get(name, name) for name in node.output]
-        nodes.append(made)
-    rest = block.nodes[1:]
-    read = {name for node in rest for name in node.input}
-    weights = {names[t.name]: numpy_helper.to_array(t) for t in graph.initializer}
-    weights |= {name: array for name, array in block.weights.items() if name in read}
-    inputs = {name: told for name, told in block.inputs.items() if name in read}
-    inputs = {own.input[0]: ((batch, *given[1:]), onnx.TensorProto.FLOAT), **inputs}
-    return Block((*nodes, *rest), weights, inputs, block.output, block.opset, block.layer)
-
-
 def structure(data: bytes) -> str:
     """A digest of an ONNX file without the values of its weights: files of equal digest take equal time."""
     proto = onnx.load_model_from_string(data)
@@ -301,14 +263,6 @@ def structure(data: bytes) -> str:
         if t.data_type != onnx.TensorProto.FLOAT or math.prod(t.dims) > 8
     ]
     return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:24]
-
-
-def told_layer(layer: nn.Module) -> str:
-    """A layer's class and settings, which decide its time; empty where they cannot be told."""
-    try:
-        return json.dumps(describe_layer(layer), sort_keys=True)
-    except KaruiError:
-        return ""
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> int:

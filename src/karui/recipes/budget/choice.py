@@ -122,9 +122,9 @@ class _Program:
                 continue
             for quantity, array in arrays.items():
                 if quantity in self.spent:
-                    self.spent[quantity][column] = self.spent[quantity].get(column, 0.0) + array[cell]
+                    self.spent[quantity][column] = self.spent[quantity].get(column, 0.0) + float(array[cell])
                 if quantity == aim:
-                    self.costs[column] += array[cell]
+                    self.costs[column] += float(array[cell])
         if not single:
             for axis, place in enumerate(table.places):
                 for setting, margin in enumerate(margins[axis]):
@@ -134,7 +134,9 @@ class _Program:
         """The chosen setting of each place."""
         if not self.whole:
             return {} if all(limit >= 0 for limit in self.problem.limits.values()) else None
-        places = [(row, column, value) for row, (cells, _, _) in enumerate(self.rows) for column, value in cells.items()]
+        places = [
+            (row, column, value) for row, (cells, _, _) in enumerate(self.rows) for column, value in cells.items()
+        ]
         rows, columns, values = (np.array(part) for part in zip(*places, strict=True))
         # Limits are seconds and bytes: each row is brought to a size of 1, as the solver's tolerances are absolute.
         sizes = np.array([max(map(abs, cells.values()), default=1.0) or 1.0 for cells, _, _ in self.rows])
@@ -146,7 +148,7 @@ class _Program:
             costs / scale,
             integrality=(np.arange(len(costs)) < self.whole).astype(int),
             bounds=Bounds(0, 1),
-            constraints=LinearConstraint(matrix.tocsr(), low, high),
+            constraints=[LinearConstraint(matrix.tocsr(), low, high)],  # pyright: ignore[reportArgumentType]
             options={"time_limit": SECONDS, "mip_rel_gap": 0.0},
         )
         if found.x is None:

@@ -1,7 +1,7 @@
 """The harm of candidates: how far each, alone, moves the model's output on calibration data. No labels are needed.
 
-Data is streamed: for each batch the model's own outputs, then those of every candidate, tried one after the other on one
-working copy whose values come back each time. So there are never more than two copies of the model here, and the
+Data is streamed: for each batch the model's own outputs, then those of every candidate, tried one after the other on
+one working copy whose values come back each time. So there are never more than two copies of the model here, and the
 activations of one batch.
 """
 

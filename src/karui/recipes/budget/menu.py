@@ -125,7 +125,9 @@ def _notes(taken: Mapping[str, Offer]) -> list[Note]:
         card = card_of(offer.candidate.technique)
         slug = card.slug if card is not None else type(offer.candidate.technique).__name__
         by.setdefault(slug, {})[offer.candidate.place] = offer.candidate.text
-    return [Note(f"{slug}: {len(places)} places chosen under a budget", {"places": places}) for slug, places in by.items()]
+    return [
+        Note(f"{slug}: {len(places)} places chosen under a budget", {"places": places}) for slug, places in by.items()
+    ]
 
 
 def place_of(candidate: Candidate) -> str:
@@ -160,6 +162,8 @@ def menu(model: Model, bench: Bench, watch: Stopwatch) -> Menu:
     except CaptureError:
         analysis = None
     candidates, notes = collect(model, bench, watch.multiple())
+    if not any(candidate.cut for candidate in candidates):
+        notes = (_nothing_to_cut(analysis), *notes)
     coster = Coster(model, analysis, watch)
     costs = coster.alone(candidates)
     kept = [k for k, cost in enumerate(costs) if cost.seconds <= CLOCK * cost.touched]
@@ -178,6 +182,14 @@ def menu(model: Model, bench: Bench, watch: Stopwatch) -> Menu:
         notes=notes,
         slower=len(candidates) - len(kept),
     )
+
+
+def _nothing_to_cut(analysis: Analysis | None) -> str:
+    """Why no units can go; layers can still be replaced, and run in lower precision."""
+    if analysis is None:
+        return "no units can be cut, as the network cannot be captured as a graph (karui plan tells where)"
+    reasons = dict.fromkeys(lock.reason for lock in analysis.locked)
+    return f"no units can be cut: {'; '.join(list(reasons)[:3]) or 'every group is left whole'}"
 
 
 def _candidates(offers: Sequence[Offer]) -> list[Candidate]:

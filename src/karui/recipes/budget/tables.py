@@ -14,15 +14,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from karui.measuring import onnx_form
 from karui.model import Analysis, Group, Model, remove_units, replace_layers
-from karui.recipes.budget.blocks import LAYERS, Block, Shape, blocks_of, exchanged, resized, told_layer
+from karui.recipes.budget.blocks import LAYERS, Block, Shape, blocks_of, resized
 from karui.recipes.budget.choice import Table
+from karui.recipes.budget.exchange import exchanged, told_layer
 
 if TYPE_CHECKING:
     from karui.recipes.budget.timing import Stopwatch
     from karui.technique import Candidate
 
 CELLS = 256
-"""Combinations of neighbours' settings that are timed for a layer; beyond, each place is timed with the others whole."""
+"""Combinations of neighbours' settings that are timed for a layer; beyond, each place is timed by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +201,7 @@ class Coster:
         amounts = {"time": [0.0, *(c.seconds for c in costs)], "bytes": [0.0, *(c.bytes for c in costs)]}
         return Table((place,), {name: np.array(values) for name, values in amounts.items()})
 
-    def _settings(
-        self, path: str, place: str, menu: Mapping[str, Sequence[Candidate]]
-    ) -> list[dict[int, int] | _Cell]:
+    def _settings(self, path: str, place: str, menu: Mapping[str, Sequence[Candidate]]) -> list[dict[int, int] | _Cell]:
         """What each setting of a place does to a layer: widths that it loses, or another layer."""
         found: list[dict[int, int] | _Cell] = [{}]
         for candidate in menu[place]:
@@ -221,9 +220,7 @@ class Coster:
         sides = [self._settings(path, place, menu) for place in cut]
         return [(path, _joined(cell)) for cell in product(*sides)]
 
-    def _layer_tables(
-        self, path: str, places: Sequence[str], menu: Mapping[str, Sequence[Candidate]]
-    ) -> list[Table]:
+    def _layer_tables(self, path: str, places: Sequence[str], menu: Mapping[str, Sequence[Candidate]]) -> list[Table]:
         cut = [place for place in places if menu[place][0].cut]
         many = math.prod(len(menu[place]) + 1 for place in cut) > CELLS
         new = [place for place in places if place not in cut]
@@ -275,4 +272,3 @@ def _single(block: Block, batch: int) -> Shape:
     """The shape of the layer's input for one sample."""
     given, _ = block.inputs[block.nodes[0].input[0]]
     return (given[0] // batch, *given[1:])
-

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 
 from karui.artifact.files import write_file
-from karui.measuring import Clock, OnnxRuntime, this_machine
+from karui.measuring import Engine, OnnxRuntime, Ratio, Timing, this_machine, time_ratio
 from karui.measuring.engines import onnx_session
+from karui.measuring.inference import batch_of
+from karui.measuring.rounds import interleaved
 from karui.model import Model
 from karui.recipes.budget.blocks import Block, structure
 
@@ -112,36 +114,53 @@ class Stopwatch:
                 return step
         return 1
 
-    def ratio(self, dense: Model, light: bytes, other: bytes, prepare: Callable[..., Any] | None = None) -> float:
-        """How long a file takes as a share of another, timed in turns; `dense` gives the inputs.
+    def ratio(self, dense: Model, light: bytes, other: bytes, engine: Engine | None = None) -> float:
+        """How long a file takes as a share of another in ONNX Runtime, timed in turns.
 
         Args:
             dense: the model whose example is run.
             light: the file that is judged.
             other: the file that it is judged against.
-            prepare: how an engine opens the judged file; ONNX Runtime where it is not given.
+            engine: what runs the judged file; ONNX Runtime where it is not given.
         """
-        key = f"{structure(light)} / {structure(other)} | {self._where}"
-        if prepare is not None or key not in self.cache.seconds:
-            engines = (OnnxRuntime(),)
-            clock = Clock(
-                batches=(self.batch,), threads=(self.threads,), engines=engines, rounds=25, cpu_time=self.threads == 1
-            )
-            times = clock.time({"example": dense, "light": light, "other": other}, progress=False)
-            one, two = (times.of(name)[0].median for name in ("light", "other"))
-            self.cache.put({key: one / two})
+        engine, home = engine or OnnxRuntime(), OnnxRuntime()
+        key = f"{structure(light)} in {engine.name} {engine.version()} / {structure(other)} | {self._where}"
+        if key not in self.cache.seconds:
+            found = self._turns(dense, {"light": (engine, light), "other": (home, other)})
+            self.cache.put({key: found["light"] / found["other"]})
         return self.cache.seconds[key]
 
     def whole(self, dense: Model, data: bytes) -> float:
-        """Seconds of a whole file."""
+        """Seconds of a whole file in ONNX Runtime; `dense` gives the inputs."""
         key = f"{structure(data)} | {self._where}"
         if key not in self.cache.seconds:
-            clock = Clock(
-                batches=(self.batch,), threads=(self.threads,), engines=(OnnxRuntime(),), rounds=25,
-                cpu_time=self.threads == 1,
-            )  # fmt: skip
-            self.cache.put({key: clock.time({"example": dense, "whole": data}).of("whole")[0].median})
+            self.cache.put({key: self._turns(dense, {"whole": (OnnxRuntime(), data)})["whole"]})
         return self.cache.seconds[key]
+
+    def side_by_side(self, dense: Model, data: bytes, forms: Mapping[str, tuple[Engine, bytes]]) -> dict[str, Ratio]:
+        """Dense over light for every form, all of them timed in one run and not taken from the cache."""
+        samples = self._samples(dense, {"": (OnnxRuntime(), data), **forms}, rounds=31)
+        times = {name: self._timing(name, taken) for name, taken in samples.items()}
+        return {name: time_ratio(times[""], times[name]) for name in forms}
+
+    def _timing(self, name: str, taken: Sequence[float]) -> Timing:
+        low, middle, high = np.quantile(taken, (0.25, 0.5, 0.75)).tolist()
+        return Timing(
+            contestant=name, engine="", threads=self.threads, batch=self.batch,
+            median=middle, low=low, high=high, samples=tuple(taken),
+        )  # fmt: skip
+
+    def _turns(self, dense: Model, files: Mapping[str, tuple[Engine, bytes]]) -> dict[str, float]:
+        return {name: median(taken) for name, taken in self._samples(dense, files, rounds=25).items()}
+
+    def _samples(self, dense: Model, files: Mapping[str, tuple[Engine, bytes]], rounds: int) -> dict[str, list[float]]:
+        inputs = batch_of(dense.example, self.batch)
+        runs = {name: engine.prepare(data, self.threads) for name, (engine, data) in files.items()}
+        calls = {name: (lambda run=run: run(inputs)) for name, run in runs.items()}
+        for call in calls.values():
+            call()
+            call()
+        return interleaved(calls, rounds, 20.0, cpu_time=self.threads == 1)
 
     @property
     def _where(self) -> str:
@@ -187,9 +206,9 @@ def _recorded(file: str) -> float:
     events = json.loads(Path(file).read_text(encoding="utf-8"))
     taken: dict[str, list[float]] = {}
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            if event["args"].get("op_name") not in LAYOUT:
-                taken.setdefault(event["name"], []).append(event["dur"] * 1e-6)
+        kernel = event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+        if kernel and event["args"].get("op_name") not in LAYOUT:
+            taken.setdefault(event["name"], []).append(event["dur"] * 1e-6)
     return sum(_typical(durations) for durations in taken.values())
 
 

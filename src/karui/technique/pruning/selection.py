@@ -45,7 +45,7 @@ def weakest(scores: Float[Tensor, "units"], count: int) -> Int[Tensor, "count"]:
 
 
 def ladder(size: int, multiple: int = 1, rungs: int = 8) -> tuple[int, ...]:
-    """How many of `size` units to keep, from nearly all down to an eighth: multiples of `multiple`, at most `rungs - 1`.
+    """How many of `size` units to keep, from nearly all to an eighth: multiples of `multiple`, fewer than `rungs`.
 
     A group that holds no smaller multiple gets the plain shares: it cannot be aligned anyway.
 

@@ -1,0 +1,103 @@
+"""What came of a budget, in words: whether it was met, what stands in the way, and why a knee was taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from karui.measuring import OnnxRuntime, layer_times
+from karui.measuring.values import bytes_text, seconds_text
+
+if TYPE_CHECKING:
+    from karui.model import Model
+    from karui.recipes.budget.front import Point
+    from karui.recipes.budget.stages import Plan
+
+SHOWN = 3
+"""Layers that are named."""
+
+
+def told(point: Point, plan: Plan, points: Sequence[Point], light: Model, reach: Mapping[str, float]) -> str:
+    """The paragraph that goes with a result."""
+    if plan.stated:
+        return _met(point, plan) if plan.met(point) else _in_the_way(point, plan, points, light, reach)
+    if plan.max_drop is not None:
+        return (
+            f"No budget was stated, so the network was made lighter as far as the floor allows: {_shares(point)}, "
+            f"{_loss(point)} of at most {plan.max_drop:g}. {_broken(points, plan)}"
+        ).strip()
+    return (
+        f"Neither a budget nor a floor was stated. Of {len(points)} points visited, this one is the knee of the front: "
+        f"{_shares(point)}, {_loss(point)}. Lighter points lose more for each step, heavier ones gain little."
+    )
+
+
+def _met(point: Point, plan: Plan) -> str:
+    asked = " and ".join(f"{quantity} {share:.3g}" for quantity, share in plan.goal.items())
+    return f"The budget ({asked} of the dense model) is met: {_shares(point)}, {_loss(point)}."
+
+
+def _shares(point: Point) -> str:
+    return f"time {point.form.time:.2f} and bytes {point.form.bytes:.2f} of the dense model ({point.form.told})"
+
+
+def _loss(point: Point) -> str:
+    score = point.form.score
+    if score is None:
+        return "accuracy not judged"
+    unit = "points" if score["metric"] == "accuracy" else f"per cent of {score['metric']}"
+    word = "lost" if point.form.lost >= 0 else "gained"
+    return f"{abs(point.form.lost):.2f} {unit} {word} on validation data"
+
+
+def _broken(points: Sequence[Point], plan: Plan) -> str:
+    beyond = [p for p in points if not plan.holds(p)]
+    if not beyond:
+        return ""
+    nearest = min(beyond, key=lambda p: p.form.lost)
+    return f"The next point tried, time {nearest.form.time:.2f}, loses {nearest.form.lost:.2f}."
+
+
+def _in_the_way(point: Point, plan: Plan, points: Sequence[Point], light: Model, reach: Mapping[str, float]) -> str:
+    """Which limit is missed, which layers hold what is left, and what would have to give."""
+    missed = [q for q, share in plan.goal.items() if point.share(q) > share * 1.02]
+    gap = " and ".join(f"{q} {point.share(q):.2f} instead of {plan.goal[q]:.3g}" for q in missed)
+    broken = [p for p in points if not plan.holds(p)]
+    sentences = [f"The budget is not met: the best that was found takes {gap or 'what was asked'}, {_loss(point)}."]
+    sentences.append(_heaviest(light, missed))
+    if broken:
+        best = min(broken, key=lambda p: max(p.share(q) / share for q, share in plan.goal.items()))
+        sentences.append(
+            f"What stops it is the floor: point {best.number} ({_shares(best)}) loses {best.form.lost:.2f} where "
+            f"{plan.max_drop:g} is allowed. Allow more, or give more epochs to recover in (they were {plan.epochs})."
+        )
+    elif reach:
+        ends = " and ".join(
+            f"{seconds_text(v)} of time" if q == "time" else f"{bytes_text(v)} of file" for q, v in reach.items()
+        )
+        sentences.append(
+            f"What stops it is the menu: with everything that can be done from the last point, whatever the harm, "
+            f"{ends} would be left. Ask for more than that, or for a lighter architecture."
+        )
+    else:
+        sentences.append("Nothing more on the menu makes the network lighter. Ask for less.")
+    return " ".join(filter(None, sentences))
+
+
+def _heaviest(light: Model, missed: Sequence[str]) -> str:
+    """The layers that hold most of what is left."""
+    if "time" in missed:
+        layers = layer_times(light, engine=OnnxRuntime(), rounds=9).layers
+        parts = {layer.path: layer.seconds for layer in layers}
+    else:
+        parts = {}
+        for name, parameter in light.module.named_parameters():
+            path = name.rpartition(".")[0]
+            parts[path] = parts.get(path, 0.0) + parameter.numel()
+    whole = sum(parts.values())
+    if not whole:
+        return ""
+    top = sorted(parts.items(), key=lambda pair: -pair[1])[:SHOWN]
+    names = ", ".join(f"{path or 'the network itself'} ({share / whole:.0%})" for path, share in top)
+    what = "time" if "time" in missed else "bytes"
+    return f"Most of the {what} that is left lies in {names}."

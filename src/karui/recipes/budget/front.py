@@ -1,0 +1,109 @@
+"""The Pareto front of the points that were visited, and its knee."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+SAME = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """A deployment of a point as it was measured.
+
+    Settings:
+        name: of the deployment.
+        told: precision and engine in words.
+        time, bytes: as shares of the dense model in fp32 in ONNX Runtime.
+        score: on validation data, as JSON; None where nothing is judged.
+        lost: against the dense model, in points of accuracy or per cent of the metric; 0 where nothing is judged.
+    """
+
+    name: str
+    told: str
+    time: float
+    bytes: float
+    score: dict[str, Any] | None = None
+    lost: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A model on the way, in its best form.
+
+    Settings:
+        number: 0 is the dense model.
+        parent: the point that it was made from.
+        target: the shares that were aimed at.
+        predicted: time and bytes as the menu predicted them (in fp32), as shares of the dense model.
+        forms: its deployments, fp32 first.
+        best: which of them counts.
+        epochs: passes of recovery on the way to it, all stages together.
+        chosen: what was done at which place since its parent.
+        folder: where its model lies, relative to the run's folder; empty for the dense model.
+    """
+
+    number: int
+    parent: int = 0
+    target: dict[str, float] = field(default_factory=dict)
+    predicted: dict[str, float] = field(default_factory=dict)
+    forms: tuple[Form, ...] = ()
+    best: int = 0
+    epochs: int = 0
+    chosen: dict[str, str] = field(default_factory=dict)
+    folder: str = ""
+
+    @property
+    def form(self) -> Form:
+        """The form that counts."""
+        return self.forms[self.best]
+
+    @property
+    def fp32(self) -> Form:
+        """The form that surgery predicts."""
+        return self.forms[0]
+
+    def share(self, quantity: str) -> float:
+        """Its "time" or "bytes" as a share of the dense model's."""
+        return self.form.time if quantity == "time" else self.form.bytes
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other is at least as good as in accuracy, time and bytes, fastest first."""
+
+    def beats(one: Point, two: Point) -> bool:
+        a, b = ((p.form.lost, p.form.time, p.form.bytes) for p in (one, two))
+        return all(x <= y + SAME for x, y in zip(a, b, strict=True)) and any(
+            x < y - SAME for x, y in zip(a, b, strict=True)
+        )
+
+    kept = [point for point in points if not any(beats(other, point) for other in points)]
+    return sorted(kept, key=lambda point: (point.form.time, point.form.lost))
+
+
+def cost(point: Point, quantities: Sequence[str] = ("time", "bytes")) -> float:
+    """Time and bytes as one number: their geometric mean."""
+    return float(np.prod([point.share(quantity) for quantity in quantities]) ** (1 / len(quantities)))
+
+
+def knee(points: Sequence[Point]) -> Point:
+    """The point where the front bends most: farthest below the line between its ends, with both axes scaled to 1.
+
+    Example:
+        >>> def at(number, time, lost):
+        ...     return Point(number=number, forms=(Form(name="", told="", time=time, bytes=time, lost=lost),))
+        >>> knee([at(0, 1.0, 0.0), at(1, 0.5, 0.2), at(2, 0.4, 9.0)]).number
+        1
+    """
+    ends = sorted(points, key=cost)
+    costs = np.array([cost(point) for point in ends])
+    losses = np.array([point.form.lost for point in ends])
+    wide, high = np.ptp(costs), np.ptp(losses)
+    if wide == 0 or high == 0:
+        return ends[int(np.lexsort((costs, losses))[0])]
+    x, y = (costs - costs.min()) / wide, (losses - losses.min()) / high
+    return ends[int(np.argmin(x + y))]

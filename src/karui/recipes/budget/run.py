@@ -1,0 +1,279 @@
+"""Run a budget: baseline, stages, verdict; every finished point is kept, so that a killed run goes on where it was.
+
+The folder of a run holds the artifact, `run.json` and, under `points/`, every model that was visited, each loadable by
+itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from karui.artifact import save, stored_bytes
+from karui.artifact.files import write_file
+from karui.errors import NeedError, UsageError, require
+from karui.measuring import Clock, OnnxRuntime, Torch, compare, this_machine
+from karui.measuring.values import to_json
+from karui.recipes.budget.deployments import FP32, deployed_score, deployments
+from karui.recipes.budget.explain import told
+from karui.recipes.budget.front import Point, front
+from karui.recipes.budget.limits import Budget
+from karui.recipes.budget.recover import epochs_within
+from karui.recipes.budget.stages import FAR, Plan, travel
+from karui.recipes.budget.timing import Stopwatch, TimingCache
+from karui.recipes.budget.visits import Visitor
+from karui.recipes.keeping import (
+    CHECKPOINTS,
+    DENSE,
+    FORMAT,
+    POINTS,
+    RECORD,
+    Tell,
+    claim,
+    digest_of,
+    identity_of,
+    quiet,
+    read_record,
+    refuse_foreign,
+    told_data,
+    version,
+    write_record,
+)
+from karui.recipes.layers import layer_rows
+from karui.recipes.run import Asked, Run, example_rows, read_run, trained_first, with_bytes
+from karui.recipes.values import settings
+from karui.recipes.verdict import verdict
+
+if TYPE_CHECKING:
+    from karui.model import Model
+    from karui.technique import Bench
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a budget is worked on.
+
+    Settings:
+        budget: the limits and the floor.
+        batch, threads: what time is measured for.
+        epochs: passes of recovery, all stages together; None takes those of the bench's training.
+        minutes: the time that recovery may take instead; told in epochs before the first stage.
+        int8: whether lower precision is tried.
+        cache: folder of the timing cache; None takes the user's.
+
+    Raises:
+        UsageError: a number is out of range.
+    """
+
+    budget: Budget = field(default_factory=Budget)
+    batch: int = 1
+    threads: int = 1
+    epochs: int | None = None
+    minutes: float | None = None
+    int8: bool = True
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "threads"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name} is {value}.", "Give a whole number from 1.", UsageError)
+        require(self.epochs is None or self.epochs >= 0, f"--epochs is {self.epochs}.", "Give 0 or more.", UsageError)
+        fits = self.minutes is None or self.minutes > 0
+        require(fits, f"--minutes is {self.minutes}.", "Give a time above 0.", UsageError)
+        both = self.epochs is not None and self.minutes is not None
+        require(not both, "--epochs and --minutes are both given.", "Give one of them.", UsageError)
+
+
+def run_budget(
+    model: Model,
+    asked: Settings,
+    bench: Bench,
+    out: str | Path,
+    *,
+    words: Asked | None = None,
+    resume: bool = False,
+    train_first: bool = False,
+    tell: Tell = quiet,
+) -> Run:
+    """Make the model as light as the budget says; the best that was found goes to `out`.
+
+    Args:
+        model: the dense model.
+        asked: the budget and how to work on it.
+        bench: data, training and seed.
+        out: folder of the run; made if it is not there.
+        words: what to say in the record about where all this came from.
+        resume: go on with a run of the same in `out`: finished points are not repeated, and the result is the same.
+        train_first: train the model before anything else; it then is the dense model.
+        tell: is given a line at each stage.
+
+    Returns:
+        The run; `record["budget"]["met"]` says whether the budget was met.
+
+    Raises:
+        UsageError: `out` holds something else than a run.
+        NeedError: there is no calibration data, or a floor and nothing to judge by.
+        CaptureError: the model has no ONNX form, so that no time can be measured.
+    """
+    out = Path(out)
+    _check(model, asked, bench)
+    refuse_foreign(out)
+    claim(out, resume)
+    bench = dataclasses.replace(bench, checkpoints=out / CHECKPOINTS, clock=_clock(asked))
+    kept = {name: value for name, value in dataclasses.asdict(asked).items() if name != "cache"}
+    mark = digest_of(FORMAT, identity_of(model), told_data(bench), bench.seed, settings(bench.training), kept)
+    done = read_record(out / RECORD)
+    if resume and done is not None and done.get("mark") == mark:
+        tell("this run was finished before; nothing is repeated")
+        return Run(record=done, folder=out)
+    dense = trained_first(model, bench, out, mark, tell) if train_first else model
+    watch = Stopwatch(
+        batch=asked.batch,
+        threads=asked.threads,
+        cache=TimingCache.of_this_machine(asked.cache),
+        progress=bench.progress,
+    )
+    bench = dataclasses.replace(bench, dense=dense)
+    visitor = Visitor(
+        dense=dense,
+        bench=bench,
+        out=out,
+        watch=watch,
+        mark=mark,
+        int8=asked.int8,
+        max_drop=asked.budget.max_drop,
+        tell=tell,
+    )
+    start = visitor.start()
+    plan = _plan(asked, visitor, mark)
+    point = travel(visitor, start, plan)
+    tell(f"point {point.number} is the result; measuring dense against light, in turns")
+    record = {
+        "format": FORMAT,
+        "karui": version(),
+        "mark": mark,
+        "asked": {
+            **dataclasses.asdict(words or Asked()),
+            "name": "",
+            "budget": str(asked.budget),
+            "batch": asked.batch,
+            "threads": asked.threads,
+            "seed": bench.seed,
+            "epochs": plan.epochs,
+            "training": settings(bench.training),
+        },
+        "steps": [_step(p) for p in visitor.points if p.number],
+        **_finish(visitor, point, plan, asked),
+    }
+    if train_first:
+        save(dense, out / DENSE, onnx=False)
+    write_record(out / RECORD, record)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    return read_run(out)
+
+
+def _check(model: Model, asked: Settings, bench: Bench) -> None:
+    hint = "Give --data, or Bench(train=..., test=...)."
+    require(bench.train is not None, "A budget needs data to calibrate on.", hint, NeedError)
+    judged = bench.validation is not None and model.task is not None
+    message = f"--max-drop is {asked.budget.max_drop}, and there is nothing to judge the model by."
+    require(asked.budget.max_drop is None or judged, message, "Give data with targets, and a task.", NeedError)
+
+
+def _clock(asked: Settings) -> Clock:
+    return Clock(batches=(asked.batch,), threads=(asked.threads,), engines=(OnnxRuntime(), Torch()), rounds=25)
+
+
+def _plan(asked: Settings, visitor: Visitor, mark: str) -> Plan:
+    """The goal in shares of the dense model, and the epochs; kept, so that a resumed run has the same."""
+    file = visitor.out / POINTS / PLAN
+    kept = read_record(file)
+    if kept is None or kept.get("mark") != mark:
+        goal = asked.budget.against({"time": visitor.seconds, "bytes": float(len(visitor.data))})
+        epochs = asked.epochs if asked.epochs is not None else visitor.bench.training.epochs
+        if asked.minutes is not None:
+            epochs = epochs_within(asked.minutes, visitor.dense, visitor.bench)
+            visitor.tell(f"{asked.minutes:g} minutes of recovery are about {epochs} epochs")
+        kept = {"mark": mark, "goal": goal or {"time": FAR}, "stated": bool(goal), "epochs": epochs}
+        write_record(file, kept)
+    return Plan(goal=kept["goal"], stated=kept["stated"], max_drop=asked.budget.max_drop, epochs=kept["epochs"])
+
+
+def _step(point: Point) -> dict[str, Any]:
+    return {
+        "technique": f"point {point.number}, from point {point.parent}",
+        "settings": point.chosen or {"training": "more epochs"},
+        "seconds": None,
+        "parameters": None,
+        "validation": point.form.score,
+    }
+
+
+def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict[str, Any]:
+    """Measure the result beside the dense model, save it, and say what came out."""
+    dense, light, bench = visitor.dense, visitor.model_of(point), visitor.bench
+    both = compare(dense, light, test=bench.test, clock=bench.clock, progress=bench.progress)
+    saved = save(light, visitor.out, measurements=both.to_json(), settings={"budget": str(asked.budget)})
+    both = with_bytes(both, stored_bytes(dense), saved.weights_bytes)
+    forms = _deployed(visitor, point, light)
+    words = told(point, plan, visitor.points, light, visitor.reach)
+    return {
+        "machine": to_json(this_machine()),
+        "dense": both.dense.to_json(),
+        "light": both.light.to_json(),
+        "ratios": to_json(both.ratios),
+        "change": to_json(both.change),
+        "layers": {"dense": layer_rows(dense), "light": layer_rows(light)},
+        "example": example_rows(light),
+        "lineage": [{"kind": edit.kind, "text": edit.describe()} for edit in light.lineage],
+        "verification": None if saved.verification is None else saved.verification.to_json(),
+        "warnings": list(saved.warnings),
+        "files": {path.name: path.stat().st_size for path in sorted(visitor.out.glob("model.*"))},
+        "verdict": [words, *verdict(both)],
+        "budget": {
+            "asked": asked.budget.to_json(),
+            "goal": dict(plan.goal),
+            "stated": plan.stated,
+            "met": plan.met(point),
+            "explanation": words,
+            "point": point.number,
+            "forms": forms,
+            "points": [to_json(p) for p in visitor.points],
+            "front": [p.number for p in front(visitor.points)],
+            "dense_seconds": visitor.seconds,
+            "dense_bytes": len(visitor.data),
+            "notes": visitor.notes,
+        },
+    }
+
+
+def _deployed(visitor: Visitor, point: Point, light: Model) -> list[dict[str, Any]]:
+    """Every form of the result timed against the dense model in one run, and judged on test data."""
+    bench, told_forms = visitor.bench, []
+    forms = list(deployments(light, bench, int8=visitor.int8))
+    ratios = visitor.watch.side_by_side(visitor.dense, visitor.data, {f.name: (f.engine, f.data) for f in forms})
+    for form in forms:
+        score = None
+        if bench.test is not None and light.task is not None:
+            score = deployed_score(form, light, bench.test).to_json()
+        file = "model.onnx" if form.name == FP32 else f"model.{form.name}.onnx"
+        if form.name != FP32:
+            write_file(visitor.out / file, form.data)
+        told_forms.append(
+            {
+                "name": form.name,
+                "told": form.told,
+                "file": file,
+                "bytes": len(form.data),
+                "ratio": to_json(ratios[form.name]),
+                "test": score,
+                "chosen": form.name == point.form.name,
+                "note": form.note,
+            }
+        )
+    return told_forms

@@ -1,0 +1,148 @@
+"""The way to a budget: part of the way, recover, measure, choose again; back by bisection where the floor breaks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from karui.recipes.budget.front import Point, front, knee
+
+STEP = 0.65
+"""The most that a stage shrinks a quantity by: beyond, what candidates do alone tells little about them together."""
+FAR = 0.2
+"""How far to go where no budget says: a fifth of the dense model's time."""
+HALVINGS = 3
+"""Bisections between a point that keeps the floor and a target that breaks it."""
+CLOSE = 1.08
+"""A bisection ends where what is left between the two is less than this factor."""
+POLISH = 0.4
+"""Share of the epochs that is kept for training the final point on."""
+
+
+class Visits(Protocol):
+    """Makes points; see `karui.recipes.budget.visits.Visitor`."""
+
+    points: list[Point]
+
+    def lighten(self, parent: Point, target: Mapping[str, float], epochs: int) -> Point | None:
+        """A lighter point, or None where there is no way on."""
+        ...
+
+    def polish(self, parent: Point, epochs: int) -> Point:
+        """The same point, trained on."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a budget is approached.
+
+    Settings:
+        goal: shares of the dense model, by quantity.
+        stated: whether the goal was asked for; otherwise it is as far as makes sense.
+        max_drop: the floor; None where there is none.
+        epochs: passes of recovery, all stages together.
+    """
+
+    goal: Mapping[str, float]
+    stated: bool
+    max_drop: float | None
+    epochs: int
+
+    @property
+    def stages(self) -> int:
+        """How many steps lead to the goal."""
+        return max(
+            1, *(math.ceil(math.log(share) / math.log(STEP) - 1e-9) for share in self.goal.values() if share < 1)
+        )
+
+    def target(self, part: float) -> dict[str, float]:
+        """The shares after a part of the way, in equal factors."""
+        return {quantity: share**part for quantity, share in self.goal.items()}
+
+    def holds(self, point: Point) -> bool:
+        """Whether the point keeps the floor."""
+        return self.max_drop is None or point.form.lost <= self.max_drop + 1e-9
+
+    def met(self, point: Point) -> bool:
+        """Whether it keeps the floor and every limit, as far as the clock can tell."""
+        return self.holds(point) and all(point.share(q) <= share * 1.02 for q, share in self.goal.items())
+
+
+def travel(visits: Visits, dense: Point, plan: Plan) -> Point:
+    """Go as far as plan and floor allow; the point where the journey ends, trained on with the epochs that are left."""
+    purse = Purse(plan)
+    good, reached, broken = dense, 0.0, None
+    for stage in range(1, plan.stages + 1):
+        part = stage / plan.stages
+        target = plan.target(part)
+        if all(good.share(q) <= share for q, share in target.items()):
+            reached = part
+            continue
+        point = visits.lighten(good, target, purse.take())
+        if point is None:
+            break
+        point = _second_chance(visits, point, plan, purse)
+        if not plan.holds(point):
+            broken = part
+            break
+        good, reached = point, part
+        if any(point.share(q) > share * 1.05 for q, share in target.items()):
+            break  # the menu is exhausted
+    if broken is not None:
+        good = _bisect(visits, good, plan, purse, (reached, broken))
+    if not plan.stated and plan.max_drop is None:
+        good = knee(front(visits.points))
+    left = purse.rest()
+    if left and good.number:
+        polished = visits.polish(good, left)
+        good = polished if polished.form.lost <= good.form.lost else good
+    return good
+
+
+class Purse:
+    """The epochs: equal shares for the stages and bisections that may come, the rest for the final point."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.left = plan.epochs
+        visits = plan.stages + (HALVINGS if plan.max_drop is not None else 0)
+        self.share = max(1, int(plan.epochs * (1 - POLISH) / visits)) if plan.epochs else 0
+
+    def take(self) -> int:
+        """The epochs of a visit: a share, or what is left."""
+        taken = min(self.share, self.left)
+        self.left -= taken
+        return taken
+
+    def rest(self) -> int:
+        """All that is left."""
+        taken, self.left = self.left, 0
+        return taken
+
+
+def _second_chance(visits: Visits, point: Point, plan: Plan, purse: Purse) -> Point:
+    """A point that breaks the floor by little is trained on once before it counts as broken."""
+    if plan.holds(point) or plan.max_drop is None or point.form.lost > 2 * plan.max_drop + 1:
+        return point
+    more = purse.take()
+    return visits.polish(point, more) if more else point
+
+
+def _bisect(visits: Visits, good: Point, plan: Plan, purse: Purse, parts: tuple[float, float]) -> Point:
+    """The lightest point between one that holds and a part of the way that does not."""
+    low, high = parts
+    for _ in range(HALVINGS):
+        if min(plan.goal.values()) ** (low - high) < CLOSE or (plan.epochs and not purse.left):
+            break
+        middle = (low + high) / 2
+        point = visits.lighten(good, plan.target(middle), purse.take())
+        if point is None:
+            break
+        point = _second_chance(visits, point, plan, purse)
+        if plan.holds(point):
+            good, low = point, middle
+        else:
+            high = middle
+    return good

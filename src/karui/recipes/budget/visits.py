@@ -1,0 +1,246 @@
+"""Visiting points: from a point to a lighter one, recovered, measured in all its forms, and kept on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from karui.artifact import load, save
+from karui.errors import SurgeryError
+from karui.measuring import onnx_form
+from karui.measuring.values import from_json, to_json
+from karui.model import Model
+from karui.recipes.budget.choice import cheapest, choose
+from karui.recipes.budget.deployments import FP32, Deployment, deployed_score, deployments, lost
+from karui.recipes.budget.front import Form, Point
+from karui.recipes.budget.menu import Menu, menu
+from karui.recipes.budget.recover import recover
+from karui.recipes.keeping import POINTS, Tell, digest_of, read_record, replayable, write_record
+
+if TYPE_CHECKING:
+    from karui.recipes.budget.timing import Stopwatch
+    from karui.technique import Bench
+
+POINT = "point.json"
+TRIES = 4
+"""Choices that are made for one target: where the measured model misses it, another with the correction."""
+NEAR = 0.01
+"""How far above its target a point may be measured: what the clock cannot tell apart."""
+
+
+@dataclass(kw_only=True)
+class Visitor:
+    """Makes points, and knows those that were made before.
+
+    Settings:
+        dense: the model as it was given.
+        bench: data, training, seed.
+        out: folder of the run.
+        watch: times layers and models.
+        mark: digest of all that decides the run's result.
+        int8: whether forms of lower precision are tried.
+        max_drop: the floor, which decides among a point's forms.
+        tell: is given a line at each stage.
+        points: all points so far.
+        notes: what could not be done, and why.
+        reach: the least seconds and bytes that the menu offered, where it could not reach a target.
+        count: visits so far; the number of the next point.
+    """
+
+    dense: Model
+    bench: Bench
+    out: Path
+    watch: Stopwatch
+    mark: str
+    int8: bool
+    max_drop: float | None
+    tell: Tell
+    points: list[Point] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    reach: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+    _held: tuple[int, Model] | None = None
+    _menu: tuple[int, Menu] | None = None
+
+    def start(self) -> Point:
+        """The dense model as point 0."""
+        data = onnx_form(self.dense).data
+        self.data, self.seconds = data, self.watch.whole(self.dense, data)
+        return self._visited("dense", lambda: self._finished(self.dense, Point(number=0)))
+
+    def model_of(self, point: Point) -> Model:
+        """The model of a point, read from its folder where it is not the last one made."""
+        if not point.folder:
+            return self.dense
+        if self._held is None or self._held[0] != point.number:
+            base = None if replayable(self.dense) else self.dense.module
+            self._held = (point.number, load(self.out / point.folder, base=base))
+        return replace(self._held[1], task=self.dense.task)
+
+    def lighten(self, parent: Point, target: Mapping[str, float], epochs: int) -> Point | None:
+        """A point at the target (shares of the dense model, of its best form); None where the menu has no way on."""
+        what = digest_of("lighten", parent.number, dict(target), epochs)
+        return self._visited(what, lambda: self._lightened(parent, dict(target), epochs))
+
+    def polish(self, parent: Point, epochs: int) -> Point:
+        """The same network, trained on."""
+
+        def work() -> Point | None:
+            self.tell(f"point {self.count - 1}: training point {parent.number} for {epochs} more epochs")
+            model = self._recovered(self.model_of(parent), epochs)
+            made = replace(parent, number=self.count - 1, parent=parent.number, epochs=parent.epochs + epochs)
+            return self._finished(model, replace(made, chosen={}))
+
+        found = self._visited(digest_of("polish", parent.number, epochs), work)
+        assert found is not None  # noqa: S101  (a training always leaves a point)
+        return found
+
+    def _visited(self, what: str, work: Any) -> Any:
+        """The point that work leaves, or that it left in an earlier run; None is kept too."""
+        number, self.count = self.count, self.count + 1
+        self.mark = digest_of(self.mark, what)
+        folder = self.out / POINTS / f"{number:02d}"
+        kept = read_record(folder / POINT) or read_record(folder.with_suffix(".json"))
+        if kept is not None and kept.get("mark") == self.mark:
+            self.notes += [note for note in kept["notes"] if note not in self.notes]
+            self.reach = kept["reach"]
+            if kept["point"] is None:
+                return None
+            point = from_json(Point, kept["point"])
+            self.tell(f"point {number}: finished before, not repeated")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            point = work()
+            told = {"mark": self.mark, "point": to_json(point), "notes": self.notes, "reach": self.reach}
+            if point is None:
+                write_record(folder.with_suffix(".json"), told)
+                return None
+            write_record(folder / POINT, told)
+        self.points.append(point)
+        return point
+
+    def _finished(self, model: Model, point: Point) -> Point:
+        """Measure a model in all its forms, and keep it."""
+        forms = tuple(self._form(model, deployment) for deployment in deployments(model, self.bench, int8=self.int8))
+        point = replace(point, forms=forms, best=self._best(forms))
+        if point.number:
+            folder = Path(POINTS) / f"{point.number:02d}"
+            point = replace(point, folder=str(folder))
+            save(model, self.out / folder, onnx=False)
+            self._held = (point.number, model)
+        form = point.form
+        score = "" if form.score is None else f", {form.score['metric']} {form.score['value']:.4g} on validation data"
+        self.tell(f"point {point.number}: {form.told}, time {form.time:.2f} and bytes {form.bytes:.2f} of dense{score}")
+        return point
+
+    def _form(self, model: Model, deployment: Deployment) -> Form:
+        time = self.watch.ratio(self.dense, deployment.data, self.data, deployment.engine)
+        score = None
+        if self.bench.validation is not None and model.task is not None:
+            plain = deployment.name == FP32
+            found = self.bench.evaluate(model) if plain else deployed_score(deployment, model, self.bench.validation)
+            score = found.to_json()
+        first = score if not self.points else self.points[0].fp32.score
+        drop = 0.0 if score is None or first is None else lost(first, score)
+        size = len(deployment.data) / len(self.data)
+        return Form(name=deployment.name, told=deployment.told, time=time, bytes=size, score=score, lost=drop)
+
+    def _best(self, forms: tuple[Form, ...]) -> int:
+        """The fastest form that keeps the floor; without a floor, or where none does, of those that lose least more."""
+        allowed = self.max_drop if self.max_drop is not None else forms[0].lost + 0.5
+        within = [k for k, form in enumerate(forms) if form.lost <= max(allowed, forms[0].lost)]
+        return min(within, key=lambda k: (forms[k].time, k))
+
+    def _recovered(self, model: Model, epochs: int) -> Model:
+        return recover(model, self.dense, self.bench, epochs, f"recover {self.count - 1}")
+
+    def _lightened(self, parent: Point, target: dict[str, float], epochs: int) -> Point | None:
+        self.tell(f"point {self.count - 1}: aiming at {_told(target)} from point {parent.number}")
+        model = self.model_of(parent)
+        offers = self._menu_of(parent, model)
+        found = self._chosen(parent, offers, target)
+        if found is None:
+            return None
+        light, chosen, predicted = found
+        made = Point(
+            number=self.count - 1,
+            parent=parent.number,
+            target=target,
+            predicted=predicted,
+            epochs=parent.epochs + epochs,
+            chosen=chosen,
+        )
+        return self._finished(self._recovered(light, epochs), made)
+
+    def _menu_of(self, parent: Point, model: Model) -> Menu:
+        if self._menu is None or self._menu[0] != parent.number:
+            self._menu = None
+            made = menu(model, self.bench, self.watch)
+            self._menu = (parent.number, made)
+            self.notes += [note for note in made.notes if note not in self.notes]
+            count = sum(map(len, made.offers.values()))
+            self.tell(f"  {count} candidates at {len(made.offers)} places; {made.slower} more measured slower")
+        return self._menu[1]
+
+    def _chosen(
+        self, parent: Point, offers: Menu, target: Mapping[str, float]
+    ) -> tuple[Model, dict[str, str], dict[str, float]] | None:
+        """Choose, carry out and measure, until the measured model is at the target or as light as the menu can."""
+        factors = {"time": parent.form.time / parent.fp32.time, "bytes": parent.form.bytes / parent.fp32.bytes}
+        # Of the model that the menu is for, in seconds and bytes of its fp32 form.
+        now = {"time": parent.fp32.time * self.seconds, "bytes": parent.fp32.bytes * len(self.data)}
+        whole = {"time": self.seconds, "bytes": len(self.data)}
+        wanted = {q: share / factors[q] for q, share in target.items()}
+        aim = dict(wanted)
+        best: tuple[Model, dict[str, str], dict[str, float]] | None = None
+        for _ in range(TRIES):
+            limits = {q: share * whole[q] - now[q] for q, share in aim.items()}
+            chosen = choose(offers.problem(limits))
+            exhausted = chosen is None
+            if chosen is None:
+                chosen = self._farthest(offers, limits)
+            problem = offers.problem(limits)
+            predicted = {q: (now[q] + problem.total(chosen, q)) / whole[q] for q in whole}
+            if not any(chosen.values()):
+                return best
+            try:
+                light = offers.carry_out(chosen)
+            except SurgeryError as error:
+                self.notes.append(f"left out after a cut was refused: {', '.join(sorted(offers.failed))}. {error}")
+                continue
+            data = onnx_form(light).data
+            measured = {"time": self.watch.ratio(self.dense, data, self.data), "bytes": len(data) / len(self.data)}
+            told = {place: offer.candidate.text for place, offer in offers.taken(chosen).items()}
+            best = (light, told, predicted)
+            missed = {q: measured[q] / wanted[q] for q in wanted if measured[q] > wanted[q] * (1 + NEAR)}
+            if exhausted or not missed:
+                break
+            aim = {q: aim[q] / missed.get(q, 1.0) for q in aim}
+        return best
+
+    def _farthest(self, offers: Menu, limits: Mapping[str, float]) -> dict[str, int]:
+        """Where no choice keeps all limits: the one nearest to them, along the way that is possible."""
+        ends = {q: offers.problem({}).total(cheapest(offers.problem({}), q), q) for q in limits}
+        self.reach = {q: (self._now(offers, q) + ends[q]) for q in ends}
+        low, high, found = 0.0, 1.0, dict.fromkeys(offers.offers, 0)
+        for _ in range(6):
+            middle = (low + high) / 2
+            tried = choose(offers.problem({q: max(limits[q], middle * ends[q]) for q in limits}))
+            if tried is None:
+                high = middle
+            else:
+                low, found = middle, tried
+        return found
+
+    def _now(self, offers: Menu, quantity: str) -> float:
+        data = onnx_form(offers.model).data
+        if quantity == "bytes":
+            return float(len(data))
+        return self.watch.ratio(self.dense, data, self.data) * self.seconds
+
+
+def _told(target: Mapping[str, float]) -> str:
+    return " and ".join(f"{quantity} {share:.2f}" for quantity, share in target.items())

@@ -1,0 +1,109 @@
+"""What runs have in common: a folder that is ours, records in it, and marks that tell whether a part is done.
+
+A mark is a digest of all that decides a result. A part whose record carries the mark it would have now is not repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from karui.artifact.describe import task_to_json
+from karui.artifact.files import OURS, write_file
+from karui.errors import UsageError, require
+from karui.model import edit_to_json
+
+if TYPE_CHECKING:
+    from karui.model import Model
+    from karui.technique import Bench
+
+FORMAT = 1
+RECORD = "run.json"
+STEPS, CHECKPOINTS, DENSE, POINTS = "steps", "checkpoints", "dense", "points"
+OWN = frozenset({*OURS, STEPS, CHECKPOINTS, DENSE, POINTS, RECORD, "report.html"})
+"""What a run's folder may hold; anything else is somebody's, and the folder is refused."""
+
+Tell = Callable[[str], None]
+
+
+def quiet(text: str) -> None:
+    """Tell nobody."""
+    del text
+
+
+def refuse_foreign(out: Path) -> None:
+    """Refuse a folder that holds anything else than a run."""
+    held = list(out.iterdir()) if out.is_dir() else []
+    strangers = sorted(path.name for path in held if path.name not in OWN and not path.match("model.*.onnx"))
+    require(
+        not strangers and (not out.exists() or out.is_dir()),
+        f"{out} is no folder of a run: it holds {', '.join(strangers[:3]) or 'a file'}.",
+        "Give --out a new folder, or the folder of an earlier run.",
+        UsageError,
+    )
+
+
+def claim(out: Path, resume: bool) -> None:
+    """Make the folder, empty of unfinished work unless that is to go on."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"The folder {out} cannot be made: {error.strerror}.", "Give --out another one.") from error
+    if not resume:
+        for name in (STEPS, CHECKPOINTS, POINTS):
+            shutil.rmtree(out / name, ignore_errors=True)
+
+
+def version() -> str:
+    """The version of karui."""
+    from karui import __version__
+
+    return __version__
+
+
+def identity_of(model: Model) -> str:
+    """A digest of the model: its lineage, its task, and every tensor."""
+    told = [*(edit_to_json(edit) for edit in model.lineage), task_to_json(model.task)[0]]
+    found = hashlib.sha256(json.dumps(told, default=str).encode())
+    for name, tensor in sorted(model.module.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def told_data(bench: Bench) -> list[Any]:
+    """What tells one data set from another without reading all of it: lengths, and the first sample of each split."""
+    told: list[Any] = []
+    for split in (bench.train, bench.validation, bench.test):
+        told += [None] if split is None else [len(split), str(split[0]) if len(split) else ""]
+    return told
+
+
+def digest_of(*parts: Any) -> str:
+    """A digest of values that JSON knows, and of the text of others."""
+    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A record; None where there is none, or it was not finished."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record; a reader sees the old one or the new one."""
+    write_file(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def replayable(model: Model) -> bool:
+    """Whether a saved model can be loaded without the network that it was made from."""
+    return bool(model.lineage) and model.lineage[0].kind == "origin"

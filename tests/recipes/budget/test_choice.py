@@ -1,0 +1,81 @@
+"""The choice equals brute force, also where a layer's cost depends on two places, under two limits at once."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from karui.recipes.budget.choice import Problem, Table, cheapest, choose
+
+AMOUNT = st.integers(-20, 20).map(float)
+HARM = st.integers(0, 50).map(float)
+
+
+def square(rows: int, columns: int) -> st.SearchStrategy[np.ndarray]:
+    return st.lists(AMOUNT, min_size=rows * columns, max_size=rows * columns).map(
+        lambda values: np.array(values).reshape(rows, columns)
+    )
+
+
+@st.composite
+def problems(draw: Any) -> Problem:
+    """Two layers with three settings each, tied by a shared cost; a cell may be impossible."""
+    harms = {place: [0.0, draw(HARM), draw(HARM)] for place in ("one", "two")}
+    shared = {quantity: draw(square(3, 3)) for quantity in ("time", "bytes")}
+    if draw(st.booleans()):
+        cell = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+        shared["time"][cell] = np.inf
+    own = {"time": draw(square(1, 3))[0]}
+    limits = {"time": draw(AMOUNT), "bytes": draw(AMOUNT)}
+    return Problem(harms=harms, tables=[Table(("one", "two"), shared), Table(("two",), own)], limits=limits)
+
+
+def brute(problem: Problem) -> tuple[float, dict[str, int]] | None:
+    found = None
+    for cells in itertools.product(*(range(len(harms)) for harms in problem.harms.values())):
+        chosen = dict(zip(problem.harms, cells, strict=True))
+        fits = all(problem.total(chosen, quantity) <= limit + 1e-9 for quantity, limit in problem.limits.items())
+        if fits and (found is None or problem.harm(chosen) < found[0]):
+            found = (problem.harm(chosen), chosen)
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_the_choice_equals_brute_force(problem: Problem):
+    best, chosen = brute(problem), choose(problem)
+    if best is None:
+        assert chosen is None
+    else:
+        assert chosen is not None
+        assert problem.harm(chosen) == pytest.approx(best[0])
+        assert all(problem.total(chosen, q) <= limit + 1e-6 for q, limit in problem.limits.items())
+
+
+@settings(max_examples=50, deadline=None)
+@given(problems())
+def test_the_cheapest_is_the_end_of_the_menu(problem: Problem):
+    free = Problem(harms=problem.harms, tables=problem.tables)
+    least = min(
+        free.total(dict(zip(free.harms, cells, strict=True)), "time") for cells in itertools.product(range(3), range(3))
+    )
+    assert free.total(cheapest(problem, "time"), "time") == pytest.approx(least)
+
+
+def test_seconds_and_bytes_of_real_sizes_are_kept_apart():
+    """Microseconds beside hundreds of kilobytes: neither drowns in the solver's tolerances."""
+    time = Table(("a",), {"time": np.array([0.0, -3e-6, -5e-6])})
+    size = Table(("a",), {"bytes": np.array([0.0, -2e5, -1e5])})
+    problem = Problem(harms={"a": [0, 1, 2]}, tables=[time, size], limits={"time": -4e-6, "bytes": -5e4})
+    assert choose(problem) == {"a": 2}
+    assert choose(Problem(harms={"a": [0, 1, 2]}, tables=[time, size], limits={"time": -6e-6})) is None
+
+
+def test_nothing_to_choose_from():
+    assert choose(Problem(harms={}, tables=[])) == {}
+    assert choose(Problem(harms={}, tables=[], limits={"time": -1.0})) is None

@@ -1,0 +1,238 @@
+"""A budget end to end on a small network: met or told why not, resumed, loadable points, other tasks than pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import karui
+from karui.artifact import load
+from karui.data import Splits
+from karui.errors import NeedError, UsageError
+from karui.measuring.values import from_json
+from karui.model import Classification, CustomTask, Model, Regression, resolve
+from karui.recipes.budget import visits
+from karui.recipes.budget.front import Point
+from karui.recipes.budget.run import Settings
+from karui.technique import Bench
+from karui.train import SGD, Training
+
+TRAINING = Training(epochs=3, batch_size=32, optimizer=SGD(lr=0.05))
+
+
+@pytest.fixture(scope="module")
+def bench(digits: Splits) -> Bench:
+    return Bench(train=digits.train, validation=digits.validation, test=digits.test, training=TRAINING)
+
+
+@pytest.fixture(scope="module")
+def model(bench: Bench) -> Model:
+    """A trained network wide enough for its layers to take most of the time."""
+    origin = resolve("karui.architectures.cifar_resnet:resnet8", {"in_channels": 1, "width": 2.0})
+    torch.manual_seed(0)
+    net = origin.replay(None, ())
+    assert net is not None
+    dense = Model(net.eval(), example=(torch.zeros(2, 1, 8, 8),), task=Classification(), lineage=(origin,))
+    return bench.fit(dense, epochs=3)
+
+
+@pytest.mark.slow
+def test_a_budget_is_met_by_measurement(model: Model, bench: Bench, tmp_path: Path):
+    done = karui.compress(model, bench, budget="time=0.6,bytes=0.5", max_drop=20, epochs=3, out=tmp_path / "light")
+    told = done.record["budget"]
+    assert done.met, done.explanation
+    form = next(p for p in told["points"] if p["number"] == told["point"])["forms"][0]
+    assert form["time"] <= 0.612
+    assert form["bytes"] <= 0.51
+    assert "is met" in done.explanation
+    assert (tmp_path / "light" / "model.onnx").stat().st_size == told["forms"][0]["bytes"] <= 0.51 * told["dense_bytes"]
+    assert done.record["light"]["counts"]["parameters"] == done.model.parameters < model.parameters
+    for point in (from_json(Point, saved) for saved in told["points"]):
+        if point.folder:
+            again = load(tmp_path / "light" / point.folder)
+            assert dataclasses.replace(bench).evaluate(again).value == pytest.approx(point.forms[0].score["value"])
+    assert set(told["front"]) <= {p["number"] for p in told["points"]}
+
+
+@pytest.mark.slow
+def test_an_impossible_budget_says_what_is_in_the_way(model: Model, bench: Bench, tmp_path: Path):
+    done = karui.compress(model, bench, budget={"time": 0.01}, epochs=0, out=tmp_path / "light")
+    assert not done.met
+    assert "The budget is not met" in done.explanation
+    assert "Most of the time that is left lies in" in done.explanation
+    assert "What stops it is the menu" in done.explanation
+    assert (tmp_path / "light" / "model.onnx").is_file()
+    assert done.record["budget"]["forms"][0]["ratio"]["value"] > 1
+
+
+@pytest.mark.slow
+def test_a_floor_that_breaks_is_found_by_bisection(model: Model, bench: Bench):
+    done = karui.compress(model, bench, budget="time=0.3", max_drop=1.0, epochs=0)
+    told = done.record["budget"]
+    points = [from_json(Point, saved) for saved in told["points"]]
+    best = next(p for p in points if p.number == told["point"])
+    assert best.form.lost <= 1.0
+    assert any(p.form.lost > 1.0 for p in points), "the floor was never tried"
+    if not done.met:
+        assert "What stops it is the floor" in done.explanation
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_result(
+    model: Model, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: dict[str, Any] = {"budget": "time=0.4", "epochs": 3}
+    whole = karui.compress(model, bench, out=tmp_path / "whole", **asked)
+    recover, calls = visits.recover, []
+
+    def dying(*args: Any) -> Model:
+        calls.append(args)
+        if len(calls) == 2:
+            raise Killed
+        return recover(*args)
+
+    monkeypatch.setattr(visits, "recover", dying)
+    with pytest.raises(Killed):
+        karui.compress(model, bench, out=tmp_path / "cut", **asked)
+    calls.clear()
+    monkeypatch.setattr(visits, "recover", lambda *given: calls.append(given) or recover(*given))
+    cut = karui.compress(model, bench, out=tmp_path / "cut", resume=True, **asked)
+    trained = [p for p in cut.record["budget"]["points"] if p["number"]]
+    assert len(calls) == len(trained) - 1, "a finished stage was repeated"
+    assert cut.record["budget"]["points"] == whole.record["budget"]["points"]
+    one, two = whole.model.module.state_dict(), cut.model.module.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    calls.clear()
+    again = karui.compress(model, bench, out=tmp_path / "cut", resume=True, **asked)
+    assert again.record == cut.record
+    assert calls == []
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+        self.one, self.two = nn.Linear(256, 3), nn.Linear(256, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.trunk(x)
+        return self.one(x), self.two(x)
+
+
+class Tagger(nn.Module):
+    """A class for each token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 64)
+        self.mix = nn.Linear(64, 256)
+        self.head = nn.Linear(256, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.relu(self.mix(self.embed(tokens)))).transpose(1, 2)
+
+
+def two_loss(outputs: Any, targets: Tensor) -> Tensor:
+    return (outputs[0] - targets[:, :3]).square().mean() + (outputs[1] - targets[:, 3:]).square().mean()
+
+
+def two_scores(outputs: Any, targets: Tensor) -> Tensor:
+    return (torch.cat(list(outputs), 1) - targets).square().mean(1)
+
+
+def numbers(width: int) -> TensorDataset:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 32, generator=draw)
+    return TensorDataset(x, torch.sin(x @ torch.randn(32, width, generator=draw)))
+
+
+def sentences() -> TensorDataset:
+    tokens = torch.randint(20, (400, 6), generator=torch.Generator().manual_seed(0))
+    return TensorDataset(tokens, tokens % 4)
+
+
+CASES = {
+    "several outputs": (
+        TwoOutputs,
+        CustomTask(loss=two_loss, scores=two_scores, metric="error", higher_is_better=False),
+        lambda: numbers(5),
+    ),
+    "regression": (
+        lambda: nn.Sequential(nn.Linear(32, 512), nn.ReLU(), nn.Linear(512, 3)),
+        Regression(),
+        lambda: numbers(3),
+    ),
+    "token classification": (Tagger, Classification(), sentences),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_other_tasks_than_pictures(name: str):
+    make, task, data = CASES[name]
+    torch.manual_seed(0)
+    rows = data()
+    train, test = (TensorDataset(*(t[part] for t in rows.tensors)) for part in (slice(0, 320), slice(320, None)))
+    bench = Bench(train=train, test=test, training=dataclasses.replace(TRAINING, optimizer=SGD(lr=0.02)))
+    dense = bench.fit(Model(make().eval(), example=(rows.tensors[0][:2],), task=task), epochs=4)
+    done = karui.compress(dense, bench, budget="bytes=0.5", max_drop=50, epochs=3)
+    told = done.record["budget"]
+    assert told["points"][-1]["forms"][0]["bytes"] <= 0.51, done.explanation
+    point = next(p for p in told["points"] if p["number"] == told["point"])
+    assert point["forms"][point["best"]]["score"]["higher_is_better"] is task.higher_is_better
+    assert done.model.parameters < dense.parameters
+
+
+@pytest.mark.slow
+def test_without_budget_and_floor_the_knee_is_taken(model: Model, bench: Bench):
+    done = karui.compress(model, bench, epochs=2)
+    told = done.record["budget"]
+    assert "knee of the front" in done.explanation
+    assert not told["stated"]
+    assert len(told["points"]) >= 2
+
+
+@pytest.mark.slow
+def test_nothing_to_cut_says_so_and_offers_factorisation():
+    """One linear layer between input and output: no unit is free, and ranks are."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 512, generator=torch.Generator().manual_seed(0))
+    dense = Model(nn.Linear(512, 1024).eval(), example=(x[:2],), task=Regression())
+    with torch.no_grad():
+        dense.module.weight.copy_(torch.randn(1024, 4) @ torch.randn(4, 512))
+        rows = TensorDataset(x, dense.module(x))
+    done = karui.compress(dense, Bench(train=rows, test=rows, training=TRAINING), budget="bytes=0.6", epochs=0)
+    assert done.met, done.explanation
+    assert any("no units" in note for note in done.record["budget"]["notes"])
+    assert "FactoredLinear" in type(done.model.module).__name__
+
+
+def test_what_is_lacking_is_refused_before_any_work(model: Model, tmp_path: Path):
+    with pytest.raises(NeedError, match="needs data to calibrate on"):
+        karui.compress(model, Bench(), budget="time=0.5", out=tmp_path / "light")
+    assert not (tmp_path / "light").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": 2, "minutes": 3.0}, "both given"),
+        ({"minutes": 0.0}, "above 0"),
+        ({"batch": 0}, "--batch is 0"),
+        ({"threads": 0}, "--threads is 0"),
+        ({"epochs": -1}, "--epochs is -1"),
+    ],
+)
+def test_impossible_settings(given: dict[str, Any], message: str):
+    with pytest.raises(UsageError, match=message):
+        Settings(**given)
