@@ -5,6 +5,9 @@ from karui.train.influence import Moment as Moment
 from karui.train.influence import Together as Together
 from karui.train.loop import fit as fit
 from karui.train.paced import Paced as Paced
+from karui.train.rate import RateRange as RateRange
+from karui.train.rate import range_test as range_test
+from karui.train.rate import with_rate as with_rate
 from karui.train.training import SGD as SGD
 from karui.train.training import Adam as Adam
 from karui.train.training import AdamW as AdamW
