@@ -14,6 +14,7 @@ import pytest
 from karui.errors import ArtifactError, UsageError
 from karui.measuring import Comparison, Counts, LayerCount, Measurement, Ratio, Score, Timing
 from karui.report import read_run, view, write_report
+from karui.report.front import front_plot
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -201,3 +202,40 @@ def test_in_a_browser_it_draws_offline_and_fits_the_screen(tmp_path: Path, width
     assert told["overflow"] <= 0
     assert len(told["hidden"]) > told["plots"]
     assert max(told["hidden"]) <= 0, "a table or a plot of the measurements has parts that are out of sight"
+
+
+def budget() -> dict[str, Any]:
+    def point(number: int, time: float, value: float) -> dict[str, Any]:
+        score = {"value": value, "metric": "accuracy", "higher_is_better": True}
+        form = {
+            "told": "int8 in onnxruntime",
+            "time": time,
+            "bytes": time,
+            "lost": 100 * (0.97 - value),
+            "score": score,
+        }
+        folder = f"points/{number:02d}" if number else ""
+        return {"number": number, "forms": [form], "best": 0, "epochs": number, "folder": folder}
+
+    return {
+        "points": [point(0, 1.0, 0.97), point(1, 0.5, 0.96), point(2, 0.6, 0.95)],
+        "front": [1, 0],
+        "point": 1,
+        "stated": True,
+        "goal": {"time": 0.5},
+        "asked": {"max_drop": 2.0},
+    }
+
+
+def test_the_points_of_a_budget_are_a_plot():
+    plot = front_plot(budget())
+    assert plot is not None
+    drawn = json.loads(plot.figure)
+    on_front, beaten = drawn["data"]
+    assert on_front["x"] == [1.0, 0.5]
+    assert beaten["y"] == [95.0]
+    assert "points/02" in beaten["hovertext"][0]
+    lines = sorted(shape.get("y0", 0) for shape in drawn["layout"]["shapes"])
+    assert lines[-1] == pytest.approx(95.0)  # the floor: 2 points under dense
+    assert "point 1 the result" in plot.caption
+    assert front_plot(None) is None

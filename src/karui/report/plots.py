@@ -62,7 +62,7 @@ def accuracy_against_time(both: Comparison) -> Plot | None:
     return Plot(
         f"{metric.capitalize()} against time",
         f"Left and {better} is better. Bars: spread of the times, 95 % interval of the {metric}.",
-        _json(figure),
+        as_json(figure),
     )
 
 
@@ -132,10 +132,11 @@ def _per_layer(
         legend={"orientation": "h", "y": 1.06},
         height=max(350, 26 * len(paths) + 120),
     )
-    return Plot(title, caption, _json(figure))
+    return Plot(title, caption, as_json(figure))
 
 
-def _json(figure: go.Figure) -> str:
+def as_json(figure: go.Figure) -> str:
+    """The figure in the page's dress, as JSON that may stand inside a script."""
     figure.update_layout(
         template="plotly_white",
         font={"family": "system-ui, sans-serif", "size": 13},

@@ -11,6 +11,7 @@ from karui.errors import ArtifactError, KaruiError, UsageError, require
 from karui.measuring import Comparison
 from karui.measuring.values import bytes_text
 from karui.report import view
+from karui.report.front import front_plot
 from karui.report.plots import plots
 
 RECORD, PAGE = "run.json", "report.html"
@@ -105,7 +106,7 @@ def _page(run: dict[str, Any], folder: Path) -> dict[str, Any]:
         "times": view.times(both),
         "machine": view.measured(both),
         "notes": view.notes(both),
-        "plots": plots(both, run.get("layers") or {}),
+        "plots": [*filter(None, [front_plot(run.get("budget"))]), *plots(both, run.get("layers") or {})],
         "cuts": view.cuts(plan),
         "refused": view.refused(plan),
         "remarks": plan.get("remarks") or [],

@@ -1,0 +1,73 @@
+"""The front of a budget's run: every point that was visited, by time, accuracy and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from karui.report.plots import DENSE, LIGHT, Plot, as_json
+
+
+def front_plot(budget: Mapping[str, Any] | None) -> Plot | None:
+    """The points of a run under a budget; None where there are none, or nothing was judged."""
+    import plotly.graph_objects as go
+
+    points = [] if budget is None else budget["points"]
+    rows = [(point, point["forms"][point["best"]]) for point in points]
+    if budget is None or not rows or any(form["score"] is None for _, form in rows):
+        return None
+    first = rows[0][1]["score"]
+    unit = 100 if first["metric"] == "accuracy" else 1
+    on_front = set(budget["front"])
+    figure = go.Figure()
+    for name, color, held in (("on the front", LIGHT, True), ("beaten by another", DENSE, False)):
+        those = [row for row in rows if (row[0]["number"] in on_front) is held]
+        figure.add_trace(
+            go.Scatter(
+                x=[form["time"] for _, form in those],
+                y=[form["score"]["value"] * unit for _, form in those],
+                mode="markers+text",
+                text=[str(point["number"]) for point, _ in those],
+                textposition="top center",
+                hovertext=[_told(point, form) for point, form in those],
+                hoverinfo="text",
+                marker={"color": color, "size": [10 + 26 * form["bytes"] ** 0.5 for _, form in those], "opacity": 0.8},
+                name=name,
+            )
+        )
+    _lines(figure, budget, first, unit)
+    figure.update_layout(
+        xaxis={"title": "time, as a share of the dense model's", "rangemode": "tozero"},
+        yaxis={"title": f"{first['metric']} on validation data{', %' if unit == 100 else ''}"},
+        legend={"orientation": "h", "y": 1.1},
+    )
+    caption = (
+        f"Point 0 is the dense model, point {budget['point']} the result; the area of a disc is the size of its ONNX "
+        "file. Each point is kept, and its folder (shown when you point at it) loads with karui.load."
+    )
+    return Plot("The points visited", caption, as_json(figure))
+
+
+def _told(point: Mapping[str, Any], form: Mapping[str, Any]) -> str:
+    """What is shown when the pointer is over a point."""
+    where = point["folder"] or "the dense model"
+    lines = [
+        f"point {point['number']}: {form['told']}",
+        f"time {form['time']:.2f}, bytes {form['bytes']:.2f} of dense, lost {form['lost']:.2f}",
+        f"{point['epochs']} epochs of recovery",
+        where,
+    ]
+    return "<br>".join(lines)
+
+
+def _lines(figure: Any, budget: Mapping[str, Any], first: Mapping[str, Any], unit: int) -> None:
+    """The limits that were asked for."""
+    dash = {"dash": "dot", "color": DENSE}
+    if budget["stated"] and "time" in budget["goal"]:
+        figure.add_vline(x=budget["goal"]["time"], line=dash, annotation_text="time asked for")
+    floor = budget["asked"]["max_drop"]
+    if floor is not None:
+        value = first["value"] * unit
+        change = floor if first["metric"] == "accuracy" else value * floor / 100
+        level = value - change if first["higher_is_better"] else value + change
+        figure.add_hline(y=level, line=dash, annotation_text="floor")
