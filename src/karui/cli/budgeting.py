@@ -100,9 +100,9 @@ def show_points(record: dict[str, Any]) -> None:
     for form in told["forms"]:
         ratio, score = form["ratio"], form["test"]
         judged = "" if score is None else f", test {score['metric']} {_score(score)}"
-        chosen = " *" if form["chosen"] else ""
+        chosen = " (model.onnx)" if form["chosen"] else ""
         screen.out(
-            f"{form['file']} ({form['told']}){chosen}: {ratio['value']:.2f}x the speed of dense "
+            f"{form['told']}{chosen}: {ratio['value']:.2f}x the speed of dense "
             f"({ratio['low']:.2f} to {ratio['high']:.2f}){judged}"
         )
     for note in told["notes"]:

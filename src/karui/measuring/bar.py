@@ -24,9 +24,11 @@ def bar(name: str, total: int, shown: bool) -> Iterator[Advance]:
         ...     advance(2)
         ...     advance()
     """
+    from rich import get_console
     from rich.progress import Progress
 
-    with Progress(disable=not shown, transient=True) as screen:
+    # Where nobody watches, a bar that is gone afterwards would leave an empty line.
+    with Progress(disable=not (shown and get_console().is_terminal), transient=True) as screen:
         task = screen.add_task(name, total=total)
 
         def advance(count: int = 1, text: str = "") -> None:

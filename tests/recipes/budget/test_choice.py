@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import milp
 
+from karui.recipes.budget import choice
 from karui.recipes.budget.choice import Problem, Table, cheapest, choose
 
 AMOUNT = st.integers(-20, 20).map(float)
@@ -74,6 +78,18 @@ def test_seconds_and_bytes_of_real_sizes_are_kept_apart():
     problem = Problem(harms={"a": [0, 1, 2]}, tables=[time, size], limits={"time": -4e-6, "bytes": -5e4})
     assert choose(problem) == {"a": 2}
     assert choose(Problem(harms={"a": [0, 1, 2]}, tables=[time, size], limits={"time": -6e-6})) is None
+
+
+def test_what_the_solver_prints_stays_out_of_the_output(capfd: pytest.CaptureFixture[str], monkeypatch: Any):
+    def chatty(*given: Any, **named: Any) -> Any:
+        os.write(1, b"remark of the solver")
+        return milp(*given, **named)
+
+    monkeypatch.setattr(choice, "milp", chatty)
+    time = Table(("a",), {"time": np.array([0.0, -1.0])})
+    assert choose(Problem(harms={"a": [0, 1]}, tables=[time], limits={"time": -1.0})) == {"a": 1}
+    sys.stdout.write("after\n")
+    assert capfd.readouterr().out == "after\n"
 
 
 def test_nothing_to_choose_from():

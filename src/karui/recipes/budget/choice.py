@@ -8,7 +8,11 @@ so are the weights: the cost of the pair that is chosen, not a sum of two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -144,16 +148,37 @@ class _Program:
         low, high = (np.array([row[side] for row in self.rows]) / sizes for side in (1, 2))
         costs = np.array(self.costs)
         scale = np.abs(costs).max() or 1.0
-        found = milp(
-            costs / scale,
-            integrality=(np.arange(len(costs)) < self.whole).astype(int),
-            bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(matrix.tocsr(), low, high)],  # pyright: ignore[reportArgumentType]
-            options={"time_limit": SECONDS, "mip_rel_gap": 0.0},
-        )
+        with _hushed():
+            found = milp(
+                costs / scale,
+                integrality=(np.arange(len(costs)) < self.whole).astype(int),
+                bounds=Bounds(0, 1),
+                constraints=[LinearConstraint(matrix.tocsr(), low, high)],  # pyright: ignore[reportArgumentType]
+                options={"time_limit": SECONDS, "mip_rel_gap": 0.0},
+            )
         if found.x is None:
             return None
         return {
             place: int(np.argmax(found.x[start : start + len(self.problem.harms[place])]))
             for place, start in self.start.items()
         }
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """HiGHS writes some remarks to the process's standard output though it is told not to, where JSON may be due."""
+    if os.name != "posix":
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush  # its text waits in the buffers of C, and would come out later
+    sys.stdout.flush()
+    flush(None)
+    kept, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(null)

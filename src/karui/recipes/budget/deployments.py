@@ -1,106 +1,215 @@
-"""Deployments: the forms in which a model can be handed over (file, engine, precision), tried one beside the other."""
+"""The forms that a point is tried in: each engine that is installed, in 32 bits and in 8, timed and judged.
+
+8 bits are tried at every point, so that they compose with all that was done to the network. A form counts only where
+it is measured faster than the one in 32 bits (or smaller, if bytes were asked for), and where the floor holds. Where 8
+bits alone break the floor, the layers that they harm most are given back their 32 bits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from karui.data import Batches
-from karui.measuring import Engine, OnnxRuntime, Score, onnx_form
-from karui.measuring.accuracy import mean_interval
-from karui.measuring.engines import outputs_of
-from karui.measuring.inference import tensors_of
+from karui.data.calibration import Calibration
+from karui.deployment import (
+    Calibrated,
+    Deployment,
+    Int8,
+    Int8Form,
+    as_model,
+    calibrate,
+    layer_harms,
+    leave_worst,
+    quantise,
+)
+from karui.deployment import deployments as forms_in
+from karui.errors import KaruiError
+from karui.measuring import OnnxForm, Score, evaluate, known_engine, onnx_form
+from karui.model import Model
+from karui.recipes.budget.front import Form
 
 if TYPE_CHECKING:
-    from karui.model import Model
+    from karui.recipes.budget.timing import Stopwatch
     from karui.technique import Bench
 
-FP32 = "fp32"
+SEEN, ORDERED = 256, 64
+"""Samples that the ranges of 8 bits are seen on, and those by which the harm of single layers is ordered."""
+SLOWER = 1.02
+"""Times of one form against another's that the clock cannot tell apart."""
+SLACK = 0.5
+"""Points that 8 bits may cost where no floor says."""
+ROUNDING = 1e-9
+"""Of the arithmetic by which a loss is held against a floor."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Deployment:
-    """One form of a model.
-
-    Settings:
-        name: what it is called: "fp32", "int8".
-        data: the ONNX file.
-        engine: runs it.
-        precision: of its weights and arithmetic.
-        note: what a person should know of it.
-    """
-
-    name: str
-    data: bytes
-    engine: Engine
-    precision: str = FP32
-    note: str = ""
-
-    @property
-    def told(self) -> str:
-        """Precision and engine in words."""
-        return f"{self.precision} in {self.engine.name}"
+def named(form: OnnxForm, int8: Int8Form | None) -> list[Deployment]:
+    """The deployments of a form, the one in 32 bits in ONNX Runtime first."""
+    return [_renamed(each) for each in forms_in(form, int8)]
 
 
-def deployments(model: Model, bench: Bench, *, int8: bool = True) -> Iterator[Deployment]:
-    """The forms that are worth trying; the first is the model as it is, in ONNX Runtime.
-
-    Args:
-        model: what is to be deployed.
-        bench: calibration data for forms that need it.
-        int8: whether forms of lower precision are among them.
-
-    Raises:
-        CaptureError: the model has no ONNX form.
-    """
-    del bench, int8
-    yield Deployment(name=FP32, data=onnx_form(model).data, engine=OnnxRuntime())
-
-
-def deployed_score(deployment: Deployment, model: Model, dataset: Any, threads: int = 1) -> Score:
-    """The metric of a form on a data set, computed in its engine.
-
-    Args:
-        deployment: what is judged.
-        model: tells the task, and how outputs are put together.
-        dataset: (input, target) pairs.
-        threads: of the engine.
-    """
-    import torch
-
-    run, batches = deployment.engine.prepare(deployment.data, threads), Batches(dataset)
-    task = model.task
-    assert task is not None  # noqa: S101  (who judges has a task)
-    join = _joiner(model)
-    found = []
-    for index in torch.arange(len(batches)).split(64):
-        inputs, targets = batches.fetch(index)
-        found.append(task.scores(join(outputs_of(run(inputs))), targets).detach().double())
-    value, low, high = mean_interval(torch.cat(found))
-    return Score(
-        value=value,
-        low=low,
-        high=high,
-        count=len(batches),
-        metric=task.metric,
-        higher_is_better=task.higher_is_better,
+def _renamed(each: Deployment) -> Deployment:
+    return Deployment(
+        name=f"{each.precision}, {each.engine}",
+        engine=each.engine,
+        precision=each.precision,
+        data=each.data,
+        fp32_layers=each.fp32_layers,
     )
 
 
-def _joiner(model: Model) -> Callable[[list[Tensor]], Any]:
-    """From an engine's list of outputs to what the model gives: one tensor, a tuple, a dict."""
-    from torch.utils import _pytree as pytree
+def score_of(deployment: Deployment, model: Model, dataset: Any, threads: int = 1) -> Score:
+    """The metric of a form on a data set, computed in its engine."""
+    return evaluate(as_model(deployment, model, threads=threads), dataset)
 
-    from karui.measuring.inference import inference
 
-    with inference(model.module) as module:
-        leaves, spec = pytree.tree_flatten(module(*model.example))
-    if len(tensors_of(leaves)) != len(leaves):
-        return lambda outputs: outputs[0]
-    return lambda outputs: pytree.tree_unflatten(outputs, spec)
+@dataclass(kw_only=True)
+class Forms:
+    """Makes, times and judges the forms of models on the way to a budget.
+
+    Settings:
+        dense: what all are compared with.
+        data: its ONNX file in 32 bits.
+        bench: calibration and validation data.
+        watch: times files.
+        int8: whether 8 bits are tried.
+        max_drop: the floor; None where there is none.
+        wanted: the quantities that were asked for: "time", "bytes".
+        notes: what could not be done, and why.
+    """
+
+    dense: Model
+    data: bytes
+    bench: Bench
+    watch: Stopwatch
+    int8: bool = True
+    max_drop: float | None = None
+    wanted: Sequence[str] = ("time",)
+    notes: list[str] = field(default_factory=list)
+
+    def of(self, model: Model, first: Score | Mapping[str, Any] | None) -> tuple[tuple[Form, ...], int]:
+        """All forms of a model, the one in 32 bits in ONNX Runtime first, and which of them is the best.
+
+        Args:
+            model: the point.
+            first: the dense model's score; None where the model is the dense one.
+        """
+        form = onnx_form(model)
+        plain = self._score(model)
+        found = [self._timed(d, plain, first or plain) for d in named(form, None)]
+        calibrated = self._calibrated(form) if self.int8 else None
+        if calibrated is not None:
+            found += self._narrow(model, calibrated, found[0], first or plain)
+        return tuple(found), self.best(found)
+
+    def best(self, forms: Sequence[Form]) -> int:
+        """The lightest form that pays and keeps the floor; without a floor, of those that lose little more."""
+        allowed = max(self._allowed(forms[0]), forms[0].lost + ROUNDING)
+        within = [k for k, form in enumerate(forms) if form.lost <= allowed and (k == 0 or self._pays(form, forms[0]))]
+        return min(within, key=lambda k: (_weight(forms[k], self.wanted), k))
+
+    def made(self, model: Model, forms: Sequence[Form]) -> list[Deployment]:
+        """The files of a point's forms, made anew."""
+        form = onnx_form(model)
+        files = {d.name: d for d in named(form, None)}
+        narrow = [f for f in forms if f.name not in files]
+        if narrow:
+            int8 = quantise(calibrate(form, self._batches(SEEN)), Int8(leave=narrow[0].left))
+            files |= {d.name: d for d in named(form, int8)}
+        return [files[f.name] for f in forms]
+
+    def _allowed(self, plain: Form) -> float:
+        return ROUNDING + (self.max_drop if self.max_drop is not None else plain.lost + SLACK)
+
+    def _pays(self, form: Form, plain: Form) -> bool:
+        """Whether it is faster than the plain form; for bytes, it is enough not to be slower."""
+        return form.time * SLOWER < plain.time or ("bytes" in self.wanted and form.time < plain.time * SLOWER)
+
+    def _score(self, model: Model) -> Score | None:
+        judged = self.bench.validation is not None and model.task is not None
+        return self.bench.evaluate(model) if judged else None
+
+    def _timed(
+        self,
+        deployment: Deployment,
+        score: Score | None,
+        first: Score | Mapping[str, Any] | None,
+        left: Sequence[str] = (),
+    ) -> Form:
+        return Form(
+            name=deployment.name,
+            told=f"{deployment.precision} in {deployment.engine}",
+            time=self.watch.ratio(self.dense, deployment.data, self.data, known_engine(deployment.engine)),
+            bytes=deployment.bytes / len(self.data),
+            score=None if score is None else score.to_json(),
+            lost=0.0 if score is None or first is None else lost(first, score),
+            left=tuple(left),
+        )
+
+    def _batches(self, samples: int) -> Calibration:
+        return Calibration(self.bench.train, samples, 64, self.bench.seed)
+
+    def _calibrated(self, form: OnnxForm) -> Calibrated | None:
+        try:
+            return calibrate(form, self._batches(SEEN))
+        except KaruiError as error:
+            self._note(f"8 bits were not tried: {error.message}")
+            return None
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _narrow(
+        self, model: Model, calibrated: Calibrated, plain: Form, first: Score | Mapping[str, Any] | None
+    ) -> list[Form]:
+        """The forms in 8 bits; with the most harmful layers in 32 where that saves the floor."""
+        try:
+            int8 = quantise(calibrated)
+        except KaruiError as error:
+            self._note(f"8 bits were not tried: {error.message}")
+            return []
+        found = self._judged(model, calibrated, int8, first)
+        allowed = self._allowed(plain)
+        broken = [f for f in found if f.lost > allowed and self._pays(f, plain)]
+        if not broken or plain.lost > allowed:
+            return found
+        narrow = next(d for d in named(calibrated.form, int8) if d.name == broken[0].name)
+        fits = self._keeps(model, calibrated.form, narrow, first, allowed)
+        order = [harm.path for harm in layer_harms(calibrated, self._batches(ORDERED), progress=self.bench.progress)]
+        spared = leave_worst(calibrated, order, fits)
+        if spared.form is None:
+            return found
+        return self._judged(model, calibrated, spared.form, first, spared.left)
+
+    def _keeps(
+        self, model: Model, form: OnnxForm, like: Deployment, first: Any, allowed: float
+    ) -> Callable[[Int8Form], bool]:
+        def keeps(int8: Int8Form) -> bool:
+            made = next(d for d in named(form, int8) if d.name == like.name)
+            return lost(first, score_of(made, model, self.bench.validation)) <= allowed
+
+        return keeps
+
+    def _judged(
+        self,
+        model: Model,
+        calibrated: Calibrated,
+        int8: Int8Form,
+        first: Score | Mapping[str, Any] | None,
+        left: Sequence[str] = (),
+    ) -> list[Form]:
+        made = [d for d in named(calibrated.form, int8) if d.precision == "int8"]
+        judge = self.bench.validation is not None and model.task is not None
+        scores = [score_of(d, model, self.bench.validation) if judge else None for d in made]
+        return [self._timed(d, score, first, left) for d, score in zip(made, scores, strict=True)]
+
+
+def _weight(form: Form, wanted: Sequence[str]) -> float:
+    product = 1.0
+    for quantity in wanted:
+        product *= form.time if quantity == "time" else form.bytes
+    return product
 
 
 def lost(dense: Score | Mapping[str, Any], light: Score | Mapping[str, Any]) -> float:

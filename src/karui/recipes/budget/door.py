@@ -48,6 +48,7 @@ def compress(
     epochs: int | None = None,
     minutes: float | None = None,
     int8: bool = True,
+    find_rate: bool = True,
     out: str | Path | None = None,
     resume: bool = False,
     tell: Tell = quiet,
@@ -65,6 +66,8 @@ def compress(
         epochs: passes of recovery, all stages together; None takes those of the bench's training.
         minutes: the time that recovery may take, instead of `epochs`.
         int8: whether 8-bit arithmetic is tried.
+        find_rate: whether recovery's learning rate is found by a short test on training data; else it is that of the
+            bench's training.
         out: folder of the result and of every point visited; None keeps the model in memory only.
         resume: go on with a run in `out` that was stopped.
         tell: is given a line at each stage.
@@ -84,6 +87,7 @@ def compress(
         epochs=epochs,
         minutes=minutes,
         int8=int8,
+        find_rate=find_rate,
     )
     if out is not None:
         return _done(model, asked, bench, Path(out), kept=True, resume=resume, tell=tell)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from karui.measuring import OnnxRuntime, layer_times
 from karui.measuring.values import bytes_text, seconds_text
+from karui.recipes.budget.stages import TOLERATED
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -29,6 +30,23 @@ def told(point: Point, plan: Plan, points: Sequence[Point], light: Model, reach:
     return (
         f"Neither a budget nor a floor was stated. Of {len(points)} points visited, this one is the knee of the front: "
         f"{_shares(point)}, {_loss(point)}. Lighter points lose more for each step, heavier ones gain little."
+    )
+
+
+def deployed(forms: Sequence[Mapping[str, Any]], dense_bytes: int) -> str:
+    """A sentence on the file to deploy; empty where it is the plain form, which all other sentences are about."""
+    form = next(form for form in forms if form["chosen"])
+    if form["chosen"] and form is forms[0]:
+        return ""
+    ratio, score = form["ratio"], form["test"]
+    judged = ""
+    if score is not None:
+        value = f"{score['value']:.1%}" if score["metric"] == "accuracy" else f"{score['value']:.4g}"
+        judged = f", test {score['metric']} {value}"
+    return (
+        f"model.onnx is the form in {form['precision']} for {form['engine']}: {ratio['value']:.2f}x the speed of the "
+        f"dense model in fp32 ({ratio['low']:.2f} to {ratio['high']:.2f}), {bytes_text(form['bytes'])} instead of "
+        f"{bytes_text(dense_bytes)}{judged}. All else that follows is about the network in fp32."
     )
 
 
@@ -60,7 +78,7 @@ def _broken(points: Sequence[Point], plan: Plan) -> str:
 
 def _in_the_way(point: Point, plan: Plan, points: Sequence[Point], light: Model, reach: Mapping[str, float]) -> str:
     """Which limit is missed, which layers hold what is left, and what would have to give."""
-    missed = [q for q, share in plan.goal.items() if point.share(q) > share * 1.02]
+    missed = [q for q, share in plan.goal.items() if point.share(q) > share * TOLERATED]
     gap = " and ".join(f"{q} {point.share(q):.2f} instead of {plan.goal[q]:.3g}" for q in missed)
     broken = [p for p in points if not plan.holds(p)]
     sentences = [f"The budget is not met: the best that was found takes {gap or 'what was asked'}, {_loss(point)}."]

@@ -21,6 +21,7 @@ class Form:
         time, bytes: as shares of the dense model in fp32 in ONNX Runtime.
         score: on validation data, as JSON; None where nothing is judged.
         lost: against the dense model, in points of accuracy or per cent of the metric; 0 where nothing is judged.
+        left: layers that were left in 32 bits, of a form in 8, to keep the floor.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Form:
     bytes: float
     score: dict[str, Any] | None = None
     lost: float = 0.0
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karui.errors import NeedError, require
+from karui.measuring.bar import bar
 from karui.measuring.inference import inference, tensors_of
 from karui.model import Analysis, Classification, Model
 from karui.technique.pruning.masking import silenced
@@ -23,7 +24,7 @@ from karui.technique.pruning.masking import silenced
 if TYPE_CHECKING:
     from karui.technique import Bench, Candidate
 
-SAMPLES, BATCH = 128, 64
+SAMPLES, BATCH = 128, 128
 
 
 def harms(model: Model, candidates: Sequence[Candidate], analysis: Analysis | None, bench: Bench) -> list[float]:
@@ -46,16 +47,12 @@ def harms(model: Model, candidates: Sequence[Candidate], analysis: Analysis | No
             before = tensors_of(module(*inputs))
             count = len(tensors_of(inputs)[0])
             samples += count
-            for number, candidate in enumerate(_bar(candidates, bench)):
-                with tried(module, candidate, analysis):
-                    totals[number] += count * change(before, tensors_of(module(*inputs)), model.task)
+            with bar("harm of candidates", len(candidates), bench.progress) as step:
+                for number, candidate in enumerate(candidates):
+                    with tried(module, candidate, analysis):
+                        totals[number] += count * change(before, tensors_of(module(*inputs)), model.task)
+                    step()
     return [total / samples for total in totals]
-
-
-def _bar(candidates: Sequence[Candidate], bench: Bench) -> Any:
-    from rich.progress import track
-
-    return track(candidates, "measuring harm", disable=not bench.progress, transient=True)
 
 
 @contextmanager

@@ -7,18 +7,30 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from karui.distill import KnowledgeDistillation
+from karui.measuring.inference import inference, tensors_of
 from karui.model import Classification
+from karui.train import range_test
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from karui.model import Model
     from karui.technique import Bench
+    from karui.train import Influence
 
 TRIAL = 24
 """Steps that are timed to tell how many epochs fit into some minutes."""
+STEPS = 60
+"""Steps of the test for a learning rate."""
+MEMORY = 2**28
+"""Bytes of the teacher's answers that are kept at most."""
 
 
 def recover(model: Model, dense: Model, bench: Bench, epochs: int, label: str) -> Model:
     """The model trained for so many passes; as it is where nothing can be trained.
+
+    All recoveries draw the same samples, so that what the teacher says is kept (in `bench.checkpoints`, where there is
+    such a folder) and serves them all.
 
     Args:
         model: what was compressed.
@@ -29,11 +41,38 @@ def recover(model: Model, dense: Model, bench: Bench, epochs: int, label: str) -
     """
     if not epochs or bench.train is None or model.task is None:
         return model
-    influence = None
-    if isinstance(model.task, Classification):
-        teacher = KnowledgeDistillation(teacher=dense, epochs=epochs)
-        influence = teacher.influence(model, bench)
-    return bench.fit(model, epochs=epochs, influence=influence, label=label)
+    return bench.fit(model, epochs=epochs, influence=_teaching(model, dense, bench, epochs), label=label)
+
+
+def rate_for(model: Model, dense: Model, bench: Bench) -> float | None:
+    """The learning rate that recovery bears, by a short range test; None where nothing can be trained."""
+    if bench.train is None or model.task is None:
+        return None
+    found = range_test(
+        model,
+        bench.train,
+        training=bench.training,
+        influence=_teaching(model, dense, replace(bench, checkpoints=None), 0),
+        seed=bench.seed,
+        steps=STEPS,
+        progress=bench.progress,
+    )
+    return found.rate
+
+
+def _teaching(model: Model, dense: Model, bench: Bench, epochs: int) -> Influence | None:
+    """The dense model as teacher, its answers kept; None where the task has no soft targets."""
+    if not isinstance(model.task, Classification):
+        return None
+    assert bench.train is not None  # noqa: S101  (who trains has data)
+    answer = sum(t[0].numel() * 4 for t in _outputs(dense))
+    room = min(epochs * len(bench.train), MEMORY // max(answer, 1)) if bench.checkpoints is not None else 0
+    return KnowledgeDistillation(teacher=dense, epochs=epochs, remember=room).influence(model, bench)
+
+
+def _outputs(model: Model) -> list[Tensor]:
+    with inference(model.module) as module:
+        return tensors_of(module(*model.example))
 
 
 def epochs_within(minutes: float, model: Model, bench: Bench) -> int:

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from karui.artifact import save, stored_bytes
-from karui.artifact.files import write_file
 from karui.errors import NeedError, UsageError, require
-from karui.measuring import Clock, OnnxRuntime, Torch, compare, this_machine
+from karui.measuring import Clock, OnnxRuntime, Torch, compare, known_engine, this_machine
 from karui.measuring.values import to_json
-from karui.recipes.budget.deployments import FP32, deployed_score, deployments
-from karui.recipes.budget.explain import told
+from karui.recipes.budget.deployments import score_of
+from karui.recipes.budget.explain import deployed, told
 from karui.recipes.budget.front import Point, front
 from karui.recipes.budget.limits import Budget
 from karui.recipes.budget.recover import epochs_within
@@ -48,6 +47,7 @@ from karui.recipes.values import settings
 from karui.recipes.verdict import verdict
 
 if TYPE_CHECKING:
+    from karui.deployment import Deployment
     from karui.model import Model
     from karui.technique import Bench
 
@@ -64,6 +64,7 @@ class Settings:
         epochs: passes of recovery, all stages together; None takes those of the bench's training.
         minutes: the time that recovery may take instead; told in epochs before the first stage.
         int8: whether lower precision is tried.
+        find_rate: whether recovery's learning rate is found by a short test; else it is that of the bench's training.
         cache: folder of the timing cache; None takes the user's.
 
     Raises:
@@ -76,6 +77,7 @@ class Settings:
     epochs: int | None = None
     minutes: float | None = None
     int8: bool = True
+    find_rate: bool = True
     cache: Path | None = None
 
     def __post_init__(self) -> None:
@@ -147,9 +149,14 @@ def run_budget(
         mark=mark,
         int8=asked.int8,
         max_drop=asked.budget.max_drop,
+        find_rate=asked.find_rate,
+        wanted=tuple(limit.quantity for limit in asked.budget.limits) or ("time",),
         tell=tell,
     )
     start = visitor.start()
+    if warning := _seen(start, dense, bench):
+        tell(f"note: {warning}")
+        visitor.notes.append(warning)
     plan = _plan(asked, visitor, mark)
     point = travel(visitor, start, plan)
     tell(f"point {point.number} is the result; measuring dense against light, in turns")
@@ -185,6 +192,22 @@ def _check(model: Model, asked: Settings, bench: Bench) -> None:
     require(asked.budget.max_drop is None or judged, message, "Give data with targets, and a task.", NeedError)
 
 
+def _seen(start: Point, dense: Model, bench: Bench) -> str:
+    """A word of warning where the dense model is far better on validation data than on test data."""
+    held = start.fp32.score
+    if held is None or bench.test is None:
+        return ""
+    test = bench.evaluate(dense, "test")
+    apart = held["low"] > test.high if test.higher_is_better else held["high"] < test.low
+    if not apart:
+        return ""
+    return (
+        f"the dense model gets {held['metric']} {held['value']:.4g} on validation data and {test.value:.4g} on test "
+        "data: it has probably been trained on the former, and a floor held on them asks for too much. "
+        "Give Bench(validation=...) data that it has not seen."
+    )
+
+
 def _clock(asked: Settings) -> Clock:
     return Clock(batches=(asked.batch,), threads=(asked.threads,), engines=(OnnxRuntime(), Torch()), rounds=25)
 
@@ -218,9 +241,12 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
     """Measure the result beside the dense model, save it, and say what came out."""
     dense, light, bench = visitor.dense, visitor.model_of(point), visitor.bench
     both = compare(dense, light, test=bench.test, clock=bench.clock, progress=bench.progress)
-    saved = save(light, visitor.out, measurements=both.to_json(), settings={"budget": str(asked.budget)})
+    made = visitor.forms.made(light, point.forms)
+    told_settings = {"budget": str(asked.budget)}
+    chosen = made[point.best]
+    saved = save(light, visitor.out, measurements=both.to_json(), settings=told_settings, deployment=chosen)
     both = with_bytes(both, stored_bytes(dense), saved.weights_bytes)
-    forms = _deployed(visitor, point, light)
+    forms = _deployed(visitor, point, light, made)
     words = told(point, plan, visitor.points, light, visitor.reach)
     return {
         "machine": to_json(this_machine()),
@@ -234,7 +260,7 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
         "verification": None if saved.verification is None else saved.verification.to_json(),
         "warnings": list(saved.warnings),
         "files": {path.name: path.stat().st_size for path in sorted(visitor.out.glob("model.*"))},
-        "verdict": [words, *verdict(both)],
+        "verdict": list(filter(None, [words, deployed(forms, len(visitor.data)), *verdict(both)])),
         "budget": {
             "asked": asked.budget.to_json(),
             "goal": dict(plan.goal),
@@ -244,6 +270,7 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
             "point": point.number,
             "forms": forms,
             "points": [to_json(p) for p in visitor.points],
+            "learning_rate": visitor.rate,
             "front": [p.number for p in front(visitor.points)],
             "dense_seconds": visitor.seconds,
             "dense_bytes": len(visitor.data),
@@ -252,28 +279,26 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
     }
 
 
-def _deployed(visitor: Visitor, point: Point, light: Model) -> list[dict[str, Any]]:
-    """Every form of the result timed against the dense model in one run, and judged on test data."""
-    bench, told_forms = visitor.bench, []
-    forms = list(deployments(light, bench, int8=visitor.int8))
-    ratios = visitor.watch.side_by_side(visitor.dense, visitor.data, {f.name: (f.engine, f.data) for f in forms})
-    for form in forms:
-        score = None
-        if bench.test is not None and light.task is not None:
-            score = deployed_score(form, light, bench.test).to_json()
-        file = "model.onnx" if form.name == FP32 else f"model.{form.name}.onnx"
-        if form.name != FP32:
-            write_file(visitor.out / file, form.data)
+def _deployed(visitor: Visitor, point: Point, light: Model, made: list[Deployment]) -> list[dict[str, Any]]:
+    """Every form of the result timed against the dense model in one run; the plain and the chosen one on test data."""
+    test = visitor.bench.test if light.task is not None else None
+    files = {form.name: (known_engine(form.engine), form.data) for form in made}
+    ratios = visitor.watch.side_by_side(visitor.dense, visitor.data, files)
+    told_forms = []
+    for number, form in enumerate(made):
+        judged = test is not None and number in (0, point.best)
         told_forms.append(
             {
                 "name": form.name,
-                "told": form.told,
-                "file": file,
-                "bytes": len(form.data),
+                "told": point.forms[number].told,
+                "file": "model.onnx" if number == point.best else None,
+                "engine": form.engine,
+                "precision": form.precision,
+                "fp32_layers": list(form.fp32_layers),
+                "bytes": form.bytes,
                 "ratio": to_json(ratios[form.name]),
-                "test": score,
-                "chosen": form.name == point.form.name,
-                "note": form.note,
+                "test": score_of(form, light, test).to_json() if judged else None,
+                "chosen": number == point.best,
             }
         )
     return told_forms

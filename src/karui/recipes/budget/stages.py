@@ -17,6 +17,12 @@ HALVINGS = 3
 """Bisections between a point that keeps the floor and a target that breaks it."""
 CLOSE = 1.08
 """A bisection ends where what is left between the two is less than this factor."""
+STUCK = 0.97
+"""A stage that leaves more than this of what it was to shrink has come to the end of the menu."""
+MORE = 2
+"""Stages that are added where the last one was measured short of the goal."""
+TOLERATED = 1.02
+"""Times a limit that still count as kept: what the clock cannot tell apart."""
 POLISH = 0.4
 """Share of the epochs that is kept for training the final point on."""
 
@@ -68,17 +74,17 @@ class Plan:
 
     def met(self, point: Point) -> bool:
         """Whether it keeps the floor and every limit, as far as the clock can tell."""
-        return self.holds(point) and all(point.share(q) <= share * 1.02 for q, share in self.goal.items())
+        return self.holds(point) and all(point.share(q) <= share * TOLERATED for q, share in self.goal.items())
 
 
 def travel(visits: Visits, dense: Point, plan: Plan) -> Point:
     """Go as far as plan and floor allow; the point where the journey ends, trained on with the epochs that are left."""
     purse = Purse(plan)
     good, reached, broken = dense, 0.0, None
-    for stage in range(1, plan.stages + 1):
-        part = stage / plan.stages
+    for stage in range(1, plan.stages + MORE + 1):
+        part = min(1.0, stage / plan.stages)
         target = plan.target(part)
-        if all(good.share(q) <= share for q, share in target.items()):
+        if all(good.share(q) <= share * (TOLERATED if part == 1 else 1) for q, share in target.items()):
             reached = part
             continue
         point = visits.lighten(good, target, purse.take())
@@ -88,9 +94,11 @@ def travel(visits: Visits, dense: Point, plan: Plan) -> Point:
         if not plan.holds(point):
             broken = part
             break
+        missed = [q for q, share in target.items() if point.share(q) > share * TOLERATED]
+        stuck = bool(missed) and all(point.share(q) > good.share(q) * STUCK for q in missed)
         good, reached = point, part
-        if any(point.share(q) > share * 1.05 for q, share in target.items()):
-            break  # the menu is exhausted
+        if stuck:
+            break
     if broken is not None:
         good = _bisect(visits, good, plan, purse, (reached, broken))
     if not plan.stated and plan.max_drop is None:
@@ -137,7 +145,11 @@ def _bisect(visits: Visits, good: Point, plan: Plan, purse: Purse, parts: tuple[
         if min(plan.goal.values()) ** (low - high) < CLOSE or (plan.epochs and not purse.left):
             break
         middle = (low + high) / 2
-        point = visits.lighten(good, plan.target(middle), purse.take())
+        target = plan.target(middle)
+        if all(good.share(q) <= share for q, share in target.items()):
+            low = middle  # a point went farther than it was asked to
+            continue
+        point = visits.lighten(good, target, purse.take())
         if point is None:
             break
         point = _second_chance(visits, point, plan, purse)

@@ -22,6 +22,7 @@ import numpy as np
 
 from karui.artifact.files import write_file
 from karui.measuring import Engine, OnnxRuntime, Ratio, Timing, this_machine, time_ratio
+from karui.measuring.bar import bar
 from karui.measuring.engines import onnx_session
 from karui.measuring.inference import batch_of
 from karui.measuring.rounds import interleaved
@@ -32,6 +33,8 @@ CACHE = "KARUI_CACHE"
 """Environment variable: the folder of the timing cache."""
 ROUNDS, CALLS, LOT = 9, 4, 24
 """Rounds of a lot, calls of each block in a round, blocks of a lot."""
+TURNS = 101
+"""Rounds in which whole files are timed against one another."""
 REFERENCE = "reference"
 FREE = 1.05
 """How much slower a wider convolution may be measured and still count as free."""
@@ -94,8 +97,10 @@ class Stopwatch:
         keys = [f"{block.key} | {self._where}" for block in blocks]
         unknown = {key: block for key, block in zip(keys, blocks, strict=True) if key not in self.cache.seconds}
         lots = [list(unknown.items())[start : start + LOT] for start in range(0, len(unknown), LOT)]
-        for lot in self._bar(lots):
-            self._measure(dict(lot))
+        with bar("time of layers", len(lots), self.progress and bool(lots)) as step:
+            for lot in lots:
+                self._measure(dict(lot))
+                step()
         return [self.cache.seconds[key] for key in keys]
 
     def named(self, name: str, make: Callable[[], Block]) -> float:
@@ -124,22 +129,37 @@ class Stopwatch:
             engine: what runs the judged file; ONNX Runtime where it is not given.
         """
         engine, home = engine or OnnxRuntime(), OnnxRuntime()
+        if light == other and engine.name == home.name:
+            return 1.0
         key = f"{structure(light)} in {engine.name} {engine.version()} / {structure(other)} | {self._where}"
         if key not in self.cache.seconds:
-            found = self._turns(dense, {"light": (engine, light), "other": (home, other)})
-            self.cache.put({key: found["light"] / found["other"]})
+            found = self._samples(dense, {"light": (engine, light), "other": (home, other)})
+            # Round by round: what slows the machine for a while slows both.
+            self.cache.put({key: float(np.median(np.array(found["light"]) / np.array(found["other"])))})
         return self.cache.seconds[key]
 
     def whole(self, dense: Model, data: bytes) -> float:
-        """Seconds of a whole file in ONNX Runtime; `dense` gives the inputs."""
+        """Seconds of a whole file in ONNX Runtime, on the scale of the blocks; `dense` gives the inputs.
+
+        It is timed in turns with the reference, whose time as a block is known: a machine that is busy meanwhile would
+        otherwise make a network as slow as it has never been beside its layers.
+        """
         key = f"{structure(data)} | {self._where}"
         if key not in self.cache.seconds:
-            self.cache.put({key: self._turns(dense, {"whole": (OnnxRuntime(), data)})["whole"]})
+            known = self.blocks([_reference()])[0]
+            engine, inputs = OnnxRuntime(), batch_of(dense.example, self.batch)
+            blocks = {"reference": _reference(), "call": _nothing()}
+            calls = {name: _bound(engine, block.data(), self.threads, block.arrays()) for name, block in blocks.items()}
+            calls["whole"] = _bound(engine, data, self.threads, inputs)
+            taken = {name: np.array(found) for name, found in self._in_turns(calls).items()}
+            # What a call costs by itself is part of a network's time, and no part of a block's.
+            shares = taken["whole"] / np.maximum(taken["reference"] - taken["call"], 1e-9)
+            self.cache.put({key: known * float(np.median(shares))})
         return self.cache.seconds[key]
 
     def side_by_side(self, dense: Model, data: bytes, forms: Mapping[str, tuple[Engine, bytes]]) -> dict[str, Ratio]:
         """Dense over light for every form, all of them timed in one run and not taken from the cache."""
-        samples = self._samples(dense, {"": (OnnxRuntime(), data), **forms}, rounds=31)
+        samples = self._samples(dense, {"": (OnnxRuntime(), data), **forms})
         times = {name: self._timing(name, taken) for name, taken in samples.items()}
         return {name: time_ratio(times[""], times[name]) for name in forms}
 
@@ -150,26 +170,21 @@ class Stopwatch:
             median=middle, low=low, high=high, samples=tuple(taken),
         )  # fmt: skip
 
-    def _turns(self, dense: Model, files: Mapping[str, tuple[Engine, bytes]]) -> dict[str, float]:
-        return {name: median(taken) for name, taken in self._samples(dense, files, rounds=25).items()}
-
-    def _samples(self, dense: Model, files: Mapping[str, tuple[Engine, bytes]], rounds: int) -> dict[str, list[float]]:
+    def _samples(self, dense: Model, files: Mapping[str, tuple[Engine, bytes]]) -> dict[str, list[float]]:
         inputs = batch_of(dense.example, self.batch)
-        runs = {name: engine.prepare(data, self.threads) for name, (engine, data) in files.items()}
-        calls = {name: (lambda run=run: run(inputs)) for name, run in runs.items()}
+        return self._in_turns(
+            {name: _bound(engine, data, self.threads, inputs) for name, (engine, data) in files.items()}
+        )
+
+    def _in_turns(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
         for call in calls.values():
             call()
             call()
-        return interleaved(calls, rounds, 20.0, cpu_time=self.threads == 1)
+        return interleaved(calls, TURNS, 20.0, cpu_time=self.threads == 1)
 
     @property
     def _where(self) -> str:
         return f"batch {self.batch}, threads {self.threads}, onnxruntime {OnnxRuntime().version()}"
-
-    def _bar(self, lots: Sequence[Any]) -> Any:
-        from rich.progress import track
-
-        return track(lots, "timing layers", disable=not self.progress or not lots, transient=True)
 
     def _measure(self, lot: dict[str, Block]) -> None:
         """Time a lot of blocks in turns, beside the reference."""
@@ -217,6 +232,21 @@ def _typical(durations: Sequence[float]) -> float:
     rounds = np.array(durations[CALLS:])
     rounds = rounds[: len(rounds) // CALLS * CALLS].reshape(-1, CALLS)
     return median(rounds.mean(axis=1).tolist())
+
+
+def _bound(engine: Engine, data: bytes, threads: int, inputs: tuple[Any, ...]) -> Callable[[], Any]:
+    """One call of a file."""
+    run = engine.prepare(data, threads)
+    return lambda: run(inputs)
+
+
+def _nothing() -> Block:
+    """What costs no more than a call."""
+    import onnx
+    from onnx import helper
+
+    node = helper.make_node("Identity", ["x"], ["y"])
+    return Block((node,), {}, {"x": ((1, 8), onnx.TensorProto.FLOAT)}, "y", 18)
 
 
 def _reference() -> Block:

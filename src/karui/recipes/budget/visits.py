@@ -14,11 +14,12 @@ from karui.measuring import onnx_form
 from karui.measuring.values import from_json, to_json
 from karui.model import Model
 from karui.recipes.budget.choice import cheapest, choose
-from karui.recipes.budget.deployments import FP32, Deployment, deployed_score, deployments, lost
-from karui.recipes.budget.front import Form, Point
+from karui.recipes.budget.deployments import Forms
+from karui.recipes.budget.front import Point
 from karui.recipes.budget.menu import Menu, menu
-from karui.recipes.budget.recover import recover
+from karui.recipes.budget.recover import rate_for, recover
 from karui.recipes.keeping import POINTS, Tell, digest_of, read_record, replayable, write_record
+from karui.train import with_rate
 
 if TYPE_CHECKING:
     from karui.recipes.budget.timing import Stopwatch
@@ -42,12 +43,15 @@ class Visitor:
         watch: times layers and models.
         mark: digest of all that decides the run's result.
         int8: whether forms of lower precision are tried.
-        max_drop: the floor, which decides among a point's forms.
+        max_drop: the floor, and
+        wanted: the quantities that were asked for, which decide among a point's forms.
+        find_rate: whether the learning rate is found by a test; else it is that of the bench's training.
         tell: is given a line at each stage.
         points: all points so far.
         notes: what could not be done, and why.
         reach: the least seconds and bytes that the menu offered, where it could not reach a target.
         count: visits so far; the number of the next point.
+        rate: the learning rate that was found; None before the first recovery.
     """
 
     dense: Model
@@ -57,11 +61,14 @@ class Visitor:
     mark: str
     int8: bool
     max_drop: float | None
+    wanted: tuple[str, ...]
+    find_rate: bool
     tell: Tell
     points: list[Point] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reach: dict[str, float] = field(default_factory=dict)
     count: int = 0
+    rate: float | None = None
     _held: tuple[int, Model] | None = None
     _menu: tuple[int, Menu] | None = None
 
@@ -69,6 +76,16 @@ class Visitor:
         """The dense model as point 0."""
         data = onnx_form(self.dense).data
         self.data, self.seconds = data, self.watch.whole(self.dense, data)
+        self.forms = Forms(
+            dense=self.dense,
+            data=data,
+            bench=self.bench,
+            watch=self.watch,
+            int8=self.int8,
+            max_drop=self.max_drop,
+            wanted=self.wanted,
+            notes=self.notes,
+        )
         return self._visited("dense", lambda: self._finished(self.dense, Point(number=0)))
 
     def model_of(self, point: Point) -> Model:
@@ -106,7 +123,7 @@ class Visitor:
         kept = read_record(folder / POINT) or read_record(folder.with_suffix(".json"))
         if kept is not None and kept.get("mark") == self.mark:
             self.notes += [note for note in kept["notes"] if note not in self.notes]
-            self.reach = kept["reach"]
+            self.reach, self.rate = kept["reach"], kept["rate"]
             if kept["point"] is None:
                 return None
             point = from_json(Point, kept["point"])
@@ -114,7 +131,13 @@ class Visitor:
         else:
             shutil.rmtree(folder, ignore_errors=True)
             point = work()
-            told = {"mark": self.mark, "point": to_json(point), "notes": self.notes, "reach": self.reach}
+            told = {
+                "mark": self.mark,
+                "point": to_json(point),
+                "notes": self.notes,
+                "reach": self.reach,
+                "rate": self.rate,
+            }
             if point is None:
                 write_record(folder.with_suffix(".json"), told)
                 return None
@@ -124,8 +147,8 @@ class Visitor:
 
     def _finished(self, model: Model, point: Point) -> Point:
         """Measure a model in all its forms, and keep it."""
-        forms = tuple(self._form(model, deployment) for deployment in deployments(model, self.bench, int8=self.int8))
-        point = replace(point, forms=forms, best=self._best(forms))
+        forms, best = self.forms.of(model, self.points[0].fp32.score if self.points else None)
+        point = replace(point, forms=forms, best=best)
         if point.number:
             folder = Path(POINTS) / f"{point.number:02d}"
             point = replace(point, folder=str(folder))
@@ -136,26 +159,17 @@ class Visitor:
         self.tell(f"point {point.number}: {form.told}, time {form.time:.2f} and bytes {form.bytes:.2f} of dense{score}")
         return point
 
-    def _form(self, model: Model, deployment: Deployment) -> Form:
-        time = self.watch.ratio(self.dense, deployment.data, self.data, deployment.engine)
-        score = None
-        if self.bench.validation is not None and model.task is not None:
-            plain = deployment.name == FP32
-            found = self.bench.evaluate(model) if plain else deployed_score(deployment, model, self.bench.validation)
-            score = found.to_json()
-        first = score if not self.points else self.points[0].fp32.score
-        drop = 0.0 if score is None or first is None else lost(first, score)
-        size = len(deployment.data) / len(self.data)
-        return Form(name=deployment.name, told=deployment.told, time=time, bytes=size, score=score, lost=drop)
-
-    def _best(self, forms: tuple[Form, ...]) -> int:
-        """The fastest form that keeps the floor; without a floor, or where none does, of those that lose least more."""
-        allowed = self.max_drop if self.max_drop is not None else forms[0].lost + 0.5
-        within = [k for k, form in enumerate(forms) if form.lost <= max(allowed, forms[0].lost)]
-        return min(within, key=lambda k: (forms[k].time, k))
-
     def _recovered(self, model: Model, epochs: int) -> Model:
-        return recover(model, self.dense, self.bench, epochs, f"recover {self.count - 1}")
+        if not epochs:
+            return model
+        if self.find_rate and self.rate is None:
+            self.rate = rate_for(model, self.dense, self.bench)
+            if self.rate is not None:
+                self.tell(f"  learning rate {self.rate:.2g}, by a range test")
+        bench = self.bench
+        if self.rate is not None:
+            bench = replace(bench, training=with_rate(bench.training, self.rate))
+        return recover(model, self.dense, bench, epochs, f"recover {self.count - 1}")
 
     def _lightened(self, parent: Point, target: dict[str, float], epochs: int) -> Point | None:
         self.tell(f"point {self.count - 1}: aiming at {_told(target)} from point {parent.number}")

@@ -1,0 +1,78 @@
+"""`karui compress --budget` as people type it: exit codes, what is refused, JSON alone, killed and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from karui.cli.app import run
+
+COMPRESS = ["compress", "net.py:net", "--data", "digits", "--out", "light"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timing cache of the tests' own."""
+    monkeypatch.setenv("KARUI_CACHE", str(tmp_path_factory.getbasetemp() / "timings"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--budget", "time=0"], "above 0 and below 1"),
+        (["--budget", "time=2"], "time=2.5ms"),
+        (["--budget", "bytes=-1"], "bytes=200KB"),
+        (["--budget", "speed=2"], "'speed' is not known"),
+        (["--budget", "time=0.5", "--max-drop", "101"], "from 0 to 100"),
+        (["--budget", "time=0.5", "--recipe", "recipe.toml"], "a recipe or a budget"),
+        (["--minutes", "0"], "above 0"),
+        (["--minutes", "1", "--epochs", "2"], "both given"),
+    ],
+)
+def test_bad_budgets_are_refused_at_once(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+):
+    assert run([*COMPRESS, *options]) == 2
+    told = capsys.readouterr().err
+    assert words in " ".join(told.split())
+    assert not (folder / "light").exists()
+
+
+@pytest.mark.slow
+def test_a_budget_that_cannot_be_met_is_exit_code_1_with_a_paragraph(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert run([*COMPRESS, "--budget", "time=0.01", "--epochs", "0", "--no-int8", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)["budget"]
+    assert not told["met"]
+    assert "The budget is not met" in told["explanation"]
+    assert "lies in" in told["explanation"]
+    assert {form["precision"] for form in told["forms"]} == {"fp32"}
+    page = (folder / "light" / "report.html").read_text(encoding="utf-8")
+    assert "The points visited" in page
+    assert (folder / "light" / "model.onnx").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 is of POSIX systems")
+def test_killed_with_9_and_resumed(folder: Path):
+    """It is killed when the first point is done; the second process repeats none of it."""
+    command = [sys.executable, "-m", "karui", *COMPRESS, "--budget", "bytes=0.2", "--epochs", "2", "--no-int8"]
+    first = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    point, end = folder / "light" / "points" / "01" / "point.json", time.monotonic() + 300
+    while not point.is_file() and first.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert point.is_file()
+    written = point.stat().st_mtime_ns
+    second = subprocess.run([*command, "--resume"], cwd=folder, capture_output=True, text=True, check=False)
+    assert second.returncode in (0, 1), second.stderr
+    assert "point 1: finished before, not repeated" in second.stderr
+    assert point.stat().st_mtime_ns == written
+    assert json.loads((folder / "light" / "run.json").read_text())["budget"]["points"]

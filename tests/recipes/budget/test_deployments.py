@@ -1,0 +1,121 @@
+"""The form of a point: faster by measurement, within the floor, and made anew as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from karui.deployment import Deployment
+from karui.measuring import Score, onnx_form
+from karui.model import Classification, Model
+from karui.recipes.budget import deployments
+from karui.recipes.budget.deployments import Forms
+from karui.recipes.budget.front import Form
+from karui.recipes.budget.timing import Stopwatch, TimingCache
+from karui.technique import Bench
+
+
+def form(name: str, time: float, size: float, lost: float = 0.0) -> Form:
+    return Form(name=name, told=name, time=time, bytes=size, lost=lost)
+
+
+PLAIN = form("fp32", 1.0, 1.0)
+
+
+@pytest.fixture
+def dense() -> Model:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+    return Model(net.eval(), example=(torch.zeros(1, 3, 8, 8),), task=Classification())
+
+
+@pytest.fixture
+def bench(dense: Model) -> Bench:
+    x = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        rows = TensorDataset(x, dense.module(x).argmax(1))
+    return Bench(train=rows, validation=rows, test=rows)
+
+
+def forms(dense: Model, bench: Bench, cache: Path, **given: Any) -> Forms:
+    watch = Stopwatch(cache=TimingCache.of_this_machine(cache))
+    return Forms(dense=dense, data=onnx_form(dense).data, bench=bench, watch=watch, **given)
+
+
+@pytest.mark.parametrize(
+    ("others", "given", "best"),
+    [
+        ([form("int8", 0.6, 0.3)], {}, 1),
+        ([form("int8", 1.1, 0.3)], {}, 0),  # slower
+        ([form("int8", 0.995, 0.3)], {}, 0),  # no faster than the clock can tell
+        ([form("int8", 1.0, 0.3)], {"wanted": ("bytes",)}, 1),  # smaller, and no slower
+        ([form("int8", 1.1, 0.3)], {"wanted": ("bytes",)}, 0),  # smaller, and slower
+        ([form("int8", 0.6, 0.3, 1.5)], {"max_drop": 1.0}, 0),  # breaks the floor
+        ([form("int8", 0.6, 0.3, 0.9)], {"max_drop": 1.0}, 1),
+        ([form("int8", 0.6, 0.3, 0.9)], {}, 0),  # costs more than half a point, and no floor allows it
+        ([form("int8", 0.6, 0.3), form("int8, openvino", 0.5, 0.3)], {}, 2),
+    ],
+)
+def test_the_best_form(  # noqa: PLR0917
+    dense: Model, bench: Bench, cache: Path, others: list[Form], given: dict[str, Any], best: int
+):
+    assert forms(dense, bench, cache, **given).best([PLAIN, *others]) == best
+
+
+def test_forms_are_timed_judged_and_made_anew(dense: Model, bench: Bench, cache: Path):
+    maker = forms(dense, bench, cache)
+    found, _ = maker.of(dense, None)
+    assert found[0].name == "fp32, onnxruntime"
+    assert (found[0].time, found[0].bytes, found[0].lost) == (1.0, 1.0, 0.0)
+    narrow = next(f for f in found if f.name == "int8, onnxruntime")
+    assert narrow.score is not None
+    assert narrow.score["value"] > 0.9
+    made = maker.made(dense, found)
+    assert [d.name for d in made] == [f.name for f in found]
+    assert [d.bytes / len(maker.data) for d in made] == [f.bytes for f in found]
+
+
+def test_without_8_bits_there_are_none(dense: Model, bench: Bench, cache: Path):
+    found, _ = forms(dense, bench, cache, int8=False).of(dense, None)
+    assert {f.name.partition(",")[0] for f in found} == {"fp32"}
+
+
+def test_layers_that_break_the_floor_stay_in_32_bits(
+    dense: Model, bench: Bench, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Judged as if 8 bits in more than one layer cost five points."""
+
+    def judge(made: Deployment, *given: Any) -> Score:
+        del given
+        value = 0.99 if len(made.fp32_layers) >= 2 else 0.95
+        return Score(value=value, low=0, high=1, count=96, metric="accuracy")
+
+    monkeypatch.setattr(deployments, "score_of", judge)
+    monkeypatch.setattr(Stopwatch, "ratio", lambda *given: 1.0 if given[2] == given[3] else 0.5)
+    maker = forms(dense, bench, cache, max_drop=1.0)
+    found, best = maker.of(dense, None)
+    assert found[best].name.startswith("int8")
+    assert len(found[best].left) == 2
+    made = maker.made(dense, found)[best]
+    assert set(found[best].left) <= set(made.fp32_layers)
+    assert made.bytes / len(maker.data) == found[best].bytes
+
+
+class Whole(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((1, 2, 3))[:, None] * torch.ones(4)
+
+
+def test_nothing_to_quantise_is_no_form_in_8_bits(bench: Bench, cache: Path):
+    model = Model(Whole(), example=(torch.zeros(1, 3, 8, 8),), task=Classification())
+    found, best = forms(model, bench, cache).of(model, None)
+    assert {f.name.partition(",")[0] for f in found} == {"fp32"}
+    assert best == 0
