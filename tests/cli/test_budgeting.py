@@ -73,6 +73,7 @@ def test_killed_with_9_and_resumed(folder: Path):
     written = point.stat().st_mtime_ns
     second = subprocess.run([*command, "--resume"], cwd=folder, capture_output=True, text=True, check=False)
     assert second.returncode in (0, 1), second.stderr
+    assert (folder / "light" / "run.json").is_file(), second.stderr
     assert "point 1: finished before, not repeated" in second.stderr
     assert point.stat().st_mtime_ns == written
     assert json.loads((folder / "light" / "run.json").read_text())["budget"]["points"]

@@ -168,8 +168,9 @@ class Tucker2:
             if isinstance(one.layer, nn.Linear) or _is_matrix(one):
                 continue
             filters, channels = kernel_of(one).shape[1:3]
-            outer = rank_ladder(filters, multiple)
-            inner = (channels,) * len(outer) if one.first else rank_ladder(channels, multiple)
+            # A side of one channel has no ladder, and keeps its rank.
+            outer = rank_ladder(filters, multiple) or (filters,)
+            inner = (channels,) * len(outer) if one.first else rank_ladder(channels, multiple) or (channels,)
             # The shorter ladder waits at its end, so that a narrow side does not end the other's.
             for rung in range(max(len(outer), len(inner))):
                 ranks = (inner[min(rung, len(inner) - 1)], outer[min(rung, len(outer) - 1)])
