@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import milp
 
@@ -49,7 +49,18 @@ def brute(problem: Problem) -> tuple[float, dict[str, int]] | None:
     return found
 
 
+def presolved() -> Problem:
+    """A problem whose best choice the solver's presolve loses."""
+    time = np.array([[-1.0, -1.0, 0.0], [0.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
+    size = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, -1.0], [-1.0, 0.0, 0.0]])
+    shared = Table(("one", "two"), {"time": time, "bytes": size})
+    own = Table(("two",), {"time": np.array([13.0, 1.0, 12.0])})
+    harms = {"one": [0.0, 0.0, 0.0], "two": [0.0, 0.0, 1.0]}
+    return Problem(harms=harms, tables=[shared, own], limits={"time": 11.0, "bytes": 0.0})
+
+
 @settings(max_examples=150, deadline=None)
+@example(presolved())
 @given(problems())
 def test_the_choice_equals_brute_force(problem: Problem):
     best, chosen = brute(problem), choose(problem)
