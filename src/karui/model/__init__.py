@@ -1,5 +1,7 @@
 """Models as values: capture, coupled groups, surgery, proof, taps."""
 
+from karui.model.averaging import Average as Average
+from karui.model.averaging import averaged as averaged
 from karui.model.copying import copied as copied
 from karui.model.cut import Cut as Cut
 from karui.model.cut import remove_units as remove_units

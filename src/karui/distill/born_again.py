@@ -1,0 +1,212 @@
+"""Born-again networks: Furlanello, Lipton, Tschannen, Itti and Anandkumar 2018 (survey 37).
+
+A trained network teaches a new one of the very same architecture, which starts from other initial values; that one
+teaches the next. Generations are often better than the first network, and their mean better still.
+
+Pays where there are few labels, or wrong ones: the teacher's probabilities tell what a label leaves out. Does not pay
+where the first network is limited by its size rather than by its labels; nothing gets smaller, and the mean of k
+generations is k times as large and slow as one.
+
+Paper -> here: f_0 -> the given model, f_1, f_2, ... -> generations, BAN+L and BAN -> labels=True and False, CWTM and
+DKPP -> loss="cwtm" and "dkpp", BANE -> ensemble.
+
+DEPARTURE: the mean of the generations is that of their probabilities, given as its logarithm, so that it may stand
+where a classifier's logits are expected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from karui.errors import NeedError, require
+from karui.model import Model, Note
+from karui.model.averaging import averaged
+from karui.numerics.soft_targets import soft_cross_entropy
+from karui.technique import Card, technique
+from karui.technique.redraw import redrawn
+from karui.train import Influence, Moment
+from karui.train.guide import Guide
+from karui.train.randomness import seed_of
+
+if TYPE_CHECKING:
+    from karui.technique import Bench
+
+Loss = Literal["kd", "cwtm", "dkpp"]
+LOSSES = ("kd", "cwtm", "dkpp")
+
+
+def confidence_weights(probabilities: Float[Tensor, "samples classes"]) -> Float[Tensor, "samples"]:
+    """CWTM's weight of each sample: the teacher's largest probability, over their sum in the batch (section 3.2).
+
+    Example:
+        >>> confidence_weights(torch.tensor([[0.9, 0.1], [0.4, 0.6]])).tolist()
+        [0.6000000238418579, 0.3999999761581421]
+    """
+    largest = probabilities.max(1).values
+    return largest / largest.sum()
+
+
+def permuted(probabilities: Float[Tensor, "samples classes"]) -> Float[Tensor, "samples classes"]:
+    """DKPP: the largest probability stays where it is, the others are shuffled, each sample by a draw of its own.
+
+    Example:
+        >>> permuted(torch.tensor([[0.1, 0.6, 0.3]]))[0, 1].item() == torch.tensor(0.6).item()
+        True
+    """
+    samples, classes = probabilities.shape
+    top = probabilities.argmax(1, keepdim=True)
+    others = torch.arange(classes, device=probabilities.device).expand(samples, -1)
+    places = others[others != top].reshape(samples, classes - 1)
+    order = torch.rand(samples, classes - 1, device=probabilities.device).argsort(1)
+    return probabilities.scatter(1, places, probabilities.gather(1, places.gather(1, order)))
+
+
+def weighted_cross_entropy(
+    logits: Float[Tensor, "samples classes"],
+    targets: Int[Tensor, "samples"],
+    probabilities: Float[Tensor, "samples classes"],
+    ignore: int = -100,
+) -> Float[Tensor, ""]:
+    """Cross-entropy against the labels, each sample by the teacher's confidence; those to ignore count for nothing."""
+    kept = targets != ignore
+    if not bool(kept.any()):
+        return logits.sum() * 0.0
+    terms = functional.cross_entropy(logits[kept], targets[kept], reduction="none")
+    return (confidence_weights(probabilities[kept]) * terms).sum()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Generation(Influence):
+    """The loss of one generation under the one before it.
+
+    Settings:
+        guide: the generation before.
+        loss: "kd", "cwtm" or "dkpp".
+        labels: whether the labels' loss counts too ("cwtm" is a loss on labels anyway, and stands alone).
+        ignore: the target that counts for nothing.
+    """
+
+    guide: Guide
+    loss: Loss = "kd"
+    labels: bool = True
+    ignore: int = -100
+
+    def objective(self, loss: Tensor, moment: Moment) -> Tensor:
+        """The loss of this step, at temperature 1."""
+        with torch.no_grad():
+            answers, _ = self.guide(moment.inputs)
+        outputs = moment.outputs
+        fits = isinstance(answers, Tensor) and isinstance(outputs, Tensor) and outputs.ndim >= 2
+        require(
+            fits and answers.shape == outputs.shape,
+            f"'born_again_network' needs logits [batch, classes, ...]; the model gives {_told(outputs)}.",
+            "It is for classification.",
+            NeedError,
+        )
+        logits, probabilities = _flat(outputs), _flat(answers).softmax(1)
+        if self.loss == "cwtm":
+            return weighted_cross_entropy(logits, moment.targets.flatten(), probabilities, self.ignore)
+        taught = permuted(probabilities) if self.loss == "dkpp" else probabilities
+        soft = soft_cross_entropy(logits, taught, 1.0)
+        return loss + soft if self.labels else soft
+
+
+def _flat(logits: Float[Tensor, "batch classes *positions"]) -> Float[Tensor, "samples classes"]:
+    """Each position of a sample as a sample of its own."""
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1])
+
+
+def _told(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+@technique(
+    Card(
+        survey=37,
+        slug="born_again_network",
+        title="Born Again Neural Networks",
+        kind="trainings",
+        needs=("labels", "training"),
+        identity={"generations": 0},
+        quick={"generations": 2, "epochs": 1, "ensemble": True},
+        arxiv="1805.04770",
+        pays="A better network of the same size, where labels are few or noisy: it is taught by its own former self.",
+        costs="Nothing gets smaller; a whole training for each generation; the ensemble is as large as all of them.",
+    )
+)
+@dataclass(frozen=True, kw_only=True)
+class BornAgain:
+    """Train the same architecture anew, taught by the given network; and again, taught by the result.
+
+    Settings:
+        generations: number of trainings; the first is taught by the given model. 0 returns the given model.
+        labels: whether the labels' loss counts beside the teacher's (BAN+L in the paper); "cwtm" always uses labels.
+        loss: "kd", cross-entropy with the teacher's probabilities; or one of the paper's two controls: "cwtm", labels
+            weighted by the teacher's confidence, "dkpp", the teacher's probabilities with all but the largest shuffled.
+        ensemble: whether the result is the mean of all generations rather than the last one.
+        epochs: passes of each training; None takes the training's. Give as many as the first network had.
+
+    Needs:
+        Labels, training data, and initial values that can be drawn anew.
+
+    Raises:
+        SettingError: a setting is out of range.
+        NeedError: the model does not give logits.
+        UsageError: initial values cannot be drawn.
+
+    Relations: `KnowledgeDistillation` with temperature 1 is one generation for a student of any architecture.
+
+    Example:
+        >>> BornAgain(generations=3, ensemble=True).loss
+        'kd'
+    """
+
+    generations: int = 1
+    labels: bool = True
+    loss: Loss = "kd"
+    ensemble: bool = False
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.generations >= 0, f"generations is {self.generations}; give a whole number from 0")
+        require(self.loss in LOSSES, f"loss is {self.loss!r}; choose from {', '.join(LOSSES)}")
+        require((self.epochs or 0) >= 0, f"epochs is {self.epochs}; give a whole number from 0, or None")
+
+    def remarks(self, model: Model) -> tuple[str, ...]:
+        """What `karui plan` tells of it."""
+        del model
+        size = f"the result is as large as {self.generations} of it" if self.ensemble else "the result is as large"
+        return (f"{self.generations} trainings from new initial values; {size}",)
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """The last generation, or the mean of all."""
+        made = self.study(model, bench)
+        if not made:
+            return model
+        return averaged(made) if self.ensemble else made[-1]
+
+    def study(self, model: Model, bench: Bench) -> tuple[Model, ...]:
+        """Every generation, the first one first.
+
+        Args:
+            model: f_0, the trained network that teaches the first generation.
+            bench: with training data.
+        """
+        made: list[Model] = []
+        teacher = model
+        ignore = getattr(model.task, "ignore", None)
+        for number in range(1, self.generations + 1):
+            influence = Generation(
+                guide=Guide(teacher), loss=self.loss, labels=self.labels, ignore=-100 if ignore is None else ignore
+            )
+            fresh = redrawn(model, seed_of(bench.seed, "generation", number))
+            taught = bench.fit(fresh, epochs=self.epochs, influence=influence, label=f"generation {number}")
+            teacher = taught.evolve(taught.module, Note(f"generation {number}, taught by the one before it"))
+            made.append(teacher)
+        return tuple(made)

@@ -1,0 +1,171 @@
+"""Born-again networks, [37]: the losses, the generations, and what the paper claims."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from karui.architectures.perceptron import perceptron
+from karui.artifact import load, save
+from karui.data import Splits, hold_out
+from karui.distill.born_again import BornAgain, confidence_weights, permuted, weighted_cross_entropy
+from karui.errors import NeedError, SettingError, UsageError
+from karui.measuring import evaluate
+from karui.model import Classification, Model, Origin, Regression, averaged
+from karui.technique import Bench
+from karui.train import Adam, Constant, Training
+
+pytestmark = pytest.mark.paper(37)
+FACTORY = f"{__file__}:network"
+
+
+def network() -> nn.Module:
+    """The factory of the network that is saved."""
+    return perceptron((64, 12, 10))
+
+
+def mlp(*widths: int, seed: int = 0) -> Model:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Model(perceptron((64, *widths, 10)), example=(torch.zeros(1, 1, 8, 8),), task=Classification())
+
+
+def bench_of(digits: Splits, epochs: int = 1, seed: int = 0, train: object = None) -> Bench:
+    return Bench(
+        train=digits.train if train is None else train,
+        validation=digits.validation,
+        test=digits.test,
+        training=Training(epochs=epochs, batch_size=64, optimizer=Adam(lr=3e-3), schedule=Constant()),
+        seed=seed,
+    )
+
+
+def state(model: Model) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.module.state_dict().items()}
+
+
+def same(a: Model, b: Model) -> bool:
+    left, right = state(a), state(b)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_confidence_weights_sum_to_one_and_equal_ones_are_plain_cross_entropy() -> None:
+    p = torch.rand(20, 5).softmax(1)
+    assert float(confidence_weights(p).sum()) == pytest.approx(1.0, abs=1e-6)
+    logits, y = torch.randn(20, 5), torch.randint(5, (20,))
+    alike = torch.eye(5)[torch.randint(5, (20,))] * 0.6 + 0.08
+    torch.testing.assert_close(weighted_cross_entropy(logits, y, alike), nn.functional.cross_entropy(logits, y))
+    by_hand = sum(p[i].max() * nn.functional.cross_entropy(logits[i], y[i]) for i in range(20)) / p.max(1).values.sum()
+    torch.testing.assert_close(weighted_cross_entropy(logits, y, p), by_hand)
+    ignored = weighted_cross_entropy(logits, torch.where(torch.arange(20) < 5, y, -100), p)
+    torch.testing.assert_close(ignored, weighted_cross_entropy(logits[:5], y[:5], p[:5]))
+
+
+def test_permuting_keeps_the_largest_in_place_and_the_rest_as_a_set() -> None:
+    torch.manual_seed(0)
+    p = (3 * torch.randn(200, 6)).softmax(1)
+    q = permuted(p)
+    assert torch.equal(q.argmax(1), p.argmax(1))
+    torch.testing.assert_close(q.max(1).values, p.max(1).values)
+    torch.testing.assert_close(q.sort(1).values, p.sort(1).values)
+    torch.testing.assert_close(q.sum(1), torch.ones(200))
+    moved = (q != p).any(1)
+    assert moved.float().mean() > 0.9
+    one = permuted(p[:1].expand(200, -1))
+    assert len({tuple(row.tolist()) for row in one}) > 60, "every sample has a draw of its own (120 orders there are)"
+
+
+def test_each_generation_starts_anew_and_is_taught_by_the_one_before(digits: Splits) -> None:
+    start, bench = mlp(12), bench_of(digits)
+    unmoved = BornAgain(generations=3, epochs=0).study(start, bench)
+    weights = [state(model)["1.weight"] for model in (start, *unmoved)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+    first, second = BornAgain(generations=2, epochs=1).study(start, bench)
+    other = BornAgain(generations=2, epochs=1).study(mlp(12, seed=5), bench)
+    assert not same(first, other[0]), "the given model teaches"
+    again = BornAgain(generations=2, epochs=1).study(start, bench)
+    assert same(first, again[0])
+    assert same(second, again[1])
+
+
+def test_a_generation_is_distillation_at_temperature_one_from_the_one_before(digits: Splits) -> None:
+    """The second generation, made by hand from the first one, frozen."""
+    from karui.distill.born_again import Generation
+    from karui.technique.redraw import redrawn
+    from karui.train.guide import Guide
+    from karui.train.randomness import seed_of
+
+    start, bench = mlp(12), bench_of(digits)
+    first, second = BornAgain(generations=2).study(start, bench)
+    before = state(first)
+    fresh = redrawn(start, seed_of(0, "generation", 2))
+    by_hand = bench.fit(fresh, influence=Generation(guide=Guide(first)), label="generation 2")
+    assert same(by_hand, second)
+    assert all(torch.equal(value, before[name]) for name, value in state(first).items())
+
+
+@pytest.mark.parametrize("loss", ["kd", "cwtm", "dkpp"])
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_losses_differ(loss: str, labels: bool, digits: Splits) -> None:
+    technique = BornAgain(loss=loss, labels=labels)  # pyright: ignore[reportArgumentType]
+    made, plain = technique.apply(mlp(12), bench_of(digits)), BornAgain().apply(mlp(12), bench_of(digits))
+    assert same(made, plain) == (loss == "kd" and labels)
+
+
+def test_no_generation_is_the_model_and_an_ensemble_of_one_is_that_one(digits: Splits) -> None:
+    start, bench = mlp(12), bench_of(digits)
+    assert same(BornAgain(generations=0).apply(start, bench), start)
+    assert same(BornAgain(ensemble=True).apply(start, bench), BornAgain().apply(start, bench))
+    with pytest.raises(UsageError, match="no model to average"):
+        averaged([])
+    with pytest.raises(UsageError, match="differ in structure"):
+        averaged([mlp(12), mlp(8)])
+
+
+def test_the_ensemble_is_the_mean_and_is_saved_as_one_model(digits: Splits, tmp_path: Path) -> None:
+    start = replace(mlp(12), lineage=(Origin(FACTORY),))
+    technique = BornAgain(generations=3, epochs=1)
+    members = technique.study(start, bench_of(digits))
+    whole = replace(technique, ensemble=True).apply(start, bench_of(digits))
+    x = torch.stack([digits.test[i][0] for i in range(9)])
+    mean = sum(member.module(x).softmax(1) for member in members) / 3
+    torch.testing.assert_close(whole.module(x).softmax(1), mean)
+    assert whole.parameters == 3 * start.parameters
+    assert "mean of the probabilities of 3 networks" in " ".join(step.describe() for step in whole.lineage)
+    save(whole, tmp_path / "whole")
+    torch.testing.assert_close(load(tmp_path / "whole").module(x), whole.module(x))
+
+
+def test_what_it_cannot_do_is_told(digits: Splits) -> None:
+    with pytest.raises(SettingError, match="loss is 'mse'"):
+        BornAgain(loss="mse")  # pyright: ignore[reportArgumentType]
+    data = TensorDataset(torch.randn(40, 3), torch.randn(40))
+    line = Model(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), example=(torch.zeros(2, 3),), task=Regression())
+    with pytest.raises(NeedError, match=r"needs logits.*shape \(36,\)"):
+        BornAgain().apply(line, Bench(train=data, training=Training(epochs=1, batch_size=64)))
+
+
+@pytest.mark.effect
+@pytest.mark.slow
+def test_generations_are_better_where_labels_are_few_and_some_are_wrong(digits: Splits) -> None:
+    """250 labels, of which 20 % are drawn at random, and epochs enough to learn them by heart; four seeds."""
+    gains, ensembles = [], []
+    for seed in range(4):
+        few = hold_out(digits.train, 250 / len(digits.train), seed)[1]
+        x, y = torch.stack([a for a, _ in few]), torch.tensor([int(b) for _, b in few])
+        draw = torch.Generator().manual_seed(seed)
+        wrong = torch.rand(len(y), generator=draw) < 0.2
+        y = torch.where(wrong, torch.randint(10, (len(y),), generator=draw), y)
+        bench = bench_of(digits, 150, seed, train=TensorDataset(x, y))
+        teacher = bench.fit(mlp(48, seed=seed))
+        generations = BornAgain(generations=3, labels=False).study(teacher, bench)
+        scores = [evaluate(m, digits.test).value for m in (teacher, generations[0], averaged(generations))]
+        gains.append(scores[1] - scores[0])
+        ensembles.append(scores[2] - scores[0])
+    assert sum(gains) / 4 >= 0.005, gains
+    assert sum(ensembles) / 4 >= 0.005, ensembles
