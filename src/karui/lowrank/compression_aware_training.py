@@ -7,11 +7,15 @@ which takes the same amount off every singular value of each layer's matrix, so 
 one does the same to the norms of whole units. Then each layer is written as two through the directions that are left,
 where that saves, and units that are zero are cut out.
 
-It pays when a network is trained anyway and shall be small: at a size near the ranks that training reached it is far
-better than factoring afterwards, before any fine-tuning. It does not pay without training (the closed forms of this
-chapter need none), nor far below the ranks that training reached, where it was no better than plain factoring. Batch
-normalisation undoes the shrinking of a layer's scale, not that of its small singular values against its large ones. A
-unit that is zero and then shifted (by normalisation or a bias) under a padded convolution stays, as it still speaks.
+It pays where ranks shall be found by the training: they end exact, and factoring at them changes nothing. That
+factoring after ordinary training loses more was not seen on the digits. Four convolutions with batch normalisation,
+at the ranks that training reached (58 to 61 % of the parameters, three seeds): 98.4 % against 98.9 % for the SVD of
+the ordinary network, which has 99.3 % itself. At a fifth of the weights, far below those ranks, both are useless
+without fine-tuning. It does not pay without training (the closed forms of this chapter need none). Batch
+normalisation undoes the shrinking of a layer's scale, not that of its small singular values against its large ones.
+Thresholds do not follow the learning rate: a rate that falls to nothing leaves them as they are, and too large a tau
+then ruins the network. A unit that is zero and then shifted (by normalisation or a bias) under a padded convolution
+stays, as it still speaks.
 
 Paper -> here: `Theta_l` -> weight, `tau` -> tau, `lambda` -> lam, `P_l` -> columns, `alpha` -> l1_share.
 
@@ -67,8 +71,8 @@ if TYPE_CHECKING:
         identity={"tau": 0.0, "epochs": 0, "share": None},
         quick={"share": 0.5, "warmup": 0, "epochs": 1},
         arxiv="1711.02638",
-        pays="networks that are trained anyway: near the ranks that training reaches, far better than factoring later",
-        costs="networks that shall not be trained, and sizes far below the ranks that training reached",
+        pays="networks that are trained anyway and whose ranks shall be found by it; factoring at them is exact",
+        costs="sizes below the ranks that training reached; on the digits the SVD of an ordinary network was as good",
     )
 )
 @dataclass(frozen=True, kw_only=True)
