@@ -45,7 +45,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
 
 
-def run(folder: Path, *command: str) -> str:
+def run(folder: Path, *command: str, ends: tuple[int, ...] = (0,)) -> str:
     programs = folder / "programs"
     if not programs.is_dir():
         programs.mkdir()
@@ -53,7 +53,7 @@ def run(folder: Path, *command: str) -> str:
         (programs / "karui").chmod(0o755)
     env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode in ends, done.stderr
     return done.stdout
 
 
@@ -76,7 +76,10 @@ def test_the_commands_run_as_written(folder: Path) -> None:
     (recipe,) = blocks("toml")
     (folder / "recipe.toml").write_text(recipe)
     (commands,) = [block for block in blocks("sh") if "karui plan" in block]
-    told = run(folder, "bash", "-ec", commands)
+    told = ""
+    for command in re.sub(r"\\\n", " ", commands).splitlines():
+        # A budget of time hangs on the machine: 1 says that it was not met, and the best found is written all the same.
+        told += run(folder, "bash", "-ec", command, ends=(0, 1) if "--budget" in command else (0,))
     files = re.search(r"# light/: (.*)", commands)
     assert files is not None
     for name in files[1].split(", "):

@@ -45,8 +45,8 @@ def confidence_weights(probabilities: Float[Tensor, "samples classes"]) -> Float
     """CWTM's weight of each sample: the teacher's largest probability, over their sum in the batch (section 3.2).
 
     Example:
-        >>> confidence_weights(torch.tensor([[0.9, 0.1], [0.4, 0.6]])).tolist()
-        [0.6000000238418579, 0.3999999761581421]
+        >>> confidence_weights(torch.tensor([[0.75, 0.25], [0.25, 0.75]])).tolist()
+        [0.5, 0.5]
     """
     largest = probabilities.max(1).values
     return largest / largest.sum()
