@@ -119,3 +119,14 @@ def test_nothing_to_quantise_is_no_form_in_8_bits(bench: Bench, cache: Path):
     found, best = forms(model, bench, cache).of(model, None)
     assert {f.name.partition(",")[0] for f in found} == {"fp32"}
     assert best == 0
+
+
+def test_two_processes_on_one_file_of_times_lose_none_and_agree(tmp_path: Path):
+    first, second = TimingCache.of_this_machine(tmp_path), TimingCache.of_this_machine(tmp_path)
+    first.put({"a": 1.0, "both": 2.0})
+    second.put({"b": 3.0, "both": 4.0})
+    assert second.seconds == {"a": 1.0, "b": 3.0, "both": 2.0}, "who comes second takes over what is there"
+    assert TimingCache.of_this_machine(tmp_path).seconds == second.seconds
+    assert second.file is not None
+    second.file.write_text("{")
+    assert TimingCache.of_this_machine(tmp_path).seconds == {}
