@@ -18,6 +18,7 @@ from karui.artifact.describe import task_to_json
 from karui.artifact.files import OURS, write_file
 from karui.errors import UsageError, require
 from karui.model import edit_to_json
+from karui.recipes.values import settings
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -40,7 +41,7 @@ def quiet(text: str) -> None:
 def refuse_foreign(out: Path) -> None:
     """Refuse a folder that holds anything else than a run."""
     held = list(out.iterdir()) if out.is_dir() else []
-    strangers = sorted(path.name for path in held if path.name not in OWN and not path.match("model.*.onnx"))
+    strangers = sorted(path.name for path in held if path.name not in OWN)
     require(
         not strangers and (not out.exists() or out.is_dir()),
         f"{out} is no folder of a run: it holds {', '.join(strangers[:3]) or 'a file'}.",
@@ -88,6 +89,20 @@ def told_data(bench: Bench) -> list[Any]:
 def digest_of(*parts: Any) -> str:
     """A digest of values that JSON knows, and of the text of others."""
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()
+
+
+def mark_of(model: Model, bench: Bench, asked: Any) -> str:
+    """The mark of a whole run: the model, the data, the seed, how is trained, and what was asked for."""
+    return digest_of(FORMAT, identity_of(model), told_data(bench), bench.seed, settings(bench.training), asked)
+
+
+def finished(out: Path, mark: str, tell: Tell) -> dict[str, Any] | None:
+    """The record of a run of this mark that reached its end; None where there is none."""
+    done = read_record(out / RECORD)
+    if done is None or done.get("mark") != mark:
+        return None
+    tell("this run was finished before; nothing is repeated")
+    return done
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -29,12 +29,12 @@ from karui.recipes.keeping import (
     Tell,
     claim,
     digest_of,
-    identity_of,
+    finished,
+    mark_of,
     quiet,
     read_record,
     refuse_foreign,
     replayable,
-    told_data,
     version,
     write_record,
 )
@@ -161,10 +161,9 @@ def run_recipe(
     plan = plan_recipe(model, recipe, bench)
     plan.check()
     claim(out, resume)
-    mark = digest_of(FORMAT, identity_of(model), told_data(bench), bench.seed, settings(bench.training), recipe.told())
-    done = read_record(out / RECORD)
-    if resume and done is not None and done.get("mark") == mark:
-        tell("this run was finished before; nothing is repeated")
+    mark = mark_of(model, bench, recipe.told())
+    done = finished(out, mark, tell) if resume else None
+    if done is not None:
         return Run(record=done, folder=out)
     keeper = _Keeper(out=out, mark=digest_of(mark), tell=tell)
     dense, light = _stages(model, recipe, bench, keeper, train_first)

@@ -32,12 +32,11 @@ from karui.recipes.keeping import (
     RECORD,
     Tell,
     claim,
-    digest_of,
-    identity_of,
+    finished,
+    mark_of,
     quiet,
     read_record,
     refuse_foreign,
-    told_data,
     version,
     write_record,
 )
@@ -128,10 +127,9 @@ def run_budget(
     claim(out, resume)
     bench = dataclasses.replace(bench, checkpoints=out / CHECKPOINTS, clock=_clock(asked))
     kept = {name: value for name, value in dataclasses.asdict(asked).items() if name != "cache"}
-    mark = digest_of(FORMAT, identity_of(model), told_data(bench), bench.seed, settings(bench.training), kept)
-    done = read_record(out / RECORD)
-    if resume and done is not None and done.get("mark") == mark:
-        tell("this run was finished before; nothing is repeated")
+    mark = mark_of(model, bench, kept)
+    done = finished(out, mark, tell) if resume else None
+    if done is not None:
         return Run(record=done, folder=out)
     dense = trained_first(model, bench, out, mark, tell) if train_first else model
     watch = Stopwatch(

@@ -64,17 +64,23 @@ class TimingCache:
         machine = this_machine(())
         mark = hashlib.sha256(f"{machine.processor}|{machine.threads}|{machine.system}".encode()).hexdigest()[:12]
         file = (folder or cache_folder()) / f"timings-{mark}.json"
-        try:
-            held = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            held = {}
-        return cls(file, {str(k): float(v) for k, v in held.items()} if isinstance(held, dict) else {})
+        return cls(file, _held(file))
 
     def put(self, found: Mapping[str, float]) -> None:
-        """Keep new times."""
+        """Keep new times; what another process has measured meanwhile stays, and goes before the same times of ours."""
         self.seconds.update(found)
         if self.file is not None and found:
+            self.seconds.update(_held(self.file))
             write_file(self.file, (json.dumps(self.seconds, indent=0, sort_keys=True) + "\n").encode())
+
+
+def _held(file: Path) -> dict[str, float]:
+    """The times in a file; none where there is no such file, or it is damaged."""
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {str(k): float(v) for k, v in held.items()} if isinstance(held, dict) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
