@@ -71,3 +71,14 @@ def did_you_mean(
         f"Did you mean {' or '.join(close)}?" if close else listing or f"Known: {', '.join(sorted(choices)) or 'none'}."
     )
     raise error(f"{what} '{word}' is not known.", hint)
+
+
+def told(value: object) -> str:
+    """What a value is, for a message: "a tensor of shape (2, 3)", or its class.
+
+    Example:
+        >>> told({})
+        'a dict'
+    """
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" if shape is None else f"a tensor of shape {tuple(shape)}"

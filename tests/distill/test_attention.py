@@ -215,7 +215,7 @@ def test_mistakes_name_the_layer(digits: Splits) -> None:
     bench = bench_of(digits)
     with pytest.raises(UsageError, match="no layer 'stage9'"):
         AttentionTransfer(teacher=staged(8, 1), layers=("stage9",), teacher_layers=("0",)).apply(staged(4), bench)
-    with pytest.raises(SettingError, match=r"Layer '5' of the student gives shape \(64, 10\)"):
+    with pytest.raises(SettingError, match=r"Layer '5' of the student gives a tensor of shape \(64, 10\)"):
         AttentionTransfer(teacher=staged(8, 1), layers=("5",)).apply(staged(4), bench)
     other = Model(nn.Sequential(*list(staged(8).module)[:-1], nn.Linear(16, 7)), example=(torch.zeros(1, 1, 8, 8),))
     with pytest.raises(NeedError, match="same classes"):

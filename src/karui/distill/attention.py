@@ -14,6 +14,9 @@ beta, J_S, J_T -> `input_gradient`.
 The loss is the authors' code's: beta (1000) times the mean over positions and samples of the squared difference,
 without 1/2. The paper's beta is for the sum over both: 1000 divided by the number of positions and by the batch.
 
+Measured on the digits: a student's maps come together with its teacher's on pictures never seen, cosine 0.85 to 0.99.
+Whether it gets more accurate by that has not been measured here.
+
 DEPARTURE: `beta` of the gradient forms is 1 by default, a choice of ours: the paper's text gives none that carries over
 to other data, as gradients shrink as a network learns.
 
@@ -33,7 +36,7 @@ from torch.nn import functional
 
 from karui.distill._maps import paired_layers
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
-from karui.errors import NeedError, SettingError, require
+from karui.errors import NeedError, SettingError, require, told
 from karui.model import Model, Task
 from karui.numerics.soft_targets import distillation_loss, soften
 from karui.technique import Card, technique
@@ -151,7 +154,7 @@ class AttentionMaps(Influence):
             require(
                 isinstance(answers, Tensor) and isinstance(moment.outputs, Tensor)
                 and answers.shape == moment.outputs.shape,
-                f"The student gives outputs of {_told(moment.outputs)} and the teacher of {_told(answers)}.",
+                f"The student gives {told(moment.outputs)} and the teacher {told(answers)}.",
                 "Soft targets need a teacher that knows the same classes; set soft=0 for the maps alone.",
                 NeedError,
             )  # fmt: skip
@@ -171,14 +174,10 @@ def _check(own: str, student: Any, other: str, teacher: Any) -> None:
     fits = all(isinstance(value, Tensor) and value.ndim >= 3 for value in (student, teacher))
     require(
         fits and student.ndim == teacher.ndim,
-        f"Layer '{own}' of the student gives {_told(student)} and '{other}' of the teacher {_told(teacher)}.",
+        f"Layer '{own}' of the student gives {told(student)} and '{other}' of the teacher {told(teacher)}.",
         "Attention needs maps [batch, channels, positions ...] of both; name other layers.",
         SettingError,
     )
-
-
-def _told(value: Any) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

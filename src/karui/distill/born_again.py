@@ -7,6 +7,9 @@ Pays where there are few labels, or wrong ones: the teacher's probabilities tell
 where the first network is limited by its size rather than by its labels; nothing gets smaller, and the mean of k
 generations is k times as large and slow as one.
 
+Measured on 250 digits of which a fifth are labelled at random, 5 seeds, taught by outputs alone: the first generation
+is 1.3 points better after 150 epochs (79.9 to 81.2 %), when labels are learned by heart, and 0.4 after 60, by chance.
+
 Paper -> here: f_0 -> the given model, f_1, f_2, ... -> generations, BAN+L and BAN -> labels=True and False, CWTM and
 DKPP -> loss="cwtm" and "dkpp", BANE -> ensemble.
 
@@ -17,14 +20,14 @@ where a classifier's logits are expected.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from karui.errors import NeedError, require
+from karui.errors import NeedError, require, told
 from karui.model import Model, Note
 from karui.model.averaging import averaged
 from karui.numerics.soft_targets import soft_cross_entropy
@@ -105,7 +108,7 @@ class Generation(Influence):
         fits = isinstance(answers, Tensor) and isinstance(outputs, Tensor) and outputs.ndim >= 2
         require(
             fits and answers.shape == outputs.shape,
-            f"'born_again_network' needs logits [batch, classes, ...]; the model gives {_told(outputs)}.",
+            f"'born_again_network' needs logits [batch, classes, ...]; the model gives {told(outputs)}.",
             "It is for classification.",
             NeedError,
         )
@@ -120,10 +123,6 @@ class Generation(Influence):
 def _flat(logits: Float[Tensor, "batch classes *positions"]) -> Float[Tensor, "samples classes"]:
     """Each position of a sample as a sample of its own."""
     return logits.movedim(1, -1).reshape(-1, logits.shape[1])
-
-
-def _told(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 @technique(

@@ -15,6 +15,8 @@ first 5 of 150 epochs.
 
 DEPARTURE: optimizer and schedule are those of the bench, where the paper has RMSProp and early stopping.
 
+DEPARTURE: layers of stage 1 learn as fast as the others in stage 2; the option of a lower rate for them is left out.
+
 DEPARTURE: layers above the guided one keep the values that they have; give an untrained student for the paper's random
 ones. Weights that are exactly zero stay so (`keep_zeros`), so that a pruned network can be taught.
 """
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 
 from karui.distill._maps import sizes_of_outputs
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
-from karui.errors import NeedError, SettingError, require
+from karui.errors import NeedError, SettingError, require, told
 from karui.measuring.inference import inference
 from karui.model import Model, layer_at
 from karui.numerics.soft_targets import soft_cross_entropy, soften
@@ -185,16 +187,12 @@ class FadingTargets(Influence):
         outputs = moment.outputs
         require(
             isinstance(answers, Tensor) and isinstance(outputs, Tensor) and answers.shape == outputs.shape,
-            f"The student gives {_told(outputs)} and the teacher {_told(answers)}.",
+            f"The student gives {told(outputs)} and the teacher {told(answers)}.",
             "Stage 2 needs a teacher that knows the same classes; set weight=0 for the hint alone.",
             NeedError,
         )
         soft = soft_cross_entropy(outputs, soften(answers, self.temperature), self.temperature)
         return loss + weight * (soft if self.squared else soft / self.temperature**2)
-
-
-def _told(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 @technique(
@@ -337,7 +335,7 @@ def _shape(model: Model, path: str) -> tuple[int, ...]:
         output = output_of(module, path, model.example)
     require(
         isinstance(output, Tensor) and output.ndim >= 2,
-        f"'fitnets_hint': layer '{path}' gives {_told(output)}.",
+        f"'fitnets_hint': layer '{path}' gives {told(output)}.",
         "Name a layer that gives maps [batch, channels, ...] or vectors [batch, units].",
         SettingError,
     )

@@ -108,6 +108,29 @@ class Choice:
         }
 
 
+class PerLayer:
+    """What techniques that take one layer after the other tell before anything is done.
+
+    They give `_scan`, the layers that can be replaced and the choices for those that cannot, and `_choose`, what is to
+    become of one.
+    """
+
+    def remarks(self, model: Model) -> tuple[str, ...]:
+        """What would be done with each layer, and why."""
+        return tuple(choice.describe() for choice in self.choose(model))
+
+    def choose(self, model: Model) -> tuple[Choice, ...]:
+        """What is to become of each layer, or the reason why it is left."""
+        seen, left = self._scan(model)
+        return (*map(self._choose, seen), *left)
+
+    def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
+        raise NotImplementedError
+
+    def _choose(self, one: Seen) -> Choice:
+        raise NotImplementedError
+
+
 def unless_larger(choice: Choice, *, macs: bool = True) -> Choice:
     """The choice, or the layer left as it is where its factors would hold or (`macs`) compute as much as it does."""
     for what, (before, after) in (("parameters", choice.parameters), ("multiply-adds", choice.macs)):

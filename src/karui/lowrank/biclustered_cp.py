@@ -39,7 +39,7 @@ from karui.lowrank._biclusters import (
     pair_choice,
     pair_cost,
 )
-from karui.lowrank._common import Choice, Seen, require_data, require_fine_tuning, require_ranks, scan
+from karui.lowrank._common import Choice, PerLayer, Seen, require_data, require_fine_tuning, require_ranks, scan
 from karui.lowrank._metrics import metric_needs, require_metric
 from karui.numerics.biclusters import outer_products
 from karui.technique import Bench, Card, technique
@@ -66,7 +66,7 @@ SOLVERS = ("greedy", "als")
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class BiclusteredCp:
+class BiclusteredCp(PerLayer):
     """Write every inner convolution as a grid of biclusters, each a sum of outer products.
 
     The first convolution is left to `Monochromatic` unless `ranks` names it.
@@ -158,15 +158,6 @@ class BiclusteredCp:
         return layer_by_layer(
             model, bench, seen, self.choose(model), build, name="Biclusters, CP", extra=extra, **settings
         )
-
-    def remarks(self, model: Model) -> tuple[str, ...]:
-        """What would be done with each layer, and why."""
-        return tuple(choice.describe() for choice in self.choose(model))
-
-    def choose(self, model: Model) -> tuple[Choice, ...]:
-        """The rank of each layer, or the reason why it is left."""
-        seen, left = self._scan(model)
-        return (*map(self._choose, seen), *left)
 
     def _fit(self) -> Fit:
         return Fit(**{name: getattr(self, name) for name in Fit.__dataclass_fields__})

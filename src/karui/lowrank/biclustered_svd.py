@@ -38,7 +38,7 @@ from karui.lowrank._biclusters import (
     linear_choice,
     pair_choice,
 )
-from karui.lowrank._common import Choice, Seen, require_data, require_fine_tuning, require_ranks, scan
+from karui.lowrank._common import Choice, PerLayer, Seen, require_data, require_fine_tuning, require_ranks, scan
 from karui.lowrank._metrics import metric_needs, require_metric
 from karui.numerics.biclusters import two_svds
 from karui.technique import Bench, Card, technique
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class BiclusteredSvd:
+class BiclusteredSvd(PerLayer):
     """Write every inner convolution as a grid of biclusters, each of low rank in channels and filters.
 
     The first convolution is left to `Monochromatic` unless `ranks` names it.
@@ -151,15 +151,6 @@ class BiclusteredSvd:
         return layer_by_layer(
             model, bench, seen, self.choose(model), build, name="Biclusters, SVD", extra=extra, **settings
         )
-
-    def remarks(self, model: Model) -> tuple[str, ...]:
-        """What would be done with each layer, and why."""
-        return tuple(choice.describe() for choice in self.choose(model))
-
-    def choose(self, model: Model) -> tuple[Choice, ...]:
-        """The rank of each layer, or the reason why it is left."""
-        seen, left = self._scan(model)
-        return (*map(self._choose, seen), *left)
 
     def _fit(self) -> Fit:
         return Fit(**{name: getattr(self, name) for name in Fit.__dataclass_fields__})

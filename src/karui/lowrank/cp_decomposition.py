@@ -38,6 +38,7 @@ from karui.errors import SettingError, did_you_mean, require
 from karui.layers.axes import axis_stages, chain_cost, factor_axes, factor_axes_merged
 from karui.lowrank._common import (
     Choice,
+    PerLayer,
     Seen,
     carry_out,
     fine_tune,
@@ -74,7 +75,7 @@ if TYPE_CHECKING:
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class CpDecomposition:
+class CpDecomposition(PerLayer):
     """Write every convolution that sees space as pointwise, depthwise, depthwise and pointwise layers, and fine-tune.
 
     Settings:
@@ -167,15 +168,6 @@ class CpDecomposition:
             model = carry_out(model, (*told, *rest), layers, "CP", {"solver": self.solver})
             model = self._tune(model, bench, tuple(choice.path for choice in chosen[: numbers[-1] + 1]))
         return model
-
-    def remarks(self, model: Model) -> tuple[str, ...]:
-        """What would be done with each layer, and why."""
-        return tuple(choice.describe() for choice in self.choose(model))
-
-    def choose(self, model: Model) -> tuple[Choice, ...]:
-        """The rank of each layer, or the reason why it is left."""
-        seen, left = self._scan(model)
-        return (*map(self._choose, seen), *left)
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
         seen, left = scan(model, _objection, self.skip)

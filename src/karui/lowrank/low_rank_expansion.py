@@ -36,6 +36,7 @@ from karui.errors import require
 from karui.lowrank._calibrate import Calibration
 from karui.lowrank._common import (
     Choice,
+    PerLayer,
     Seen,
     carry_out,
     fine_tune,
@@ -73,7 +74,7 @@ SOLVERS = ("closed", "alternating")
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class LowRankExpansion:
+class LowRankExpansion(PerLayer):
     """Split every convolution over space, to imitate its kernel or its responses.
 
     The first convolution is left alone unless `ranks` names it.
@@ -167,15 +168,6 @@ class LowRankExpansion:
         wanted = {"scheme": self.scheme, "speedup": self.speedup, "objective": self.objective, "joint": self.joint}
         light = carry_out(model, told, layers, f"Low-rank expansion, scheme {self.scheme}", wanted)
         return fine_tune(light, bench, self.epochs, self.learning_rate, "fine-tune the network") if layers else light
-
-    def remarks(self, model: Model) -> tuple[str, ...]:
-        """What would be done with each layer, and why."""
-        return tuple(choice.describe() for choice in self.choose(model))
-
-    def choose(self, model: Model) -> tuple[Choice, ...]:
-        """The rank of each layer, or the reason why it is left."""
-        seen, left = self._scan(model)
-        return (*map(self._choose, seen), *left)
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
         """Layers that can be split, in the order of their calls, and the others."""

@@ -34,6 +34,7 @@ from karui.lowrank._above import layer_by_layer
 from karui.lowrank._biclusters import relative
 from karui.lowrank._common import (
     Choice,
+    PerLayer,
     Seen,
     require_data,
     require_fine_tuning,
@@ -88,7 +89,7 @@ def monochrome(
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class Monochromatic:
+class Monochromatic(PerLayer):
     """Let each filter of the first convolution see one of a few colours.
 
     Settings:
@@ -164,15 +165,6 @@ class Monochromatic:
         return layer_by_layer(
             model, bench, seen, self.choose(model), build, name="Monochromatic", extra=extra, **settings
         )
-
-    def remarks(self, model: Model) -> tuple[str, ...]:
-        """What would be done with each layer, and why."""
-        return tuple(choice.describe() for choice in self.choose(model))
-
-    def choose(self, model: Model) -> tuple[Choice, ...]:
-        """The colours of each layer, or the reason why it is left."""
-        seen, left = self._scan(model)
-        return (*map(self._choose, seen), *left)
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
         seen, left = scan(model, _objection, self.skip)

@@ -31,7 +31,7 @@ from torch import nn
 from karui.errors import require
 from karui.layers.product_quantized import MOST_CODEWORDS, quantized_layer
 from karui.lowrank._calibrate import Calibration
-from karui.lowrank._common import Choice, Seen, carry_out, groups_of, scan
+from karui.lowrank._common import Choice, PerLayer, Seen, carry_out, groups_of, scan
 from karui.lowrank._watching import watched
 from karui.model import replace_layers
 from karui.numerics.product_codes import ProductCode, Quadratic, corrected, product_code, stored_bytes
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class ProductQuantization:
+class ProductQuantization(PerLayer):
     """Store every linear layer and convolution as codebooks and codes, corrected for its responses.
 
     Settings:
@@ -140,15 +140,6 @@ class ProductQuantization:
                 told.append(choice)
         wanted = {"correct": self.correct, "chained": self.chained}
         return carry_out(model, told, layers, "Product quantisation", wanted)
-
-    def remarks(self, model: Model) -> tuple[str, ...]:
-        """What would be done with each layer, and why."""
-        return tuple(choice.describe() for choice in self.choose(model))
-
-    def choose(self, model: Model) -> tuple[Choice, ...]:
-        """Subspaces and codewords of each layer, or the reason why it is left."""
-        seen, left = self._scan(model)
-        return (*map(self._choose, seen), *left)
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
         seen, left = scan(model, lambda _: "", self.skip)

@@ -35,6 +35,7 @@ from torch import Tensor
 from karui.errors import require
 from karui.lowrank._common import (
     Choice,
+    PerLayer,
     Seen,
     carry_out,
     fine_tune,
@@ -73,7 +74,7 @@ _MAPS = 256
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class SeparableFilters:
+class SeparableFilters(PerLayer):
     """Write the slices of every convolution as mixtures of a few separable filters.
 
     Settings:
@@ -157,15 +158,6 @@ class SeparableFilters:
         wanted = {"method": self.method, "speedup": self.speedup, "shared": self.shared}
         light = carry_out(model, told, layers, "Separable filters", wanted)
         return fine_tune(light, bench, self.epochs, self.learning_rate, "fine-tune the network") if layers else light
-
-    def remarks(self, model: Model) -> tuple[str, ...]:
-        """What would be done with each layer, and why."""
-        return tuple(choice.describe() for choice in self.choose(model))
-
-    def choose(self, model: Model) -> tuple[Choice, ...]:
-        """The rank of each layer, or the reason why it is left."""
-        seen, left = self._scan(model)
-        return (*map(self._choose, seen), *left)
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
         seen, left = scan(model, flat_objection, self.skip)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from karui.errors import NeedError, require
+from karui.errors import NeedError, require, told
 from karui.model import Model, copied
 from karui.numerics.soft_targets import Rule, arithmetic, distillation_loss
 from karui.train.answers import Answers
@@ -73,7 +73,7 @@ class Teachers:
         for answer in answers:
             require(
                 isinstance(answer, Tensor) and answer.ndim >= 2 and answer.shape[1] >= 2,
-                f"The teacher gives {_told(answer)}, not logits of shape [batch, classes, ...].",
+                f"The teacher gives {told(answer)}, not logits of shape [batch, classes, ...].",
                 "Soft targets are for classification.",
                 NeedError,
             )
@@ -87,10 +87,6 @@ def _device(inputs: tuple[Any, ...]) -> torch.device:
 def _wide(logits: Tensor) -> Tensor:
     """In single precision at least: soft targets are small numbers, which half precision loses."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _told(answer: Any) -> str:
-    return f"a tensor of shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -132,7 +128,7 @@ class SoftTargets(Influence):
         answers, outputs = self.teachers(moment.inputs), moment.outputs
         require(
             isinstance(outputs, Tensor) and outputs.shape == answers.shape[1:],
-            f"The student gives {_told(outputs)} and the teacher logits of shape {tuple(answers.shape[1:])}.",
+            f"The student gives {told(outputs)} and the teacher logits of shape {tuple(answers.shape[1:])}.",
             "A teacher must know the same classes.",
             NeedError,
         )
