@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from karui.artifact import load
 from karui.data import Splits
@@ -153,6 +154,20 @@ def test_another_seed_repeats_what_was_finished(
         run_recipe(model, recipe, bench, tmp_path)
     calls.clear()
     run_recipe(model, recipe, dataclasses.replace(bench, seed=4), tmp_path, resume=True)
+    assert calls == [1, 2]
+
+
+def test_one_other_sample_repeats_what_was_finished(
+    model: Model, recipe: Recipe, bench: Bench, tmp_path: Path, calls: list[int]
+):
+    """Neither the first nor the last sample, and a length that is the same."""
+    with killed_at(type(recipe.steps[1])):
+        run_recipe(model, recipe, bench, tmp_path)
+    calls.clear()
+    assert bench.train is not None
+    x, y = (torch.stack([torch.as_tensor(part) for part in column]) for column in zip(*bench.train, strict=True))
+    x[len(x) // 2] += 0.5
+    run_recipe(model, recipe, dataclasses.replace(bench, train=TensorDataset(x, y)), tmp_path, resume=True)
     assert calls == [1, 2]
 
 

@@ -70,6 +70,7 @@ class Method:
         (lambda: TensorDataset(torch.ones(3)), TensorDataset(torch.zeros(3))),
         (lambda: Own(1.0, 2.0), Own(1.0, 3.0)),
         (lambda: Own(1.0, 2.0), Own(1.0, 2.0, 2.0)),
+        (lambda: Own(1.0, 2.0, 3.0), Own(1.0, 5.0, 3.0)),
         (lambda: {"a": 1, "b": {2, 3}}, {"a": 1, "b": {2, 4}}),
         (lambda: [[1], [2, 3]], [[1, 2], [3]]),
         (Training, Training(epochs=11)),
@@ -79,6 +80,22 @@ class Method:
 def test_equal_content_has_one_name_and_other_content_another(make: object, other: object) -> None:
     assert fingerprint(make()) == fingerprint(make())
     assert fingerprint(make()) != fingerprint(other)
+
+
+def test_few_samples_of_a_long_data_set_are_read() -> None:
+    class Counted(Own):
+        def __init__(self) -> None:
+            super().__init__(*map(float, range(1000)))
+            self.read: list[int] = []
+
+        def __getitem__(self, number: int) -> tuple[float, int]:
+            self.read.append(number)
+            return super().__getitem__(number)
+
+    data = Counted()
+    fingerprint(data)
+    assert len(data.read) == 64
+    assert {0, 999} <= set(data.read)
 
 
 def test_what_contains_itself_ends() -> None:

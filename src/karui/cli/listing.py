@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from karui.cli import screen
+from karui.cli import completing, screen
 from karui.cli.options import JSON
 from karui.errors import did_you_mean
 from karui.index import KINDS
@@ -24,7 +24,13 @@ def register(app: typer.Typer) -> None:
 
 def list_(
     chapter: Annotated[
-        str | None, typer.Option("--chapter", "-c", help=f"One chapter only: {', '.join(CHAPTERS)}.")
+        str | None,
+        typer.Option(
+            "--chapter",
+            "-c",
+            autocompletion=completing.chapters,
+            help=f"One chapter only: {', '.join(CHAPTERS)}.",
+        ),
     ] = None,
     json: JSON = False,
 ) -> None:
@@ -53,7 +59,12 @@ def _line(row: Row, width: int) -> str:
 
 
 def show(
-    slug: Annotated[str, typer.Argument(help="A technique's slug, or a paper's number.", metavar="SLUG|NUMBER")],
+    slug: Annotated[
+        str,
+        typer.Argument(
+            help="A technique's slug, or a paper's number.", metavar="SLUG|NUMBER", autocompletion=completing.papers
+        ),
+    ],
     json: JSON = False,
 ) -> None:
     """One card: the paper, when it pays and when not, what was measured, its settings."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from karui.cli import screen
+from karui.cli import completing, screen
 
 if TYPE_CHECKING:
     from karui.cli.models import Opened
@@ -20,6 +20,7 @@ MODEL = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
+        autocompletion=completing.models,
         help="package.module:factory, file.py:factory, timm:NAME, torchvision:NAME, a karui directory, or the name of "
         "an architecture (resnet20, mobilenet ...).",
     ),
@@ -27,24 +28,28 @@ MODEL = Annotated[
 DATA_OPTION = typer.Option(
     "--data",
     "-d",
+    autocompletion=completing.data,
     help="digits, folder:PATH (one folder a class), npz:PATH, or package.module:function giving (train, test).",
 )
 DATA = Annotated[str | None, DATA_OPTION]
-RECIPE = Annotated[
-    str,
-    typer.Option("--recipe", "-r", help="A TOML file, or slug:name=value; several steps are joined with +."),
-]
-RECIPE_OR_NONE = Annotated[
-    str | None,
-    typer.Option("--recipe", "-r", help="A TOML file, or slug:name=value; several steps are joined with +."),
-]
+RECIPE_OPTION = typer.Option(
+    "--recipe",
+    "-r",
+    autocompletion=completing.recipes,
+    help="A TOML file, or slug:name=value; several steps are joined with +.",
+)
+RECIPE = Annotated[str, RECIPE_OPTION]
+RECIPE_OR_NONE = Annotated[str | None, RECIPE_OPTION]
 WEIGHTS = Annotated[
     Path | None, typer.Option("--weights", "-w", help="Trained weights: safetensors, npz, or a plain state dict.")
 ]
 INPUT = Annotated[
     str | None, typer.Option("--input", help="Shape of one sample where no data tells it: 3x224x224, or 128:int.")
 ]
-TASK = Annotated[str, typer.Option("--task", help="classification, regression, or module:object.")]
+TASK = Annotated[
+    str,
+    typer.Option("--task", autocompletion=completing.tasks, help="classification, regression, or module:object."),
+]
 SEED = Annotated[int | None, typer.Option("--seed", help="Fixes every random choice; 0 where the recipe tells none.")]
 EPOCHS = Annotated[
     int | None, typer.Option("--epochs", help="Passes over the data of a training whose step does not say it.")

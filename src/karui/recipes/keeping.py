@@ -19,6 +19,7 @@ from karui.artifact.files import OURS, write_file
 from karui.errors import UsageError, require
 from karui.model import edit_to_json
 from karui.recipes.values import settings
+from karui.train.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -78,12 +79,9 @@ def identity_of(model: Model) -> str:
     return found.hexdigest()
 
 
-def told_data(bench: Bench) -> list[Any]:
-    """What tells one data set from another without reading all of it: lengths, and the first sample of each split."""
-    told: list[Any] = []
-    for split in (bench.train, bench.validation, bench.test):
-        told += [None] if split is None else [len(split), str(split[0]) if len(split) else ""]
-    return told
+def told_data(bench: Bench) -> list[str]:
+    """What tells one data set from another: every value of those held in memory, a spread of samples of others."""
+    return [fingerprint(split) for split in (bench.train, bench.validation, bench.test)]
 
 
 def digest_of(*parts: Any) -> str:

@@ -17,12 +17,15 @@ from torch.utils.data import Dataset, TensorDataset
 
 from karui.model import Model
 
+LOOKED_AT = 64
+"""Samples of a data set without tensors that count, evenly spread from the first to the last."""
+
 
 def fingerprint(*parts: Any) -> str:
     """A name for what the parts say.
 
-    Tensors and modules count by their values; data sets without tensors by length, first and last sample; functions
-    by their code and what they enclose; other objects by their class and attributes.
+    Tensors and modules count by their values; data sets without tensors by length and 64 samples spread over
+    them; functions by their code and what they enclose; other objects by their class and attributes.
 
     Example:
         >>> fingerprint({"epochs": 3}, torch.ones(2)) == fingerprint({"epochs": 3}, torch.ones(2))
@@ -88,7 +91,8 @@ def _(value: TensorDataset) -> Iterable[Any]:
 @_parts.register
 def _(value: Dataset) -> Iterable[Any]:
     samples = len(value)  # pyright: ignore[reportArgumentType]  (sized, as a training needs it)
-    return samples, *((value[0], value[samples - 1]) if samples else ())
+    spread = np.unique(np.linspace(0, samples - 1, min(samples, LOOKED_AT)).round().astype(int))
+    return samples, *(value[int(number)] for number in spread)
 
 
 @_parts.register
