@@ -102,7 +102,7 @@ def xor() -> dict[str, dict[str, float]]:
     return told | {name: outcome(train(arm)[1]) for name, arm in arms.items()}
 
 
-def outcome(since: Int[Tensor, "networks"]) -> dict[str, float]:
+def outcome(since: Int[Tensor, " networks"]) -> dict[str, float]:
     done = since >= 0
     share, count = float(done.float().mean()), len(since)
     half = 1.96 * (share * (1 - share) / count) ** 0.5

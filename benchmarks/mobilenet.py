@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from _common import CACHE, Ledger, cifar10, claims_table, interval, mnist, publish, runs_table, table, unseen
+from _common import CACHE, Ledger, cifar10, claims_table, interval, mnist, publish, runs_table, shown, table, unseen
 from karui.architectures import MobileNet
 from karui.data import Splits
 from karui.measuring import Clock, count, evaluate

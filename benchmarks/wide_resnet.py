@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from _common import CACHE, Ledger, cifar10, claims_table, interval, publish, runs_table, table, unseen
+from _common import CACHE, Ledger, cifar10, claims_table, interval, publish, runs_table, shown, table, unseen
 from karui.architectures import WideResNet
 from karui.data import Splits
 from karui.measuring import Clock, count, evaluate
