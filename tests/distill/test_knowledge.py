@@ -15,7 +15,7 @@ from karui.architectures.perceptron import perceptron
 from karui.artifact import save
 from karui.data import Splits, hold_out, targets_of
 from karui.data.splits import take
-from karui.distill.knowledge import KnowledgeDistillation, best_offset, lift_classes, with_unlabelled
+from karui.distill.knowledge import KnowledgeDistillation, best_offset, lift_classes
 from karui.errors import NeedError, SettingError, UsageError
 from karui.measuring import count, evaluate, sample_scores
 from karui.model import Classification, Model, Origin
@@ -24,6 +24,7 @@ from karui.technique import Bench, Then, lacking
 from karui.train import Adam, Constant, Together, Training
 from karui.train.masks import connections
 from karui.train.teaching import SoftTargets
+from karui.train.transfer import with_unlabelled
 
 pytestmark = pytest.mark.paper(30)
 FACTORY = f"{__file__}:saved_teacher"

@@ -46,6 +46,19 @@ def npz(path: Path, *, seed: int = 0) -> Splits:
     )
 
 
+def npz_inputs(path: Path) -> TensorDataset:
+    """Inputs alone, without labels: the array `x` of a file, or its `train_x`; bytes are taken for pictures.
+
+    Raises:
+        DataError: the file is damaged, or holds neither.
+    """
+    arrays = _arrays(path)
+    name = next((name for name in ("x", "train_x") if name in arrays), "")
+    held = ", ".join(sorted(arrays)) or "nothing"
+    require(bool(name), f"{path} has no array x or train_x; it has: {held}.", "Name the inputs x.", DataError)
+    return TensorDataset(_inputs(path, name, arrays[name]))
+
+
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     require(path.is_file(), f"There is no file {path}.", "Give npz:PATH with the path of an .npz file.", DataError)
     try:

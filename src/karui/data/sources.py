@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 import torch
 from torch.utils.data import TensorDataset
 
-from karui.data.arrays import npz
+from karui.data.arrays import npz, npz_inputs
 from karui.data.cifar import cifar10
 from karui.data.pictures import folder
 from karui.data.splits import VALIDATION_SHARE, Splits, hold_out
@@ -58,6 +58,27 @@ def load_data(spec: str, *, seed: int = 0) -> Splits:
         names = ["digits", *(f"{name}:PATH" for name in _READERS), "package.module:function", "file.py:function"]
         did_you_mean(spec, names, "Data")
     return _own(spec, seed)
+
+
+def load_unlabelled(spec: str, *, seed: int = 0) -> Any:
+    """A pool of samples whose labels are not looked at: the training split of what a data specification names.
+
+    Args:
+        spec: as for `load_data`; in an .npz file an array `x` (or `train_x`) is enough.
+        seed: as for `load_data`.
+
+    Raises:
+        UsageError: the specification is not known.
+        DataError: the data cannot be read.
+
+    Example:
+        >>> len(load_unlabelled("digits"))
+        1080
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "npz" and rest:
+        return npz_inputs(Path(rest).expanduser())
+    return load_data(spec, seed=seed).train
 
 
 def digits(*, seed: int = 0) -> Splits:

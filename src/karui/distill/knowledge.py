@@ -28,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from karui.data import Batches
+from karui.distill._heads import head_of
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
 from karui.errors import SettingError, UsageError, require
 from karui.measuring.inference import inference
@@ -36,11 +37,9 @@ from karui.numerics.soft_targets import arithmetic, geometric
 from karui.technique import Card, require_passes, technique
 from karui.train import Influence, Together
 from karui.train.masks import MaskKeeper, zero_masks
-from karui.train.teaching import UNLABELLED, SoftTargets, Teachers
+from karui.train.teaching import SoftTargets, Teachers
 
 if TYPE_CHECKING:
-    from torch.utils.data import Dataset
-
     from karui.technique import Bench
 
 
@@ -92,7 +91,7 @@ def lift_classes(model: Model, classes: Sequence[int], offset: float, *, layer: 
         [[0.0, 3.5, 0.0]]
     """
     lifted = model.copy()
-    path = layer if layer is not None else _head(lifted)
+    path = layer if layer is not None else head_of(lifted)
     bias = None if path is None else getattr(layer_at(lifted.module, path), "bias", None)
     if not isinstance(bias, nn.Parameter):
         what = "No layer gives the logits as they are." if path is None else f"The layer '{path}' has no bias to lift."
@@ -101,46 +100,6 @@ def lift_classes(model: Model, classes: Sequence[int], offset: float, *, layer: 
         bias[list(classes)] += offset
     told = f"biases of classes {', '.join(map(str, classes))} lifted by {offset:.4g}"
     return lifted.evolve(lifted.module, Note(told, {"classes": list(classes), "offset": offset}))
-
-
-def _head(model: Model) -> str | None:
-    """Path of the layer whose output the model returns."""
-    given: dict[str, Any] = {}
-    layers = [(path, layer) for path, layer in model.module.named_modules() if not list(layer.children())]
-    handles = [
-        layer.register_forward_hook(lambda _layer, _inputs, output, path=path: given.update({path: output}))
-        for path, layer in layers
-    ]
-    try:
-        with inference(model.module) as module:
-            result = module(*model.example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return next((path for path, output in reversed(given.items()) if output is result), None)
-
-
-def with_unlabelled(labelled: Dataset, unlabelled: Dataset) -> Dataset:
-    """One transfer set of both: samples without label count for the teachers' part of the loss only.
-
-    Args:
-        labelled: (input, class number) pairs.
-        unlabelled: pairs too, whose targets are not looked at.
-    """
-    from torch.utils.data import ConcatDataset
-
-    return ConcatDataset([labelled, _WithoutLabels(unlabelled)])
-
-
-class _WithoutLabels(torch.utils.data.Dataset):
-    def __init__(self, given: Any) -> None:
-        self._given = given
-
-    def __len__(self) -> int:
-        return len(self._given)
-
-    def __getitem__(self, index: int) -> tuple[Any, Tensor]:
-        return self._given[index][0], torch.tensor(UNLABELLED)
 
 
 @technique(
