@@ -18,6 +18,7 @@ _DOOR = {
     "Model": "karui.model",
     "Classification": "karui.model",
     "Regression": "karui.model",
+    "Detection": "karui.model",
     "CustomTask": "karui.model",
     "Task": "karui.model",
     "Bench": "karui.technique",

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from karui.artifact.pack import dtype_of
 from karui.errors import ArtifactError
-from karui.model import Classification, CustomTask, Regression, Task
+from karui.model import Classification, CustomTask, Detection, Regression, Task
 from karui.model.importing import file_of, importable, load_callable
 
 PREFIX = "karui/example/"
 SMALL = 4096
 """Bytes up to which an example tensor is stored as it is."""
-_TASKS: dict[str, type] = {"classification": Classification, "regression": Regression}
+_TASKS: dict[str, type] = {"classification": Classification, "regression": Regression, "detection": Detection}
 _DAMAGED = "The file is damaged, or was written by another version of karui."
 
 

@@ -38,6 +38,7 @@ from karui.model import Model, layer_at
 from karui.numerics.soft_targets import soft_cross_entropy, soften
 from karui.technique import Card, technique
 from karui.train import Influence, Moment, Together, Turn
+from karui.train.companion import Companion
 from karui.train.guide import Guide
 from karui.train.masks import MaskKeeper, zero_masks
 
@@ -119,26 +120,6 @@ def output_of(module: nn.Module, path: str, inputs: tuple[Any, ...]) -> Any:
     finally:
         handle.remove()
     raise SettingError(f"'fitnets_hint': layer '{path}' of the student was not called.", "Name another layer.")
-
-
-@dataclass(frozen=True, eq=False)
-class _Regressor(Influence):
-    """Adds the regressor for the time of a training, and takes it off."""
-
-    guided: tuple[int, ...]
-    hint: tuple[int, ...]
-    activation: Activation
-
-    def attach(self, module: nn.Module) -> None:
-        """Put the regressor into the module, so that it trains and checkpoints hold it."""
-        made = regressor(self.guided, self.hint, self.activation)
-        like = next(module.parameters())
-        module.add_module(REGRESSOR, made.to(like.device, like.dtype))
-
-    def finish(self, module: nn.Module) -> nn.Module:
-        """Throw it away."""
-        delattr(module, REGRESSOR)
-        return module
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,7 +272,7 @@ class FitNets:
         activation = self.activation
         if activation == "auto":
             activation = "relu" if _is_positive(teacher, teacher_layer, bench) else "none"
-        influence = self._with_zeros(model, _Regressor(guided, hint, activation))
+        influence = self._with_zeros(model, Companion(REGRESSOR, lambda: regressor(guided, hint, activation)))
         objective = _Hint(Guide(teacher), layer, teacher_layer)
         return bench.fit(
             model, epochs=self.hint_epochs, influence=influence, turns=(Turn(name="hint", objective=objective),),

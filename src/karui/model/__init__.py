@@ -5,6 +5,8 @@ from karui.model.averaging import averaged as averaged
 from karui.model.copying import copied as copied
 from karui.model.cut import Cut as Cut
 from karui.model.cut import remove_units as remove_units
+from karui.model.detection import Detection as Detection
+from karui.model.detection import grid_anchors as grid_anchors
 from karui.model.edits import Edit as Edit
 from karui.model.edits import Note as Note
 from karui.model.edits import edit as edit

@@ -1,0 +1,342 @@
+"""Chen et al. 2017, "Learning Efficient Object Detection Models with Knowledge Distillation" (survey 35).
+
+A light detector learns three things from a heavy one: the probabilities of every box, in which mistakes about the
+background weigh more; to come at least as near to the true boxes as its teacher, without being drawn to the teacher's,
+which may be wrong; and an inner map, through an adaptation layer that is thrown away.
+
+Pays where a detector too light for its task has a good teacher over the same boxes. Does not pay where the student does
+as well alone; the hint's weight has to be found anew for other maps.
+
+Paper -> here: mu -> hard, w_0 -> background, nu -> bounded, m -> margin, gamma -> hint, lambda -> the task's `weight`,
+V and Z -> teacher_layer and layer, adaptation layer -> `adaptation`.
+
+The two must judge the same boxes in the same order. Detectors with fixed anchors (`karui.Detection`) do. In a detector
+of two stages the student's proposals have to be given to the teacher's head: the losses (`weighted_soft_loss`,
+`bounded_loss`, `hint_distance`) work on any boxes, the technique itself on anchors. For a student that reads pictures
+of half the size, let its network begin with the pooling; `resize` brings its maps to the teacher's size.
+
+DEPARTURE: the hint is the mean over all units, where the paper has the sum: `hint` then means the same for maps of any
+size.
+
+DEPARTURE: where the model is no detector, the soft targets and the hint are used without boxes, and no class is the
+background: the region classifier of the paper by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from karui.distill._maps import last_of_each_size, sizes_of_outputs
+from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
+from karui.errors import NeedError, SettingError, require, told
+from karui.model import Detection, Model
+from karui.model.detection import mean_over
+from karui.technique import Card, technique
+from karui.train import Influence, Moment, Together
+from karui.train.companion import Companion
+from karui.train.guide import Guide
+from karui.train.masks import MaskKeeper, zero_masks
+
+if TYPE_CHECKING:
+    from karui.technique import Bench
+
+Resize = Literal["interpolate", "pad"]
+ADAPTATION = "_hint_adaptation"
+CONVOLUTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+MODES = ("", "linear", "bilinear", "trilinear")
+
+
+def weighted_soft_loss(
+    logits: Float[Tensor, "batch classes *boxes"],
+    teacher: Float[Tensor, "batch classes *boxes"],
+    background: float = 1.5,
+    boxes: Float[Tensor, "batch *boxes"] | None = None,
+) -> Float[Tensor, ""]:
+    """-sum_c w_c P_t,c log P_s,c, averaged over boxes; w is `background` for class 0 and 1 for all others (equation 3).
+
+    Args:
+        logits: the student's.
+        teacher: the teacher's; no gradient flows to it.
+        background: w_0.
+        boxes: what each box weighs, 1 together; None is all alike.
+
+    Example:
+        >>> z = torch.tensor([[2.0, 0.0]])
+        >>> round(float(weighted_soft_loss(z, z, background=1.0)), 4), round(float(weighted_soft_loss(z, z)), 4)
+        (0.3653, 0.4212)
+    """
+    weights = torch.ones(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    weights[0] = background
+    weights = weights.reshape(-1, *([1] * (logits.ndim - 2)))
+    terms = -(weights * teacher.detach().softmax(1) * logits.log_softmax(1)).sum(1)
+    return terms.mean() if boxes is None else (terms * boxes).sum()
+
+
+def bounded_loss(
+    student: Float[Tensor, "batch 4 *boxes"],
+    teacher: Float[Tensor, "batch 4 *boxes"],
+    truth: Float[Tensor, "batch 4 *boxes"],
+    margin: float = 0.0,
+    counted: Tensor | None = None,
+) -> Float[Tensor, ""]:
+    """||R_s - y||² of each box where it plus the margin is more than ||R_t - y||², else 0; averaged (equation 4).
+
+    The teacher is a bar to pass, box by box, never a target.
+
+    Example:
+        >>> truth, near, far = torch.zeros(1, 4, 1), torch.full((1, 4, 1), 0.5), torch.ones(1, 4, 1)
+        >>> float(bounded_loss(near, far, truth)), float(bounded_loss(far, near, truth))
+        (0.0, 4.0)
+    """
+    own = (student - truth).square().sum(1)
+    bar = (teacher.detach() - truth).square().sum(1)
+    terms = torch.where(own.detach() + margin > bar, own, torch.zeros_like(own))
+    return terms.mean() if counted is None else mean_over(terms, counted)
+
+
+def adaptation(student: tuple[int, ...], teacher: tuple[int, ...]) -> nn.Module:
+    """A 1x1 convolution (for vectors a dense layer) from the student's channels to the teacher's, be they equal or not.
+
+    Args:
+        student: shape of the student's layer, without the batch.
+        teacher: shape of the teacher's.
+
+    Raises:
+        SettingError: the two are of different kinds.
+
+    Example:
+        >>> adaptation((8, 4, 4), (32, 8, 8))
+        Conv2d(8, 32, kernel_size=(1, 1), stride=(1, 1))
+    """
+    require(
+        len(student) == len(teacher) <= 4,
+        f"'detection_distillation': the student's layer gives shape {student} and the teacher's {teacher}.",
+        "Name layers whose outputs have as many dimensions.",
+        SettingError,
+    )
+    kind = CONVOLUTIONS[len(student) - 1]
+    return kind(student[0], teacher[0], *([1] if len(student) > 1 else []))  # pyright: ignore[reportArgumentType]
+
+
+def hint_distance(
+    adapted: Float[Tensor, "batch channels *space"],
+    hint: Float[Tensor, "batch channels *space_"],
+    resize: Resize = "interpolate",
+) -> Float[Tensor, ""]:
+    """Mean square of the difference of the teacher's map and the adapted one, brought to the teacher's size.
+
+    Args:
+        adapted: the student's map after its adaptation layer.
+        hint: the teacher's.
+        resize: "interpolate" stretches the student's map; "pad" adds zeros around it, or cuts its rim.
+    """
+    space = hint.shape[2:]
+    if adapted.shape[2:] != space:
+        adapted = (
+            functional.interpolate(adapted, space, mode=MODES[len(space)], align_corners=False)
+            if resize == "interpolate"
+            else _padded(adapted, space)
+        )
+    return (adapted - hint.detach()).square().mean()
+
+
+def _padded(maps: Tensor, space: torch.Size) -> Tensor:
+    """Zeros around the maps, as many before as after; a negative number of them cuts."""
+    sides = []
+    for have, want in zip(reversed(maps.shape[2:]), reversed(space), strict=True):
+        before = (want - have) // 2
+        sides += [before, want - have - before]
+    return functional.pad(maps, sides)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DetectionGuidance(Influence):
+    """Adds the three parts to the task's loss.
+
+    Settings:
+        guide: the teacher, showing `theirs`.
+        task: the detector's; None where the model is no detector.
+        layer, theirs: paths of the hint in student and teacher; "" where there is none.
+        hard, background, bounded, margin, hint, resize: as in `DetectionDistillation`.
+    """
+
+    guide: Guide
+    task: Detection | None
+    layer: str = ""
+    theirs: str = ""
+    hard: float = 0.5
+    background: float = 1.5
+    bounded: float = 0.5
+    margin: float = 0.0
+    hint: float = 0.5
+    resize: Resize = "interpolate"
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The student's layer."""
+        return (self.layer,) if self.hint > 0 else ()
+
+    def objective(self, loss: Tensor, moment: Moment) -> Tensor:
+        """Mu L_hard + (1 - mu) L_soft + lambda (smooth L1 + nu L_b) + gamma L_hint, from the task's loss."""
+        with torch.no_grad():
+            answers, shown = self.guide(moment.inputs)
+        _same_boxes(moment.outputs, answers)
+        if self.task is None:
+            loss = self.hard * loss + (1 - self.hard) * weighted_soft_loss(moment.outputs, answers, 1.0)
+        else:
+            loss = loss + self._of_boxes(self.task, moment, answers)
+        if self.hint > 0:
+            adapted = moment.module.get_submodule(ADAPTATION)(moment.taps[self.layer])
+            loss = loss + self.hint * hint_distance(adapted, shown[self.theirs], self.resize)
+        return loss
+
+    def _of_boxes(self, task: Detection, moment: Moment, answers: tuple[Tensor, Tensor]) -> Tensor:
+        """What comes to the task's loss: (1 - mu) (L_soft - L_hard) + lambda nu L_b."""
+        (logits, offsets), (probabilities, bar) = moment.outputs, answers
+        labels, wanted = task.matched(moment.targets)
+        soft = weighted_soft_loss(logits, probabilities, self.background, task.weights(labels))
+        more = (1 - self.hard) * (soft - task.class_loss(logits, labels))
+        if self.bounded > 0:
+            more = more + task.weight * self.bounded * bounded_loss(offsets, bar, wanted, self.margin, labels > 0)
+        return more
+
+
+def _same_boxes(outputs: Any, answers: Any) -> None:
+    """Refuse a teacher that judges other boxes or classes."""
+    pairs = [value if isinstance(value, (tuple, list)) else (value,) for value in (outputs, answers)]
+    shapes = [[tuple(part.shape) if isinstance(part, Tensor) else None for part in pair] for pair in pairs]
+    require(
+        shapes[0] == shapes[1],
+        f"The student gives {told(outputs)} and the teacher {told(answers)}.",
+        "Both have to judge the same boxes and classes: give them the same anchors, or the same proposals.",
+        NeedError,
+    )
+
+
+@technique(
+    Card(
+        survey=35,
+        slug="detection_distillation",
+        title="Learning Efficient Object Detection Models with Knowledge Distillation",
+        kind="influence",
+        needs=("labels", "training", "teacher"),
+        identity={"epochs": 0},
+        quick={"epochs": 1},
+        pays="A light detector with a good teacher over the same boxes: soft classes, a bar for the boxes, and a hint.",
+        costs="Nothing gets smaller by it; teacher and student must judge the same boxes in the same order.",
+    )
+)
+@dataclass(frozen=True, kw_only=True)
+class DetectionDistillation:
+    """Train a detector under a heavier one: weighted soft classes, teacher-bounded boxes, and a hint.
+
+    Settings:
+        teacher: a karui Model or the folder of a saved one; None is the model at the start of the pipeline.
+        layer: path of the student's layer for the hint; "" takes the last one that gives maps over space.
+        teacher_layer: path of the teacher's; "" takes its last one.
+        hard: mu, the share of the true classes against the teacher's, in [0, 1].
+        background: weight of the background in the soft part.
+        bounded: weight of the bounded distance of boxes; 0 leaves it out.
+        margin: how much better than the teacher, in squared offsets, a box must be before it is let go.
+        hint: weight of the hint; 0 leaves it out. Its maps have no common scale: try 0.1 to 10.
+        resize: how the student's map is brought to the size of the teacher's: "interpolate" or "pad".
+        epochs: passes over the training data.
+        keep_zeros: whether weights that are exactly zero stay so.
+
+    Raises:
+        SettingError: a setting is out of range, or the layers are of different kinds.
+        NeedError: there is no teacher, or it judges other boxes.
+
+    Relations: `KnowledgeDistillation` is the soft part for classes without background; `FitNets` gives its hint in a
+    stage of its own.
+
+    Example:
+        >>> DetectionDistillation(layer="body", teacher_layer="body").background
+        1.5
+    """
+
+    teacher: Teacher | None = None
+    layer: str = ""
+    teacher_layer: str = ""
+    hard: float = 0.5
+    background: float = 1.5
+    bounded: float = 0.5
+    margin: float = 0.0
+    hint: float = 0.5
+    resize: Resize = "interpolate"
+    epochs: int = 10
+    keep_zeros: bool = True
+
+    def __post_init__(self) -> None:
+        require(0 <= self.hard <= 1, f"hard is {self.hard}; give a share in [0, 1], for example 0.5")
+        require(self.background > 0, f"background is {self.background}; give a positive weight, for example 1.5")
+        for name in ("bounded", "margin", "hint"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} is {value}; give a number from 0")
+        require(self.resize in ("interpolate", "pad"), f"resize is {self.resize!r}; choose from interpolate, pad")
+        require(self.epochs >= 0, f"epochs is {self.epochs}; give a whole number from 0")
+
+    def remarks(self, model: Model) -> tuple[str, ...]:
+        """What `karui plan` tells of it."""
+        if isinstance(model.task, Detection):
+            return (remark(self.teacher),)
+        return (remark(self.teacher), "the model's task is no Detection: soft targets and the hint are used, no boxes")
+
+    def lacks(self, bench: Bench, *, first: bool) -> list[tuple[str, str]]:
+        """What is missing for a teacher, before any work starts: (message, remedy) pairs."""
+        return lacking_teachers("detection_distillation", self.teacher, bench, first=first)
+
+    def influence(self, model: Model, bench: Bench) -> Influence:
+        """The three parts, for a training of `model` or of what becomes of it."""
+        teacher = teachers_of("detection_distillation", self.teacher, model, bench)[0]
+        layer, theirs = self._layers(model, teacher) if self.hint > 0 else ("", "")
+        parts: list[Influence] = []
+        if self.hint > 0:
+            sizes = sizes_of_outputs(model)[layer], sizes_of_outputs(teacher)[theirs]
+            adaptation(*sizes)  # shapes that do not fit are told now
+            parts.append(Companion(ADAPTATION, lambda: adaptation(*sizes)))
+        parts.append(
+            DetectionGuidance(
+                guide=Guide(teacher, (theirs,) if theirs else ()),
+                task=model.task if isinstance(model.task, Detection) else None,
+                layer=layer,
+                theirs=theirs,
+                hard=self.hard,
+                background=self.background,
+                bounded=self.bounded,
+                margin=self.margin,
+                hint=self.hint,
+                resize=self.resize,
+            )
+        )
+        masks = zero_masks(model.module) if self.keep_zeros else {}
+        return Together(*([MaskKeeper(masks)] if masks else []), *parts)
+
+    def apply(self, model: Model, bench: Bench) -> Model:
+        """The student, taught."""
+        if self.epochs == 0:
+            return model
+        return bench.fit(model, epochs=self.epochs, influence=self.influence(model, bench), label="distil the detector")
+
+    def _layers(self, model: Model, teacher: Model) -> tuple[str, str]:
+        """The layers of the hint: those named, or the last ones of each that give maps."""
+        paths = []
+        for one, named, whose in ((model, self.layer, "student"), (teacher, self.teacher_layer, "teacher")):
+            known = sizes_of_outputs(one)
+            path = named or next(reversed(last_of_each_size(one)), "")
+            require(
+                path in known,
+                f"'detection_distillation': layer '{path}' of the {whose} gives no map for a hint."
+                if path
+                else f"'detection_distillation': no layer of the {whose} gives maps over space for a hint.",
+                "Name layer and teacher_layer, or set hint=0.",
+                SettingError,
+            )
+            paths.append(path)
+        return paths[0], paths[1]

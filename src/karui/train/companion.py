@@ -1,0 +1,42 @@
+"""Companions: layers that a network has only while it trains, such as the regressor of a hint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from karui.train.influence import Influence
+
+
+@dataclass(frozen=True, eq=False)
+class Companion(Influence):
+    """Puts a layer into the network for the time of a training, and takes it off at the end.
+
+    It trains with the network and checkpoints hold it; no saved model does. What it is for is another influence's.
+
+    Settings:
+        name: where it is put; a name that the network does not have.
+        make: makes the layer.
+
+    Example:
+        >>> net, part = nn.Sequential(nn.Linear(2, 2)), Companion("_hint", lambda: nn.Linear(2, 5))
+        >>> part.attach(net)
+        >>> [name for name, _ in net.named_children()], len(part.finish(net))
+        (['0', '_hint'], 1)
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+
+    def attach(self, module: nn.Module) -> None:
+        """Put it into the module, on its device."""
+        made = self.make()
+        like = next(module.parameters(), None)
+        module.add_module(self.name, made if like is None else made.to(like.device, like.dtype))
+
+    def finish(self, module: nn.Module) -> nn.Module:
+        """Throw it away."""
+        delattr(module, self.name)
+        return module

@@ -1,0 +1,213 @@
+"""Distilled detectors, [35]: the three losses, the adaptation layer, and what the paper claims."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from karui.artifact import load, save
+from karui.data import Splits
+from karui.distill.detection import (
+    ADAPTATION,
+    DetectionDistillation,
+    DetectionGuidance,
+    adaptation,
+    bounded_loss,
+    hint_distance,
+    weighted_soft_loss,
+)
+from karui.errors import KaruiError, NeedError, SettingError
+from karui.model import Classification, Model, resolve
+from karui.technique import Bench
+from karui.train import Adam, Moment, Training
+from karui.train.guide import Guide
+
+pytestmark = pytest.mark.paper(35)
+FILE = Path(__file__).with_name("micro_detection.py")
+
+
+@pytest.fixture(scope="module")
+def micro() -> Any:
+    """The micro detector and its data."""
+    spec = importlib.util.spec_from_file_location("micro_detection", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def bench_of(data: Any, epochs: int = 1, seed: int = 0) -> Bench:
+    training = Training(epochs=epochs, batch_size=16, optimizer=Adam(lr=5e-3))
+    return Bench(train=data, validation=data, test=data, training=training, seed=seed)
+
+
+def state(model: Model) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.module.state_dict().items()}
+
+
+def test_the_soft_loss_is_a_weighted_cross_entropy():
+    student, teacher = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    told = weighted_soft_loss(student, teacher, background=1.0)
+    torch.testing.assert_close(told, functional.cross_entropy(student, teacher.softmax(1)))
+    both = weighted_soft_loss(student, teacher, background=1.5) - told
+    torch.testing.assert_close(both, 0.5 * -(teacher.softmax(1)[:, 0] * student.log_softmax(1)[:, 0]).mean())
+    boxes = torch.zeros(3, 5)
+    boxes[1, 2] = 1.0
+    one = weighted_soft_loss(student, teacher, 1.5, boxes)
+    torch.testing.assert_close(one, weighted_soft_loss(student[1:2, :, 2], teacher[1:2, :, 2], 1.5))
+
+
+def test_mistakes_about_the_background_weigh_half_more():
+    """The gradient of the soft part with respect to log P_s is w_c P_t,c."""
+    teacher = torch.randn(2, 3)
+    logits = torch.randn(2, 3, requires_grad=True)
+    weighted_soft_loss(logits, teacher, background=1.5).backward()
+    mass = torch.tensor([1.5, 1.0, 1.0]) * teacher.softmax(1)
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, (mass.sum(1, keepdim=True) * logits.detach().softmax(1) - mass) / 2)
+
+
+def test_the_teacher_is_a_bar_for_each_box_by_itself():
+    truth = torch.zeros(1, 4, 3)
+    teacher = torch.full((1, 4, 3), 0.5, requires_grad=True)
+    student = torch.stack([torch.full((4,), v) for v in (0.2, 0.8, 0.5)], 1)[None].requires_grad_()
+    loss = bounded_loss(student, teacher, truth)
+    loss.backward()
+    assert loss.item() == pytest.approx(4 * 0.64 / 3)
+    assert student.grad is not None
+    assert student.grad[0, :, 1].tolist() == pytest.approx([2 * 0.8 / 3] * 4), "2 (R_s - y), of three boxes"
+    assert student.grad[0, :, [0, 2]].abs().max() == 0, "better, and exactly as good: no penalty"
+    assert teacher.grad is None
+    student = student.detach()
+    margin = bounded_loss(student, teacher, truth, margin=0.1)
+    assert float(margin) == pytest.approx(4 * (0.64 + 0.25) / 3), "as good is not enough by the margin, better is"
+    counted = torch.tensor([[True, False, True]])
+    assert float(bounded_loss(student, teacher, truth, 0.0, counted)) == 0.0
+    assert float(bounded_loss(student, teacher, truth, 0.0, ~counted)) == pytest.approx(4 * 0.64)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "parameters"), [(((4, 6, 6), (9, 6, 6)), 45), (((4,), (9,)), 45), (((5, 7), (5, 7)), 30)]
+)
+def test_the_adaptation_goes_from_channel_to_channel(shapes: tuple[Any, Any], parameters: int):
+    made = adaptation(*shapes)
+    assert sum(p.numel() for p in made.parameters()) == parameters, "there also where the channels are equal"
+    assert made(torch.rand(2, *shapes[0])).shape == (2, shapes[1][0], *shapes[0][1:])
+    with pytest.raises(SettingError, match=r"shape \(4, 6, 6\) and the teacher's \(9,\)"):
+        adaptation((4, 6, 6), (9,))
+
+
+@pytest.mark.parametrize("resize", ["interpolate", "pad"])
+def test_equal_maps_have_no_distance_and_sizes_are_matched(resize: Any):
+    maps = torch.randn(2, 3, 4, 4)
+    assert float(hint_distance(maps, maps, resize)) == 0.0
+    wide = hint_distance(maps, torch.zeros(2, 3, 6, 7), resize)
+    if resize == "pad":
+        torch.testing.assert_close(wide, maps.square().sum() / (2 * 3 * 42))
+    else:
+        stretched = functional.interpolate(maps, (6, 7), mode="bilinear", align_corners=False)
+        torch.testing.assert_close(wide, stretched.square().mean())
+    vectors = torch.randn(2, 3)
+    torch.testing.assert_close(hint_distance(vectors, torch.zeros(2, 3), resize), vectors.square().mean())
+
+
+def test_a_student_that_is_its_teacher_pays_for_the_labels_alone(micro: Any, digits: Splits):
+    x, y = micro.canvases(digits.train, 8, 0).tensors
+    model = micro.detector(4)
+    model.module.eval()
+    made = adaptation((16, 4, 4), (16, 4, 4))
+    with torch.no_grad():
+        made.weight.copy_(torch.eye(16)[:, :, None, None])  # pyright: ignore[reportArgumentType, reportCallIssue]
+        made.bias.zero_()  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
+    part = DetectionGuidance(guide=Guide(model, ("body",)), task=micro.TASK, layer="body", theirs="body", hard=1.0)
+    module = torch.nn.Module()
+    module.add_module(ADAPTATION, made)
+    with torch.no_grad():
+        outputs, shown = Guide(model, ("body",))((x,))
+    loss = micro.TASK.loss(outputs, y)
+    moment = Moment(module, (x,), y, outputs, taps=shown)
+    torch.testing.assert_close(part.objective(loss, moment), loss)
+    plain = replace(part, hard=0.0, background=1.0).objective(loss, moment)
+    labels, wanted = micro.TASK.matched(y)
+    entropy = (-(outputs[0].softmax(1) * outputs[0].log_softmax(1)).sum(1) * micro.TASK.weights(labels)).sum()
+    torch.testing.assert_close(plain, entropy + micro.TASK.box_loss(outputs[1], wanted, labels))
+
+
+def test_nothing_of_the_teacher_is_left(micro: Any, digits: Splits, tmp_path: Path):
+    origin = resolve(f"{FILE}:MicroDetector", {"width": 4})
+    data = micro.canvases(digits.train, 32, 0)
+    student, teacher = replace(micro.detector(4), lineage=(origin,)), micro.detector(6, seed=1)
+    before, taught = state(student), state(teacher)
+    after = DetectionDistillation(teacher=teacher, epochs=1).apply(student, bench_of(data))
+    assert state(after).keys() == before.keys()
+    assert any(not torch.equal(value, before[name]) for name, value in state(after).items())
+    assert all(torch.equal(value, taught[name]) for name, value in state(teacher).items())
+    save(after, tmp_path / "light")
+    again = load(tmp_path / "light")
+    assert again.task == micro.TASK
+    assert all(torch.equal(value, state(after)[name]) for name, value in state(again).items())
+
+
+def test_other_boxes_are_refused(micro: Any, digits: Splits):
+    data = micro.canvases(digits.train, 16, 0)
+    other = micro.detector(4, seed=1)
+    other = replace(other, module=micro.MicroDetector(4, classes=7))
+    with pytest.raises(NeedError, match=r"same boxes"):
+        DetectionDistillation(teacher=other, epochs=1).apply(micro.detector(4), bench_of(data))
+    with pytest.raises(NeedError, match="'detection_distillation' needs a teacher"):
+        DetectionDistillation().apply(micro.detector(4), bench_of(data))
+    with pytest.raises(SettingError, match="layer 'bodies' of the teacher gives no map"):
+        DetectionDistillation(teacher=micro.detector(4, seed=1), teacher_layer="bodies").apply(
+            micro.detector(4), bench_of(data)
+        )
+
+
+def test_a_student_of_half_the_size_is_taught(micro: Any, digits: Splits):
+    """The student's network begins with a pooling; its maps are brought to the size of the teacher's."""
+    data = micro.canvases(digits.train, 16, 0)
+    half, teacher = micro.detector(4, shrink=2), micro.detector(6, seed=1)
+    technique = DetectionDistillation(teacher=teacher, layer="body.3", teacher_layer="body.3", epochs=1)
+    assert state(technique.apply(half, bench_of(data))).keys() == state(half).keys()
+
+
+def test_where_there_are_no_boxes_classes_are_distilled(digits: Splits, small_cnn: Any):
+    student, teacher = small_cnn(widths=(4, 4, 4)), small_cnn(seed=1)
+    assert isinstance(student.task, Classification)
+    assert any("no boxes" in text for text in DetectionDistillation().remarks(student))
+    part = DetectionDistillation(teacher=teacher, hint=0.0, hard=0.0).influence(student, bench_of(digits.train))
+    x, y = torch.rand(4, 1, 8, 8), torch.arange(4)
+    outputs = student.module(x)
+    told = part.objective(functional.cross_entropy(outputs, y), Moment(student.module, (x,), y, outputs))
+    torch.testing.assert_close(told, functional.cross_entropy(outputs, teacher.module(x).softmax(1)))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"hard": 1.5}, {"background": 0.0}, {"bounded": -1.0}, {"margin": -1.0}, {"resize": "cut"}, {"epochs": -1}]
+)
+def test_what_makes_no_sense_is_refused(bad: dict[str, Any]):
+    with pytest.raises(KaruiError):
+        DetectionDistillation(**bad)
+
+
+@pytest.mark.effect
+@pytest.mark.slow
+def test_a_narrow_detector_finds_more_under_a_wide_one(micro: Any, digits: Splits):
+    """Digits of five classes on a cluttered canvas; the teacher saw four times as many pictures."""
+    many, test = micro.scenes(digits, 800, 200)
+    few = torch.utils.data.TensorDataset(*(tensor[:200] for tensor in many.tensors))
+    wide = replace(bench_of(many), training=Training(batch_size=32, optimizer=Adam(lr=5e-3)))
+    teacher = wide.fit(micro.detector(16), epochs=10)
+    gains = []
+    for seed in range(3):
+        student, bench = micro.detector(8, seed=seed + 5), bench_of(few, 24, seed)
+        taught = DetectionDistillation(teacher=teacher, epochs=24).apply(student, bench)
+        gains.append(micro.mean_precision(taught, test) - micro.mean_precision(bench.fit(student), test))
+    assert sum(gains) / len(gains) >= 2, gains

@@ -1,0 +1,24 @@
+"""Companions train with the network and are gone afterwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from karui.train.companion import Companion
+
+
+def test_it_takes_the_type_of_the_network_and_is_taken_off():
+    net = nn.Linear(2, 2).to(torch.float64)
+    part = Companion("_extra", lambda: nn.Linear(2, 3))
+    part.attach(net)
+    assert net.get_submodule("_extra").weight.dtype == torch.float64
+    assert len(list(net.parameters())) == 4
+    assert part.finish(net) is net
+    assert [name for name, _ in net.named_parameters()] == ["weight", "bias"]
+
+
+def test_a_network_without_parameters_takes_one_too():
+    net = nn.Sequential(nn.ReLU())
+    Companion("_extra", lambda: nn.Linear(2, 3)).attach(net)
+    assert len(list(net.parameters())) == 2
