@@ -9,6 +9,7 @@ import pytest
 
 from karui.recipes.budget import timing
 from karui.recipes.budget.blocks import Block
+from karui.recipes.budget.cache import Measured
 
 
 @pytest.fixture(autouse=True)
@@ -21,15 +22,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def steady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks take a time by their bytes, kept in a cache of its own.
-
-    Some layers of the tests' networks take less than the clock tells apart, and a candidate that is measured slower by
-    chance is never chosen: what the menu holds would change from run to run.
-    """
+    """Blocks take a time by their bytes, kept in a cache of its own: every machine has the same menu."""
     monkeypatch.setenv("KARUI_CACHE", str(tmp_path / "steady"))
 
-    def by_bytes(blocks: Mapping[str, Block], threads: int) -> dict[str, float]:
+    def by_bytes(blocks: Mapping[str, Block], threads: int) -> dict[str, Measured]:
         del threads
-        return {name: 1e-6 + 1e-9 * block.bytes for name, block in blocks.items()}
+        return {name: Measured(1e-6 + 1e-9 * block.bytes) for name, block in blocks.items()}
 
     monkeypatch.setattr(timing, "profiled", by_bytes)

@@ -14,9 +14,10 @@ from karui.deployment import Deployment
 from karui.measuring import Score, onnx_form
 from karui.model import Classification, Model
 from karui.recipes.budget import deployments
+from karui.recipes.budget.cache import Measured, TimingCache
 from karui.recipes.budget.deployments import Forms
 from karui.recipes.budget.front import Form
-from karui.recipes.budget.timing import Stopwatch, TimingCache
+from karui.recipes.budget.timing import Stopwatch
 from karui.technique import Bench
 
 
@@ -99,7 +100,7 @@ def test_layers_that_break_the_floor_stay_in_32_bits(
         return Score(value=value, low=0, high=1, count=96, metric="accuracy")
 
     monkeypatch.setattr(deployments, "score_of", judge)
-    monkeypatch.setattr(Stopwatch, "ratio", lambda *given: 1.0 if given[2] == given[3] else 0.5)
+    monkeypatch.setattr(Stopwatch, "ratio", lambda *given: Measured(1.0 if given[2] == given[3] else 0.5))
     maker = forms(dense, bench, cache, max_drop=1.0)
     found, best = maker.of(dense, None)
     assert found[best].name.startswith("int8")
@@ -123,10 +124,13 @@ def test_nothing_to_quantise_is_no_form_in_8_bits(bench: Bench, cache: Path):
 
 def test_two_processes_on_one_file_of_times_lose_none_and_agree(tmp_path: Path):
     first, second = TimingCache.of_this_machine(tmp_path), TimingCache.of_this_machine(tmp_path)
-    first.put({"a": 1.0, "both": 2.0})
-    second.put({"b": 3.0, "both": 4.0})
-    assert second.seconds == {"a": 1.0, "b": 3.0, "both": 2.0}, "who comes second takes over what is there"
-    assert TimingCache.of_this_machine(tmp_path).seconds == second.seconds
+    first.put({"a": Measured(1.0, 0.1), "both": Measured(2.0)})
+    second.put({"b": Measured(3.0), "both": Measured(4.0)})
+    expected = {"a": Measured(1.0, 0.1), "b": Measured(3.0), "both": Measured(2.0)}
+    assert second.found == expected, "who comes second takes over what is there"
+    assert TimingCache.of_this_machine(tmp_path).found == expected
     assert second.file is not None
+    second.file.write_text('{"of an earlier version": 1.0, "of this one": [1.0, 0.5]}')
+    assert TimingCache.of_this_machine(tmp_path).found == {"of this one": Measured(1.0, 0.5)}
     second.file.write_text("{")
-    assert TimingCache.of_this_machine(tmp_path).seconds == {}
+    assert TimingCache.of_this_machine(tmp_path).found == {}

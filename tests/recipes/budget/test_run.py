@@ -66,15 +66,29 @@ def test_a_budget_of_bytes_is_met(model: Model, bench: Bench, tmp_path: Path):
     assert set(told["front"]) <= {p["number"] for p in told["points"]}
 
 
+class Stubborn(nn.Module):
+    """Most of its time goes where no technique can act."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(1, 16, 3, padding=1), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fixed = nn.functional.interpolate(x, scale_factor=32.0).tanh().mean((1, 2, 3))
+        return self.head(torch.relu(self.layer(x)).mean((2, 3))) + fixed[:, None]
+
+
 @pytest.mark.slow
-def test_an_impossible_budget_says_what_is_in_the_way(model: Model, bench: Bench, tmp_path: Path):
-    done = karui.compress(model, bench, budget={"time": 0.01}, epochs=0, out=tmp_path / "light", int8=False)
+def test_an_impossible_budget_says_what_is_in_the_way(bench: Bench, tmp_path: Path):
+    torch.manual_seed(0)
+    model = Model(Stubborn().eval(), example=(torch.zeros(2, 1, 8, 8),), task=Classification())
+    done = karui.compress(model, bench, budget={"time": 0.3}, epochs=0, out=tmp_path / "light", int8=False)
     assert not done.met
     assert "The budget is not met" in done.explanation
     assert "Most of the time that is left lies in" in done.explanation
     assert "What stops it is the menu" in done.explanation
     assert (tmp_path / "light" / "model.onnx").is_file()
-    assert done.record["budget"]["forms"][0]["ratio"]["value"] > 1
+    assert done.record["budget"]["forms"][0]["ratio"]["value"] > 0.5
 
 
 @pytest.mark.slow
@@ -97,7 +111,7 @@ class Killed(BaseException):
 def test_a_killed_run_goes_on_to_the_same_result(
     model: Model, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    asked: dict[str, Any] = {"budget": "time=0.4", "epochs": 3, "int8": False}
+    asked: dict[str, Any] = {"budget": "bytes=0.45", "epochs": 2, "int8": False}
     whole = karui.compress(model, bench, out=tmp_path / "whole", **asked)
     recover, calls = visits.recover, []
 

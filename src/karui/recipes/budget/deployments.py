@@ -136,10 +136,12 @@ class Forms:
         first: Score | Mapping[str, Any] | None,
         left: Sequence[str] = (),
     ) -> Form:
+        time = self.watch.ratio(self.dense, deployment.data, self.data, known_engine(deployment.engine))
         return Form(
             name=deployment.name,
             told=f"{deployment.precision} in {deployment.engine}",
-            time=self.watch.ratio(self.dense, deployment.data, self.data, known_engine(deployment.engine)),
+            time=time.value,
+            error=time.error,
             bytes=deployment.bytes / len(self.data),
             score=None if score is None else score.to_json(),
             lost=0.0 if score is None or first is None else lost(first, score),

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from karui.measuring import OnnxRuntime, layer_times
 from karui.measuring.values import bytes_text, seconds_text
-from karui.recipes.budget.stages import TOLERATED
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -78,7 +77,7 @@ def _broken(points: Sequence[Point], plan: Plan) -> str:
 
 def _in_the_way(point: Point, plan: Plan, points: Sequence[Point], light: Model, reach: Mapping[str, float]) -> str:
     """Which limit is missed, which layers hold what is left, and what would have to give."""
-    missed = [q for q, share in plan.goal.items() if point.share(q) > share * TOLERATED]
+    missed = point.beyond(plan.goal)
     gap = " and ".join(f"{q} {point.share(q):.2f} instead of {plan.goal[q]:.3g}" for q in missed)
     broken = [p for p in points if not plan.holds(p)]
     sentences = [f"The budget is not met: the best that was found takes {gap or 'what was asked'}, {_loss(point)}."]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from karui.recipes.budget.cache import SURE
+
 SAME = 1e-9
+TOLERATED = 1.02
+"""Times a limit that still count as kept: what the clock cannot tell apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,7 @@ class Form:
         score: on validation data, as JSON; None where nothing is judged.
         lost: against the dense model, in points of accuracy or per cent of the metric; 0 where nothing is judged.
         left: layers that were left in 32 bits, of a form in 8, to keep the floor.
+        error: standard error of its time.
     """
 
     name: str
@@ -31,6 +36,7 @@ class Form:
     score: dict[str, Any] | None = None
     lost: float = 0.0
     left: tuple[str, ...] = ()
+    error: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,11 @@ class Point:
     def share(self, quantity: str) -> float:
         """Its "time" or "bytes" as a share of the dense model's."""
         return self.form.time if quantity == "time" else self.form.bytes
+
+    def beyond(self, limits: Mapping[str, float]) -> list[str]:
+        """The quantities that are above their limits (shares of the dense model) by more than the clock's noise."""
+        least = {"time": self.form.time - SURE * self.form.error, "bytes": self.form.bytes}
+        return [quantity for quantity, limit in limits.items() if least[quantity] > limit * TOLERATED]
 
 
 def front(points: Sequence[Point]) -> list[Point]:

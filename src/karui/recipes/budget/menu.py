@@ -1,7 +1,7 @@
 """The menu: what every technique of the catalogue offers for a model, with the measured time and harm of each offer.
 
 A technique joins by offering candidates (see `karui.technique.Candidate`); nothing here names one. What is measured
-slower than what it replaces is struck off.
+slower than what it replaces, beyond the clock's noise, is struck off.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 KINDS = ("cut", "replace", "forward")
 """Kinds of technique that change a trained network at once, without a training of their own."""
-CLOCK = 0.02
-"""What the clock cannot tell apart, as a share of a layer's time."""
 CAP = 1e6
 """Harm of a candidate whose output is not finite: never worth it, and still a number."""
 
@@ -166,11 +164,11 @@ def menu(model: Model, bench: Bench, watch: Stopwatch) -> Menu:
         notes = (_nothing_to_cut(analysis), *notes)
     coster = Coster(model, analysis, watch)
     costs = coster.alone(candidates)
-    kept = [k for k, cost in enumerate(costs) if cost.seconds <= CLOCK * cost.touched]
+    kept = [k for k, cost in enumerate(costs) if not cost.slower]
     harm = harms(model, [candidates[k] for k in kept], analysis, bench)
     offers: dict[str, list[Offer]] = {}
     for k, each in zip(kept, harm, strict=True):
-        offer = Offer(candidate=candidates[k], harm=each, seconds=costs[k].seconds, bytes=costs[k].bytes)
+        offer = Offer(candidate=candidates[k], harm=each, seconds=costs[k].seconds.settled, bytes=costs[k].bytes)
         offers.setdefault(place_of(candidates[k]), []).append(offer)
     fixed = {place: tuple(found) for place, found in offers.items()}
     tables = coster.tables({place: _candidates(found) for place, found in fixed.items()})

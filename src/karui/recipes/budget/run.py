@@ -16,13 +16,14 @@ from karui.artifact import save, stored_bytes
 from karui.errors import NeedError, UsageError, require
 from karui.measuring import Clock, OnnxRuntime, Torch, compare, known_engine, this_machine
 from karui.measuring.values import to_json
+from karui.recipes.budget.cache import TimingCache
 from karui.recipes.budget.deployments import score_of
 from karui.recipes.budget.explain import deployed, told
 from karui.recipes.budget.front import Point, front
 from karui.recipes.budget.limits import Budget
 from karui.recipes.budget.recover import epochs_within
 from karui.recipes.budget.stages import FAR, Plan, travel
-from karui.recipes.budget.timing import Stopwatch, TimingCache
+from karui.recipes.budget.timing import Stopwatch
 from karui.recipes.budget.visits import Visitor
 from karui.recipes.keeping import (
     CHECKPOINTS,

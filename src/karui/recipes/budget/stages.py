@@ -18,11 +18,9 @@ HALVINGS = 3
 CLOSE = 1.08
 """A bisection ends where what is left between the two is less than this factor."""
 STUCK = 0.97
-"""A stage that leaves more than this of what it was to shrink has come to the end of the menu."""
+"""Two stages in a row that leave more than this of what they were to shrink have come to the end of the menu."""
 MORE = 2
 """Stages that are added where the last one was measured short of the goal."""
-TOLERATED = 1.02
-"""Times a limit that still count as kept: what the clock cannot tell apart."""
 POLISH = 0.4
 """Share of the epochs that is kept for training the final point on."""
 
@@ -74,17 +72,17 @@ class Plan:
 
     def met(self, point: Point) -> bool:
         """Whether it keeps the floor and every limit, as far as the clock can tell."""
-        return self.holds(point) and all(point.share(q) <= share * TOLERATED for q, share in self.goal.items())
+        return self.holds(point) and not point.beyond(self.goal)
 
 
 def travel(visits: Visits, dense: Point, plan: Plan) -> Point:
     """Go as far as plan and floor allow; the point where the journey ends, trained on with the epochs that are left."""
     purse = Purse(plan)
-    good, reached, broken = dense, 0.0, None
+    good, reached, broken, slow = dense, 0.0, None, False
     for stage in range(1, plan.stages + MORE + 1):
         part = min(1.0, stage / plan.stages)
         target = plan.target(part)
-        if all(good.share(q) <= share * (TOLERATED if part == 1 else 1) for q, share in target.items()):
+        if all(good.share(q) <= share for q, share in target.items()) or (part == 1 and not good.beyond(target)):
             reached = part
             continue
         point = visits.lighten(good, target, purse.take())
@@ -94,11 +92,14 @@ def travel(visits: Visits, dense: Point, plan: Plan) -> Point:
         if not plan.holds(point):
             broken = part
             break
-        missed = [q for q, share in target.items() if point.share(q) > share * TOLERATED]
-        stuck = bool(missed) and all(point.share(q) > good.share(q) * STUCK for q in missed)
+        gains = [point.share(q) / good.share(q) for q in point.beyond(target)]
+        if gains and min(gains) >= 1:
+            break  # no lighter in anything that is missed
+        small = bool(gains) and min(gains) > STUCK
         good, reached = point, part
-        if stuck:
+        if small and slow:
             break
+        slow = small
     if broken is not None:
         good = _bisect(visits, good, plan, purse, (reached, broken))
     if not plan.stated and plan.max_drop is None:

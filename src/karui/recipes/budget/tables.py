@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from karui.measuring import onnx_form
+from karui.measuring.bar import bar
 from karui.model import Analysis, Group, Model, remove_units, replace_layers
 from karui.recipes.budget.blocks import LAYERS, Block, Shape, blocks_of, resized
+from karui.recipes.budget.cache import SURE, Measured, added, less
 from karui.recipes.budget.choice import Table
 from karui.recipes.budget.exchange import exchanged, told_layer
 
@@ -26,21 +28,39 @@ CELLS = 256
 """Combinations of neighbours' settings that are timed for a layer; beyond, each place is timed by itself."""
 
 
+DOUBT = 5.0
+"""A candidate that looks slower by fewer standard errors is timed head to head with what it replaces, and so is one
+whose time is within the noise of that."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a candidate alone changes: seconds and bytes of the whole model, and the time of the layers it touches."""
+    """What a candidate alone changes: seconds and bytes of the whole model."""
 
-    seconds: float
+    seconds: Measured
     bytes: float
-    touched: float
+
+    @property
+    def slower(self) -> bool:
+        """Whether it is slower than what it replaces, beyond what the clock cannot tell."""
+        return self.seconds.value > 0 and self.seconds.clear
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it is neither clearly faster nor so much slower that a closer look is needless."""
+        return -SURE * self.seconds.error < self.seconds.value <= DOUBT * self.seconds.error
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """Seconds and bytes of one layer at some widths, or as a new layer."""
+    """One layer at some widths, or as a new layer: how its seconds change, and its bytes."""
 
-    seconds: float
+    change: Measured
     bytes: float
+
+
+Widths = tuple[str, tuple[tuple[int, int], ...]]
+"""A layer's path, and how many indices its weight loses by dimension."""
 
 
 class Coster:
@@ -58,15 +78,21 @@ class Coster:
         modules = dict(model.module.named_modules())
         self.layers = {p: modules[p] for p in self.graph.blocks if p in modules and type(modules[p]) in LAYERS}
         self.norms = {path for path, layer in modules.items() if isinstance(layer, _BatchNorm)}
-        self.cells: dict[tuple[str, tuple[tuple[int, int], ...]], _Cell] = {}
+        self.cells: dict[Widths, _Cell] = {}
         self.exchanged: dict[int, dict[str, _Cell]] = {}
         self.singles: dict[int, Cost] = {}
 
     def alone(self, candidates: Sequence[Candidate]) -> list[Cost]:
-        """What each candidate changes by itself."""
+        """What each candidate changes by itself; head to head with what it replaces, where that is in doubt."""
         self._time_cells(self._wanted(candidates))
         self._time_layers([c for c in candidates if c.layers is not None])
         costs = [self._alone(candidate) for candidate in candidates]
+        doubtful = [k for k, cost in enumerate(costs) if cost.doubtful and self._layerwise(candidates[k])]
+        with bar("head to head", len(doubtful), self.watch.progress and bool(doubtful)) as step:
+            for k in doubtful:
+                self._look_closer(candidates[k])
+                costs[k] = self._alone(candidates[k])
+                step()
         self.singles = {id(c): cost for c, cost in zip(candidates, costs, strict=True)}
         return costs
 
@@ -80,16 +106,41 @@ class Coster:
     def _alone(self, candidate: Candidate) -> Cost:
         if candidate.cut and not self._blind(candidate):
             lost = self._lost(candidate)
-            pairs = [(self._cell(path, dims), self._cell(path, {})) for path, dims in lost.items()]
+            pairs = [(path, self._cell(path, dims)) for path, dims in lost.items()]
         elif candidate.layers is not None and id(candidate) in self.exchanged:
-            pairs = [(new, self._cell(path, {})) for path, new in self.exchanged[id(candidate)].items()]
+            pairs = list(self.exchanged[id(candidate)].items())
         else:
             return self._whole(candidate)
         return Cost(
-            seconds=sum(new.seconds - old.seconds for new, old in pairs),
-            bytes=sum(new.bytes - old.bytes for new, old in pairs),
-            touched=sum(old.seconds for _, old in pairs),
+            seconds=added([new.change for _, new in pairs]),
+            bytes=sum(new.bytes - self._cell(path, {}).bytes for path, new in pairs),
         )
+
+    def _look_closer(self, candidate: Candidate) -> None:
+        """Time the layers of a candidate head to head with those that they replace; what is found goes for good."""
+        if candidate.layers is not None:
+            for path, layer in candidate.layers().items():
+                changes = [
+                    self._faced(name, make, block)
+                    for (name, make), block in zip(self._made(path, layer), self.graph.blocks[path], strict=True)
+                ]
+                self.exchanged[id(candidate)][path] = replace(
+                    self.exchanged[id(candidate)][path], change=added(changes)
+                )
+            return
+        for path, dims in self._lost(candidate).items():
+            if dims:
+                changes = []
+                for block in self.graph.blocks[path]:
+                    new = resized(block, self.layers[path], dims)
+                    assert new is not None  # noqa: S101  (a candidate with such a block is timed whole)
+                    changes.append(self._faced(new.key, lambda made=new: made, block))
+                self.cells[_widths(path, dims)] = replace(self._cell(path, dims), change=added(changes))
+
+    def _faced(self, name: str, make: Callable[[], Block], block: Block) -> Measured:
+        """How the seconds of a block change, by a share that was measured head to head."""
+        share, [old] = self.watch.against(name, make, block), self.watch.blocks([block])
+        return Measured((share.value - 1) * old.value, share.error * old.value)
 
     def _whole(self, candidate: Candidate) -> Cost:
         """By carrying it out: for what acts on layers that cannot be resized by themselves, as recurrent ones."""
@@ -101,7 +152,8 @@ class Coster:
         data = onnx_form(light).data
         dense = self.watch.whole(self.model, self.graph.data)
         ratio = self.watch.ratio(self.model, data, self.graph.data)
-        return Cost(seconds=dense * (ratio - 1), bytes=len(data) - self.graph.bytes, touched=dense)
+        change = Measured((ratio.value - 1) * dense.value, ratio.error * dense.value)
+        return Cost(seconds=change, bytes=len(data) - self.graph.bytes)
 
     def _groups(self, candidate: Candidate) -> list[tuple[Group, int]]:
         assert self.analysis is not None  # noqa: S101  (who cuts has groups)
@@ -133,20 +185,23 @@ class Coster:
 
     def _time_cells(self, wanted: Sequence[tuple[str, Mapping[int, int]]]) -> None:
         """Time layers at widths that are not known yet, all in one go."""
-        fresh: dict[tuple[str, tuple[tuple[int, int], ...]], list[Block]] = {}
+        fresh: dict[Widths, list[Block]] = {}
         for path, dims in wanted:
-            key = (path, tuple(sorted(dims.items())))
+            key = _widths(path, dims)
             if key not in self.cells and key not in fresh:
                 made = [resized(block, self.layers[path], dims) for block in self.graph.blocks[path]]
                 fresh[key] = [block for block in made if block is not None]
-        flat = [block for blocks in fresh.values() for block in blocks]
-        seconds = iter(self.watch.blocks(flat))
+        found = iter(self.watch.blocks([block for blocks in fresh.values() for block in blocks]))
         for key, blocks in fresh.items():
-            taken = sum(next(seconds) for _ in blocks) if len(blocks) == len(self.graph.blocks[key[0]]) else math.inf
-            self.cells[key] = _Cell(taken, blocks[0].bytes if blocks else 0)
+            new, whole = [next(found) for _ in blocks], self.graph.blocks[key[0]]
+            if len(blocks) < len(whole):
+                self.cells[key] = NEVER
+                continue
+            pairs = [less(a, b) for a, b in zip(new, self.watch.blocks(whole), strict=True)]
+            self.cells[key] = _Cell(added(pairs) if key[1] else Measured(0.0), blocks[0].bytes if blocks else 0)
 
     def _cell(self, path: str, dims: Mapping[int, int]) -> _Cell:
-        return self.cells[path, tuple(sorted(dims.items()))]
+        return self.cells[_widths(path, dims)]
 
     def _time_layers(self, candidates: Sequence[Candidate]) -> None:
         """Time new layers in the place of old ones; each is made, timed and dropped."""
@@ -162,17 +217,22 @@ class Coster:
 
     def _new_layer(self, path: str, layer: nn.Module) -> _Cell:
         """A layer's cost where another stands. It is exported only where its time is not known on this machine."""
-        told, seconds = told_layer(layer), 0.0
-        for block in self.graph.blocks[path]:
-            key = f"{told} for {block.key}"
-
-            def make(block: Block = block) -> Block:
-                return exchanged(block, layer, _single(block, self.watch.batch), self.watch.batch)
-
-            seconds += self.watch.named(key, make)
+        pairs = [
+            less(self.watch.named(name, make), self.watch.blocks([block])[0])
+            for (name, make), block in zip(self._made(path, layer), self.graph.blocks[path], strict=True)
+        ]
         old = sum(p.numel() for p in self.model.module.get_submodule(path).parameters())
         weights = sum(p.numel() * p.element_size() for p in layer.parameters()) - 4 * old
-        return _Cell(seconds, self.graph.blocks[path][0].bytes + weights)
+        return _Cell(added(pairs), self.graph.blocks[path][0].bytes + weights)
+
+    def _made(self, path: str, layer: nn.Module) -> list[tuple[str, Callable[[], Block]]]:
+        """A layer in the place of each block of another: a name that tells its time, and how to make it."""
+        told = told_layer(layer)
+
+        def maker(block: Block) -> Callable[[], Block]:
+            return lambda: exchanged(block, layer, _single(block, self.watch.batch), self.watch.batch)
+
+        return [(f"{told} for {block.key}", maker(block)) for block in self.graph.blocks[path]]
 
     def tables(self, menu: Mapping[str, Sequence[Candidate]]) -> tuple[Table, ...]:
         """How time and bytes depend on all places: exact for each layer together with its neighbours."""
@@ -198,7 +258,7 @@ class Coster:
 
     def _single_table(self, place: str, candidates: Sequence[Candidate]) -> Table:
         costs = [self.singles[id(c)] for c in candidates]
-        amounts = {"time": [0.0, *(c.seconds for c in costs)], "bytes": [0.0, *(c.bytes for c in costs)]}
+        amounts = {"time": [0.0, *(c.seconds.settled for c in costs)], "bytes": [0.0, *(c.bytes for c in costs)]}
         return Table((place,), {name: np.array(values) for name, values in amounts.items()})
 
     def _settings(self, path: str, place: str, menu: Mapping[str, Sequence[Candidate]]) -> list[dict[int, int] | _Cell]:
@@ -246,7 +306,7 @@ class Coster:
             if found is None:
                 amounts["time"][index] = amounts["bytes"][index] = math.inf
             elif not exclusive:
-                amounts["time"][index] = found.seconds - whole.seconds
+                amounts["time"][index] = found.change.settled
                 amounts["bytes"][index] = found.bytes - whole.bytes
         return Table(tuple(places), amounts)
 
@@ -256,7 +316,15 @@ class Coster:
         cuts = [part for part in parts if isinstance(part, dict) and part]
         if new:
             return new[0] if len(new) == 1 and not cuts else None
-        return self.cells.get((path, tuple(sorted(_joined(cuts).items()))), _Cell(math.inf, math.inf))
+        return self.cells.get(_widths(path, _joined(cuts)), NEVER)
+
+
+NEVER = _Cell(Measured(math.inf), math.inf)
+"""A layer that cannot be."""
+
+
+def _widths(path: str, dims: Mapping[int, int]) -> Widths:
+    return path, tuple(sorted(dims.items()))
 
 
 def _joined(parts: Sequence[Mapping[int, int] | _Cell]) -> dict[int, int]:

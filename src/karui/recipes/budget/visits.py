@@ -75,7 +75,7 @@ class Visitor:
     def start(self) -> Point:
         """The dense model as point 0."""
         data = onnx_form(self.dense).data
-        self.data, self.seconds = data, self.watch.whole(self.dense, data)
+        self.data, self.seconds = data, self.watch.whole(self.dense, data).value
         self.forms = Forms(
             dense=self.dense,
             data=data,
@@ -226,7 +226,8 @@ class Visitor:
                 self.notes.append(f"left out after a cut was refused: {', '.join(sorted(offers.failed))}. {error}")
                 continue
             data = onnx_form(light).data
-            measured = {"time": self.watch.ratio(self.dense, data, self.data), "bytes": len(data) / len(self.data)}
+            time = self.watch.ratio(self.dense, data, self.data).value
+            measured = {"time": time, "bytes": len(data) / len(self.data)}
             told = {place: offer.candidate.text for place, offer in offers.taken(chosen).items()}
             best = (light, told, predicted)
             missed = {q: measured[q] / wanted[q] for q in wanted if measured[q] > wanted[q] * (1 + NEAR)}
@@ -253,7 +254,7 @@ class Visitor:
         data = onnx_form(offers.model).data
         if quantity == "bytes":
             return float(len(data))
-        return self.watch.ratio(self.dense, data, self.data) * self.seconds
+        return self.watch.ratio(self.dense, data, self.data).value * self.seconds
 
 
 def _told(target: Mapping[str, float]) -> str:
