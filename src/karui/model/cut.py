@@ -12,11 +12,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from karui.errors import CaptureError, SurgeryError, require
+from karui.model.capturing import capture_programs
 from karui.model.copying import copied
 from karui.model.edits import edit
 from karui.model.graphform import GraphForm, graph_form
 from karui.model.groups import Analysis, coupled_groups
-from karui.model.program import Program, capture_programs
+from karui.model.program import Program
 from karui.model.proof import BlindError, Candidate
 from karui.model.proof import prove as prove_cut
 from karui.model.rewrite import apply_rewrites, rewrites
@@ -39,6 +40,7 @@ class Cut:
         removed: how many units of each group went, for people.
         programs: how the captured evaluation and training programs change, where the model takes its graph form
             because its own forward cannot run after the cut; None where it can.
+        recorded: whether those programs were recorded, so that they are captured in the same way again.
     """
 
     kind: ClassVar[str] = "cut"
@@ -46,6 +48,7 @@ class Cut:
     sizes: list[Any] = field(default_factory=list)
     removed: dict[str, int] = field(default_factory=dict)
     programs: list[Any] | None = None
+    recorded: bool = False
 
     def replay(self, module: nn.Module | None, example: tuple[Any, ...]) -> nn.Module:
         """The module with smaller tensors and new attributes, in its graph form where the cut needs that."""
@@ -53,7 +56,7 @@ class Cut:
         assert module is not None  # noqa: S101  (for the type checker)
         if self.programs is None:
             return self.shrunk(module)
-        return self.form(self.shrunk(module), capture_programs(module, example))
+        return self.form(self.shrunk(module), capture_programs(module, example, recorded=self.recorded))
 
     def shrunk(self, module: nn.Module) -> nn.Module:
         """A copy of `module` with smaller tensors, and the attributes that say so."""
@@ -216,7 +219,7 @@ def with_rewrites(step: Cut, model: Model, programs: tuple[Program, Program]) ->
         changed.append(changed[0])
     elif programs[1] is not programs[0]:
         changed.append(rewrites(programs[1], model.module, widen(model.example), step.kept, training=True))
-    return replace(step, programs=changed)
+    return replace(step, programs=changed, recorded=programs[0].recorded)
 
 
 def _checked(analysis: Analysis, name: str, units: Tensor, allow_normalisation: bool) -> Tensor:

@@ -13,7 +13,7 @@ from scipy.sparse import coo_matrix, csr_matrix
 from torch import Tensor, nn
 
 from karui.errors import did_you_mean
-from karui.model.program import require_one_path
+from karui.model.exporting import require_one_path
 from karui.model.solve import Resolved, solve
 from karui.model.trace import Trace, capture
 

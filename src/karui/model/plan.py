@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from karui.errors import CaptureError, SurgeryError
+from karui.model.capturing import capture_programs
 from karui.model.cut import cut_graph, cut_own
 from karui.model.groups import Analysis, Group, coupled_groups, tensor_of
-from karui.model.program import capture_programs
 
 if TYPE_CHECKING:
     from karui.model.value import Model
@@ -99,7 +99,7 @@ def plan_surgery(model: Model) -> Plan:
     formed: list[str] = []
     if failed:
         try:
-            programs = capture_programs(model.module, model.example)
+            programs = capture_programs(model.module, model.example, analysis.trace)
         except SurgeryError as error:
             failed = {name: f"{reason} {error.message}" for name, reason in failed.items()}
         else:
