@@ -16,7 +16,7 @@ from karui.model.exporting import export_program
 from karui.model.program import Program, attribute, call_layers, named_inputs, packet
 from karui.model.recording import UnrecordedError, dynamic, record
 from karui.model.running import random_like
-from karui.model.trace import Step, Trace, minds_training, traced, widen
+from karui.model.trace import Trace, minds_training, operators, traced, trains_alike, widen
 
 DROPOUTS = frozenset({nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d})
 # Operators that are told whether they train.
@@ -107,13 +107,10 @@ def _programs(
     told = {packet(n) for n in evaluation.graph.nodes if n.op == "call_function"} & MINDFUL
     if not told and not minds_training(module):
         return evaluation, evaluation
-    runs = (
-        [] if seen is None or seen.evaluated is None else [seen.steps[: seen.evaluated], seen.steps[seen.evaluated :]]
-    )
     # A dropout that is called whole knows training from evaluation by itself, in either program.
     whole = {str(n.target) for n in evaluation.graph.nodes if n.op == "call_module"}
     quiet = [layer for path, layer in module.named_modules() if path in whole and type(layer) in DROPOUTS]
-    if (runs and _names(runs[0]) == _names(runs[1])) or _same_operators(module, widen(example), quiet):
+    if (seen is not None and trains_alike(seen)) or _same_operators(module, widen(example), quiet):
         return evaluation, _trained(evaluation, module) if told else evaluation
     return evaluation, capture(module, widen(example), training=True)
 
@@ -148,15 +145,10 @@ def _same_operators(module: nn.Module, example: tuple[Any, ...], quiet: list[nn.
         finally:
             for layer, forward in zip(quiet, kept, strict=True):
                 layer.forward = forward
-        names.append(_names(trace.steps))
+        names.append(operators(trace.steps))
     return names[0] == names[1]
 
 
 def _given(x: Tensor) -> Tensor:
     """Dropout that drops nothing."""
     return x
-
-
-def _names(steps: list[Step]) -> list[str]:
-    """The operators that ran, beside those that count batches."""
-    return [s.name for s in steps if not any("num_batches" in v.origin for v in s.inputs)]

@@ -18,12 +18,12 @@ from karui.model.edits import edit
 from karui.model.graphform import GraphForm, graph_form
 from karui.model.groups import Analysis, coupled_groups
 from karui.model.program import Program
-from karui.model.proof import BlindError, Candidate
+from karui.model.proof import BlindError, Candidate, second_input
 from karui.model.proof import prove as prove_cut
 from karui.model.rewrite import apply_rewrites, rewrites
 from karui.model.running import outputs
 from karui.model.sizes import new_sizes
-from karui.model.trace import brief, minds_training, widen
+from karui.model.trace import brief, minds_training, trains_alike, widen
 
 if TYPE_CHECKING:
     from karui.model.value import Model
@@ -195,21 +195,22 @@ def cut_graph(
 def _finished(model: Model, candidate: Candidate, prove: bool) -> Model:
     """The cut model, after it ran and was proved."""
     module = candidate.build(model.module)
-    _runs(module, model)
+    single = _runs(module, model, candidate, second_input(candidate) if prove else model.example)
     if prove:
-        prove_cut(model, candidate, module)
+        prove_cut(model, candidate, module, single)
     return model.evolve(module, candidate.step)
 
 
-def _runs(module: nn.Module, model: Model) -> None:
-    """Run a cut model, in training too where it may take another path; refuse what fails."""
+def _runs(module: nn.Module, model: Model, candidate: Candidate, given: tuple[Any, ...]) -> list[Tensor]:
+    """What a cut model gives; refused where it fails. In training it runs, too, where that may take another path."""
     try:
-        outputs(module, model.example, training=False)
-        if minds_training(model.module):
+        made = outputs(module, given, training=False)
+        if minds_training(model.module) and not trains_alike(candidate.analysis.trace):
             outputs(module, widen(model.example), training=True)
     except Exception as error:
         form = "graph form" if isinstance(module, GraphForm) else "own forward"
         raise SurgeryError(f"The model's {form} does not run after the cut: {brief(error)}.") from error
+    return made
 
 
 def with_rewrites(step: Cut, model: Model, programs: tuple[Program, Program]) -> Cut:

@@ -1,15 +1,15 @@
 """The proof: the model with the units' outputs zeroed computes what the cut model does.
 
 Both run in float64, on the example and on random inputs, through the user's own forward. Zeroed are all slices that
-the units own: what makes them, and what reads them. Equal means within a measured rounding floor: the change of the
-output when every weight moves by one unit in its last place. A cut of units that the output does not show would prove
-nothing, so the units must be visible; where the weights hide them, others are drawn for the proof, see
-`karui.model.sight`.
+the units own: what makes them, and what reads them. Equal means within a measured rounding floor: how far the output in
+the network's own precision lies from that in double, scaled to the latter. A cut of units that the output does not
+show would prove nothing, so the units must be visible; where the weights hide them, others are drawn for the proof,
+see `karui.model.sight`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from karui.errors import CaptureError, SurgeryError, require
-from karui.model.copying import copied
+from karui.model.copying import copied, doubled
 from karui.model.graphform import graph_form
 from karui.model.groups import analyse
 from karui.model.running import difference, double, double_precision, outputs, random_like, run_double
@@ -115,70 +115,74 @@ def measure(
     *,
     training: bool,
     light: nn.Module | None = None,
+    single: list[Tensor] | None = None,
 ) -> Proof:
     """Masked against cut, on both inputs, in double precision; `whole` is the output of `drawn` for the second one.
 
-    The rounding floor is measured where it is cheap, in the precision of `drawn`, and scaled to that of the proof, on
-    the cut model: `light`, where it is there already (it is left as it was).
+    `light` is the cut model of `drawn`, and `single` its output for the second input, where they are there already.
+    The rounding floor is how far that output lies from the cut model's in double precision: the rounding of the whole
+    computation, scaled to the precision of the proof. A network in double precision is moved by a unit in the last
+    place of every weight instead.
     """
     kind = next((p.dtype for p in drawn.parameters() if p.is_floating_point()), torch.float32)
     light = candidate.build(drawn, kind) if light is None else light
-    single = outputs(light, pair[1], training=training)
+    single = outputs(light, pair[1], training=training) if single is None else single
     eps = torch.finfo(torch.float64).eps
-    with jittered(light):
-        floor = difference(outputs(light, pair[1], training=training), single) * eps / torch.finfo(kind).eps
     scale = max((float(t.abs().max()) for t in single if t.numel()), default=0.0)
     effect = difference(whole, single)
 
-    dense = copied(drawn).double()
+    dense = doubled(drawn)
     own = candidate.programs is None and candidate.step.programs is None
-    cut = copied(light).double() if own else candidate.build(dense, torch.float64)
+    cut = doubled(light) if own else candidate.build(dense, torch.float64)
+    exact: list[Tensor] | None = None
     if not effect > FAINT * scale:
         whole = run_double(dense, double(pair[1]), training=training)
-        effect = difference(whole, run_double(cut, double(pair[1]), training=training))
+        exact = run_double(cut, double(pair[1]), training=training)
+        effect = difference(whole, exact)
     mask(dense, candidate.analysis, candidate.removed)
     # A program keeps the path of the batch that it was captured with; so its own batch is looked at, too.
     inputs: list[tuple[Any, ...]] = [joined(*pair)] if own else [joined(*pair), pair[1]]
     try:
-        masked = _masked(drawn, dense, candidate, inputs, training=training)
+        masked = _masked(dense, candidate, inputs, training=training)
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError):  # its batch is fixed
         inputs = list(pair)
-        masked = _masked(drawn, dense, candidate, inputs, training=training)
+        masked = _masked(dense, candidate, inputs, training=training)
     shrunk = [run_double(cut, double(given), training=training) for given in inputs]
     gap = max(difference(one, other) for one, other in zip(masked, shrunk, strict=True))
+    if kind is torch.float64:
+        with jittered(light):
+            floor = difference(outputs(light, pair[1], training=training), single)
+    else:
+        exact = shrunk[1] if len(shrunk) == 2 else exact or _second(shrunk[0], single)
+        exact = exact or run_double(cut, double(pair[1]), training=training)
+        floor = difference(exact, single) * eps / torch.finfo(kind).eps
     return Proof(gap, max(floor, scale * eps / 2), effect)
 
 
-def _masked(
-    drawn: nn.Module, dense: nn.Module, candidate: Candidate, inputs: list[Any], *, training: bool
-) -> list[list[Tensor]]:
+def _second(both: list[Tensor], single: list[Tensor]) -> list[Tensor] | None:
+    """The outputs for the second half of a batch, where they are of the shapes of `single`; else None."""
+    if any(t.shape != (2 * len(s), *s.shape[1:]) if s.ndim else True for t, s in zip(both, single, strict=True)):
+        return None
+    return [t[len(s) :] for t, s in zip(both, single, strict=True)]
+
+
+def _masked(dense: nn.Module, candidate: Candidate, inputs: list[Any], *, training: bool) -> list[list[Tensor]]:
     """What the masked model gives in double precision, with statistics over survivors only where the cut needs that."""
     if candidate.exact:
         return [run_double(dense, double(given), training=training) for given in inputs]
-    return [_on_survivors(drawn, dense, candidate, given, training=training) for given in inputs]
+    return [_on_survivors(dense, candidate, double(given), training=training) for given in inputs]
 
 
-def _on_survivors(
-    drawn: nn.Module, dense: nn.Module, candidate: Candidate, given: tuple[Any, ...], *, training: bool
-) -> list[Tensor]:
-    """One such output. The analysis has seen the operators; where others run, they are looked at for this input."""
-    analysis, wide = candidate.analysis, double(given)
-    traces: list[Callable[[], Analysis]] = [
-        lambda: analyse(traced(drawn, given, training=training), []),
-        # Other operators in double precision (a recurrent layer).
-        lambda: analyse(_traced_double(dense, wide, training=training), []),
-    ]
+def _on_survivors(dense: nn.Module, candidate: Candidate, given: tuple[Any, ...], *, training: bool) -> list[Tensor]:
+    """One such output. The analysis has seen the operators; where others run for this input, it is looked at anew."""
+    kept, seen = candidate.step.kept, candidate.analysis
     if not training:
-        traces.insert(0, lambda: analysis)
-    refused: SurgeryError | None = None
-    for look_at in traces:
-        seen = look_at()
         try:
-            return run_on_survivors(dense, wide, seen.trace, seen.alive(candidate.step.kept), training=training)
-        except SurgeryError as error:
-            refused = error
-    assert refused is not None  # noqa: S101  (each that ran returned or was refused)
-    raise refused
+            return run_on_survivors(dense, given, seen.trace, seen.alive(kept), training=training)
+        except SurgeryError:  # a larger batch is copied where one sample is not, attention in double is not fused
+            pass
+    seen = analyse(_traced_double(dense, given, training=training), [])
+    return run_on_survivors(dense, given, seen.trace, seen.alive(kept), training=training)
 
 
 def _traced_double(module: nn.Module, inputs: tuple[Any, ...], *, training: bool) -> Trace:
@@ -210,17 +214,25 @@ def jittered(module: nn.Module) -> Iterator[None]:
                 p.copy_(value)
 
 
-def prove(model: Model, candidate: Candidate, light: nn.Module | None = None) -> Proof:
-    """Prove that a cut removes its units and changes nothing else; `light` is the cut model, where it is there already.
+def second_input(candidate: Candidate) -> tuple[Any, ...]:
+    """The random input of a proof."""
+    return tree_map(lambda t: random_like(t, torch.Generator().manual_seed(0)), candidate.analysis.trace.example)
 
-    Groups that only training shows (an auxiliary head) are proved in training mode too, without dropout.
+
+def prove(
+    model: Model, candidate: Candidate, light: nn.Module | None = None, single: list[Tensor] | None = None
+) -> Proof:
+    """Prove that a cut removes its units and changes nothing else.
+
+    `light` is the cut model, and `single` its output for the random input, where they are there already. Groups that
+    only training shows (an auxiliary head) are proved in training mode too, without dropout.
 
     Raises:
         BlindError: some group's units do not show in the output, whatever the weights.
         SurgeryError: the cut model computes something else, or cannot run.
     """
     example, removed = candidate.analysis.trace.example, candidate.removed
-    other = tree_map(lambda t: random_like(t, torch.Generator().manual_seed(0)), example)
+    other = second_input(candidate)
     draws = drawings(model.module, candidate.analysis, removed)
     drawn, unseen = next(draws), set()
     while drawn is not None:
@@ -232,9 +244,18 @@ def prove(model: Model, candidate: Candidate, light: nn.Module | None = None) ->
             unseen = unseen & sight.unseen
             modes.append((True, (widen(example), widen(other)), sight.output))
         if not unseen:
-            given = light if drawn is model.module else None
+            own = drawn is model.module
             found = [
-                _compared(drawn, candidate, pair, whole, training=mode, light=given) for mode, pair, whole in modes
+                _compared(
+                    drawn,
+                    candidate,
+                    pair,
+                    whole,
+                    training=mode,
+                    light=light if own else None,
+                    single=single if own and not mode else None,
+                )
+                for mode, pair, whole in modes
             ]
             if found[-1].visible:
                 return replace(found[-1], redrawn=drawn is not model.module)
@@ -253,6 +274,7 @@ def _compared(
     *,
     training: bool,
     light: nn.Module | None = None,
+    single: list[Tensor] | None = None,
 ) -> Proof:
     """The measurement, refused where the two models differ.
 
@@ -261,14 +283,14 @@ def _compared(
     model equals the own forward in single precision, and the cut program equals the masked program.
     """
     try:
-        found = measure(drawn, candidate, pair, whole, training=training, light=light)
+        found = measure(drawn, candidate, pair, whole, training=training, light=light, single=single)
         if not found.holds and candidate.programs is not None and found.difference < FAINT * found.effect:
             program = graph_form(copied(drawn), *candidate.programs)
             again = outputs(program, pair[1], training=training)
             with jittered(program):
                 floor = difference(outputs(program, pair[1], training=training), again)
             if difference(again, whole) <= SLACK * floor:
-                program = graph_form(copied(drawn).double(), *candidate.programs, torch.float64)
+                program = graph_form(doubled(drawn), *candidate.programs, torch.float64)
                 found = measure(program, candidate, double(pair), whole, training=training)
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError) as error:
         raise SurgeryError(f"{candidate}: the model does not run afterwards: {brief(error)}.") from error

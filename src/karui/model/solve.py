@@ -143,14 +143,21 @@ def _simplify(grid: GridArrays, found: Resolved, state: _State) -> list[GridArra
         state.merge(cells, axes[0])
         return []
     for place, axis in enumerate(axes):
-        rows = np.moveaxis(of_cells, place, 0).reshape(len(axis), -1)
-        _, seen, again = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+        seen, again = _distinct(np.moveaxis(of_cells, place, 0).reshape(len(axis), -1))
         if len(seen) < len(axis):
-            state.merge(axis, axis[seen][again.reshape(-1)])
+            state.merge(axis, axis[seen][again])
             one = np.sort(seen)
             return [(cells.take(one, axis=place), (*axes[:place], axis[one], *axes[place + 1 :]))]
     _hold(grid, found, state)
     return [grid]
+
+
+def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The places of rows that differ, and for every row which of them it equals; each is compared as one string."""
+    rows = np.ascontiguousarray(rows)
+    strings = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1]))).reshape(-1)
+    _, seen, again = np.unique(strings, return_index=True, return_inverse=True)
+    return seen, again.reshape(-1)
 
 
 def _hold(grid: GridArrays, found: Resolved, state: _State) -> None:

@@ -331,8 +331,25 @@ def capture(module: nn.Module, example: tuple[Any, ...]) -> Trace:
         trace = traced(module, example, training=False)
     if minds_training(module):
         trace.evaluated = len(trace.steps)
-        run_traced(module, widen(example), trace, training=True)
+        try:
+            run_traced(module, first(example), trace, training=True)
+        except DataDependentError:
+            raise
+        except CaptureError:  # a batch normalisation of one value in each channel; what ran before it stays true
+            del trace.steps[trace.evaluated :]
+            run_traced(module, widen(example), trace, training=True)
     return trace
+
+
+def trains_alike(trace: Trace) -> bool:
+    """Whether the training run was seen to run the operators of the evaluation run, beside those that count batches."""
+    end = trace.evaluated
+    return end is not None and operators(trace.steps[:end]) == operators(trace.steps[end:])
+
+
+def operators(steps: list[Step]) -> list[str]:
+    """The operators that ran, beside those that count batches."""
+    return [s.name for s in steps if not any("num_batches" in v.origin for v in s.inputs)]
 
 
 def traced(module: nn.Module, example: tuple[Any, ...], *, training: bool) -> Trace:
