@@ -23,7 +23,7 @@ from karui.model.proof import prove as prove_cut
 from karui.model.rewrite import apply_rewrites, rewrites
 from karui.model.running import outputs
 from karui.model.sizes import new_sizes
-from karui.model.trace import brief, minds_training, trains_alike, widen
+from karui.model.trace import brief, first, minds_training, trains_alike, widen
 
 if TYPE_CHECKING:
     from karui.model.value import Model
@@ -215,7 +215,7 @@ def _runs(module: nn.Module, model: Model, candidate: Candidate, given: tuple[An
 
 def with_rewrites(step: Cut, model: Model, programs: tuple[Program, Program]) -> Cut:
     """The cut of the graph form: the same tensors, and the programs' arguments that must change."""
-    changed = [rewrites(programs[0], model.module, widen(model.example), step.kept, training=False)]
+    changed = [rewrites(programs[0], model.module, first(model.example), step.kept, training=False)]
     if programs[1].twin is programs[0]:
         changed.append(changed[0])
     elif programs[1] is not programs[0]:

@@ -57,11 +57,14 @@ class Sight:
 def look(dense: nn.Module, analysis: Analysis, removed: Removed, inputs: tuple[Any, ...], *, training: bool) -> Sight:
     """Which groups the output shows.
 
-    The slopes of vectors (a bias, a normalisation's scale) cost the least and nearly always tell; only for groups that
-    they do not show is the run repeated, with the slopes of all that they own.
+    The slopes of vectors (a bias, a normalisation's scale) cost the least and nearly always tell; of groups without
+    any, all that they own is looked at. Only for groups that these do not show is the run repeated, with the slopes of
+    all that they own.
     """
     vectors = {name for name, p in dense.named_parameters() if p.ndim == 1}
-    sight = _sight(dense, analysis, removed, inputs, training=training, by=vectors)
+    owned = [{member.tensor for member in analysis[name].members} for name in removed]
+    bare = set().union(*(some for some in owned if not some & vectors))
+    sight = _sight(dense, analysis, removed, inputs, training=training, by=vectors | bare)
     if sight.unseen:
         hidden = {name: units for name, units in removed.items() if name in sight.unseen}
         owned = {member.tensor for name in hidden for member in analysis[name].members}

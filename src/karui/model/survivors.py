@@ -37,13 +37,30 @@ COUNTING = frozenset(
         "_native_batch_norm_legit",
     }
 )
-
+# Operators that place or cast numbers, and compute none: which of them run hangs on the batch and on the precision.
+PLACING = frozenset(
+    {
+        "_to_copy",
+        "_unsafe_view",
+        "alias",
+        "clone",
+        "contiguous",
+        "detach",
+        "expand",
+        "permute",
+        "squeeze",
+        "t",
+        "transpose",
+        "unsqueeze",
+        "view",
+    }
+)
 
 Compute = Callable[[int, Any, Any, Any], Any]
 
 
 class Computed(TorchDispatchMode):
-    """Computes each operator in a way of its own, counted as a tracer counts them."""
+    """Computes each operator in a way of its own; those that place numbers run as they are, and are not counted."""
 
     def __init__(self, compute: Compute) -> None:
         super().__init__()
@@ -56,6 +73,8 @@ class Computed(TorchDispatchMode):
         if split is not None:
             with self:
                 return split(*args, **kwargs)
+        if func.overloadpacket.__name__ in PLACING:
+            return func(*args, **kwargs)
         self.count += 1
         return self.compute(self.count - 1, func, args, kwargs)
 
@@ -86,7 +105,11 @@ def run_on_survivors(
 
 
 def on_survivors(steps: list[Step], alive: np.ndarray) -> Compute:
-    """How a tracer is to compute each operator, `compute(number, func, args, kwargs)`, when only these labels stay."""
+    """How each operator is computed, `compute(number, func, args, kwargs)`, when only these labels stay.
+
+    The numbers are those of operators that do more than place numbers.
+    """
+    steps = [step for step in steps if step.name.split(".")[1] not in PLACING]
 
     def stay(value: Value) -> list[Tensor | None]:
         kept = [np.flatnonzero(alive[d]) for d in value.dims]
