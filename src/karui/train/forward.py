@@ -54,7 +54,13 @@ class Forward(nn.Module):
         else:
             outputs, loss = objective(self.module, inputs, targets)
         self.moment = Moment(
-            module=self.module, inputs=inputs, targets=targets, outputs=outputs, taps=self.seen, **position
+            module=self.module,
+            inputs=inputs,
+            targets=targets,
+            outputs=outputs,
+            taps=self.seen,
+            turn=self.turns[number].name,
+            **position,
         )
         loss = self.influence.objective(loss, self.moment)
         require(

@@ -23,6 +23,7 @@ class Moment:
         taps: values of the layers that the influence asked for by path.
         step, steps: this step and the number of all, from 0.
         epoch, epochs: this pass over the data and the number of all, from 0.
+        turn: name of the turn whose update it is.
     """
 
     module: nn.Module
@@ -34,6 +35,7 @@ class Moment:
     steps: int = 1
     epoch: int = 0
     epochs: int = 1
+    turn: str = "training"
 
 
 class Influence:

@@ -132,11 +132,11 @@ class SoftTargets(Influence):
             "A teacher must know the same classes.",
             NeedError,
         )
-        weight = 1.0 if _unlabelled(moment.targets) else self.weight
+        weight = 1.0 if is_unlabelled(moment.targets) else self.weight
         targets = self.rule(answers, self.temperature)
         return distillation_loss(_wide(outputs), targets, loss, temperature=self.temperature, weight=weight)
 
 
-def _unlabelled(targets: Any) -> bool:
+def is_unlabelled(targets: Any) -> bool:
     """Whether no sample of the batch has a label (the task's loss is then not a number)."""
     return isinstance(targets, Tensor) and not targets.is_floating_point() and bool((targets == UNLABELLED).all())
