@@ -120,7 +120,7 @@ def main() -> None:
 
 Digits of five classes on a cluttered canvas of 32 pixels: {FEW} pictures to train on ({MANY} for the teacher, which
 reaches {best:.1f}), {TEST} to test. Student and teacher have the same three convolutions, {WIDTH} and {TEACHER_WIDTH}
-wide at first. mAP at an overlap of 0.5 in percent, mean and 95 % interval of {SEEDS} seeds; {EPOCHS} passes in each arm.
+wide at first. mAP at an overlap of 0.5 in percent, mean and 95 % interval of {SEEDS} seeds; {EPOCHS} passes each.
 
 {table(["arm", "mAP@0.5, % [95 %]"], rows)}
 
