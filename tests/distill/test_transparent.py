@@ -1,0 +1,173 @@
+"""Transparent distillation, [40]: students, statistics, and what the paper claims."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_breast_cancer
+from sklearn.ensemble import GradientBoostingRegressor
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from karui.architectures.perceptron import perceptron
+from karui.distill._fidelity import Difference, auc, r_squared
+from karui.distill.comparison import compare
+from karui.distill.transparent import TransparentDistillation, export_shapes, hard_lesson, lesson_of
+from karui.errors import NeedError, SettingError
+from karui.model import Classification, Model, Regression
+from karui.technique import Bench
+from karui.train import Adam, Training
+
+pytestmark = pytest.mark.paper(40)
+QUICK = TransparentDistillation(rounds=20, bags=2, bins=16, pair_bins=8, pairs=1)
+
+
+def table(samples: int = 200, inputs: int = 4, seed: int = 0) -> torch.Tensor:
+    return torch.randn(samples, inputs, generator=torch.Generator().manual_seed(seed))
+
+
+def teacher(outputs: int = 2, inputs: int = 4, seed: int = 0) -> Model:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        task = Classification() if outputs > 1 else Regression()
+        module = perceptron((inputs, 16, outputs))
+        if outputs == 1:
+            module = nn.Sequential(module, nn.Flatten(0))
+        return Model(module, example=(torch.zeros(2, inputs),), task=task)
+
+
+def bench_of(model: Model, samples: int = 200) -> Bench:
+    x = table(samples)
+    y = model.module(x).detach()
+    return Bench(train=TensorDataset(x, y.argmax(1) if y.ndim > 1 else y))
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_the_layer_predicts_what_the_exported_tables_add_up_to(outputs: int, tmp_path: Path) -> None:
+    model = teacher(outputs)
+    bench = bench_of(model)
+    lesson, _ = lesson_of(model, bench.train)
+    student = QUICK.apply(model, bench)
+    export_shapes(QUICK.shapes(lesson, bench.seed), tmp_path / "shapes.json", ("a", "b", "c", "d"))
+    told = json.loads((tmp_path / "shapes.json").read_text())
+    assert told["inputs"] == ["a", "b", "c", "d"]
+    x = table(50, seed=3)
+    total = np.tile(told["intercept"], (50, 1))
+    for column, edges, main in zip(x.numpy().T, told["edges"], told["mains"], strict=True):
+        total = total + np.array(main)[(column[:, None] >= np.array(edges)).sum(1)]
+    for (i, j), cells in zip(told["pairs"], told["tables"], strict=True):
+        a, b = ((x.numpy()[:, [k]] >= np.array(told["coarse"][k])).sum(1) for k in (i, j))
+        total = total + np.array(cells)[a, b]
+    answer = student.module(x).detach()
+    expected = {1: total[:, 0], 2: np.concatenate([-total / 2, total / 2], axis=1), 3: total}[outputs]
+    np.testing.assert_allclose(answer.numpy(), expected, rtol=1e-5, atol=1e-5)
+    fidelity = student.lineage[-1].settings["fidelity (R2 on scores)"]
+    held = lesson_of(model, bench.validation)[0].targets
+    assert fidelity == pytest.approx(r_squared(lesson_of(student, bench.validation)[0].targets, held), abs=1e-4)
+
+
+def test_boosted_trees_are_scikit_learns() -> None:
+    model = teacher(1)
+    bench = bench_of(model)
+    lesson, _ = lesson_of(model, bench.train)
+    student = TransparentDistillation(student="boosted_trees", rounds=30, depth=3).apply(model, bench)
+    grown = GradientBoostingRegressor(n_estimators=30, learning_rate=0.1, max_depth=3, random_state=0)
+    grown.fit(lesson.inputs, lesson.targets[:, 0])
+    x = table(300, seed=4)
+    np.testing.assert_allclose(student.module(x).detach().numpy(), grown.predict(x.numpy()), rtol=1e-4, atol=1e-4)
+    on_edges = torch.from_numpy(lesson.inputs)
+    np.testing.assert_allclose(
+        student.module(on_edges).detach().numpy(), grown.predict(lesson.inputs), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", ["ga2m", "tree"])
+def test_a_student_that_is_its_own_teacher_is_matched(kind: str) -> None:
+    """Fidelity 1 where the teacher is of the student's class: one tree exactly, an additive one nearly."""
+    start = teacher(3)
+    bench = bench_of(start, 600)
+    technique = TransparentDistillation(student=kind, depth=3, bags=1, bins=16)  # pyright: ignore
+    first = technique.apply(start, bench)
+    second = technique.apply(first, bench)
+    wanted, said = (lesson_of(one, bench.train)[0].targets for one in (first, second))
+    assert r_squared(said, wanted) > (0.9999 if kind == "tree" else 0.999)
+
+
+def test_soft_probabilities_are_learned_by_log_loss() -> None:
+    model = teacher(3)
+    bench = bench_of(model, 500)
+    lesson, _ = lesson_of(model, bench.train, "probability")
+    assert lesson.loss == "log"
+    np.testing.assert_allclose(lesson.targets.sum(1), 1, rtol=1e-6)
+    student = TransparentDistillation(target="probability", bags=1, bins=16).apply(model, bench)
+    x = table(200, seed=5)
+    gap = (student.module(x).softmax(1) - model.module(x).softmax(1)).abs().mean().item()
+    assert gap < 0.05
+    with pytest.raises(SettingError, match="no classifier"):
+        TransparentDistillation(target="probability").apply(teacher(1), bench_of(teacher(1)))
+
+
+def test_labels_are_only_looked_at_for_the_direct_student() -> None:
+    model = teacher(2)
+    bench = bench_of(model)
+    lesson, truth = lesson_of(model, bench.train)
+    x, y = bench.train.tensors
+    wrong = Bench(train=TensorDataset(x, torch.zeros_like(y)), validation=bench.validation)
+    first, second = QUICK.apply(model, bench), QUICK.apply(model, wrong)
+    assert torch.equal(first.module(table(9)), second.module(table(9)))
+    direct = hard_lesson(lesson, truth)
+    assert direct.loss == "log"
+    assert set(np.unique(direct.targets)) == {0.0, 1.0}
+
+
+def test_statistics() -> None:
+    rng = np.random.default_rng(0)
+    wanted = rng.normal(size=(50, 2))
+    assert r_squared(wanted, wanted) == 1
+    assert r_squared(np.tile(wanted.mean(0), (50, 1)), wanted) == pytest.approx(0)
+    assert auc(np.array([[0.1], [0.4], [0.35], [0.8]]), np.array([0, 0, 1, 1])) == 0.75
+    sure, not_so = (Difference(name="d", values=v) for v in ((0.2, 0.21, 0.19), (0.2, -0.3, 0.1)))
+    assert sure.is_significant
+    assert "not significant" in str(not_so)
+    low, high = sure.interval
+    assert (low, high) == pytest.approx((0.2 - 4.3027 * 0.01 / 3**0.5, 0.2 + 4.3027 * 0.01 / 3**0.5), abs=1e-5)
+
+
+def test_what_it_cannot_do_is_told() -> None:
+    for name in ("student", "target"):
+        with pytest.raises(SettingError, match=f"{name} is 'none'"):
+            TransparentDistillation(**{name: "none"})
+    with pytest.raises(SettingError, match="trees learn logits"):
+        TransparentDistillation(student="tree", target="probability")
+    maps = Model(nn.Conv2d(1, 2, 1), example=(torch.zeros(1, 1, 4, 4),), task=Classification())
+    with pytest.raises(NeedError, match=r"needs outputs \[batch\]"):
+        QUICK.apply(maps, Bench(train=TensorDataset(torch.zeros(20, 1, 4, 4), torch.zeros(20, dtype=torch.long))))
+
+
+@pytest.mark.effect
+@pytest.mark.slow
+def test_the_additive_student_says_what_the_network_says() -> None:
+    """Breast cancer, five splits: far truer than the same student taught by labels, and as good as the network."""
+    x, y = load_breast_cancer(return_X_y=True)
+    x = torch.tensor((x - x.mean(0)) / x.std(0), dtype=torch.float32)
+    training = Training(epochs=20, batch_size=32, optimizer=Adam(lr=2e-3, weight_decay=1e-3))
+
+    def teach(train: object, seed: int) -> Model:
+        bench = Bench(train=train, validation=train, training=training, seed=seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return bench.fit(Model(perceptron((30, 32, 2)), example=(x[:2],), task=Classification()))
+
+    technique = TransparentDistillation(rounds=60, bags=2, bins=32)
+    found = compare(technique, teach, TensorDataset(x, torch.tensor(y)), splits=5)
+    assert found.spread("distilled fidelity R2").mean >= 0.9
+    better = found.difference("fidelity R2, distilled - direct")
+    assert better.mean >= 0.1
+    assert better.is_significant
+    assert abs(found.difference("accuracy AUC, distilled - network").mean) < 0.02
+    assert found.spread("distilled fidelity AUC").mean > 0.98
+    assert "no causes" in str(found)
