@@ -64,13 +64,17 @@ class Ledger:
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         """The part called `key`: JSON values, as kept, or made now."""
         if key not in self.parts:
-            self.parts[key] = make()
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            fresh = self.file.with_suffix(".new")
-            fresh.write_text(json.dumps(self.parts, indent=1), "utf-8")
-            fresh.replace(self.file)
+            self.keep(key, make())
             print(f"{key}: {json.dumps(self.parts[key])[:200]}", flush=True)
         return self.parts[key]
+
+    def keep(self, key: str, value: Any) -> None:
+        """Put JSON values in the place of the part called `key`."""
+        self.parts[key] = value
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.file.with_suffix(".new")
+        fresh.write_text(json.dumps(self.parts, indent=1), "utf-8")
+        fresh.replace(self.file)
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:

@@ -140,6 +140,18 @@ def test_a_record_without_test_data_or_times_still_makes_a_page(tmp_path: Path) 
     assert "Multiply-adds" in text
 
 
+def test_what_nobody_measured_has_no_column_and_what_nobody_said_no_line(tmp_path: Path) -> None:
+    run = record()
+    run["asked"]["name"] = ""
+    assert "parameters after" in without_scripts(write(tmp_path, run))
+    run["steps"][0] |= {"seconds": None, "parameters": None}
+    text = without_scripts(write(tmp_path, run))
+    assert "parameters after" not in text
+    assert ">seconds<" not in text
+    assert ">Name<" not in text
+    assert ">Seed<" in text
+
+
 def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no run\.json"):
         read_run(tmp_path)

@@ -151,7 +151,9 @@ def asked(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the person wanted: model, data, recipe, seed, command."""
     told = run.get("asked", {})
     rows = [
-        (name.capitalize(), _plain(value)) for name, value in told.items() if name != "recipe" and value is not None
+        (name.capitalize(), _plain(value))
+        for name, value in told.items()
+        if name != "recipe" and value is not None and value != ""
     ]
     for number, step in enumerate(told.get("recipe") or [], 1):
         rows.append((f"Step {number}", f"{step['technique']} {_plain(step.get('settings') or {})}".strip()))

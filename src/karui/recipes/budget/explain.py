@@ -23,12 +23,12 @@ def told(point: Point, plan: Plan, points: Sequence[Point], light: Model, reach:
         return _met(point, plan) if plan.met(point) else _in_the_way(point, plan, points, light, reach)
     if plan.max_drop is not None:
         return (
-            f"No budget was stated, so the network was made lighter as far as the floor allows: {_shares(point)}, "
+            f"No budget was stated, so the network was made lighter as far as the floor allows: {shares(point)}, "
             f"{_loss(point)} of at most {plan.max_drop:g}. {_broken(points, plan)}"
         ).strip()
     return (
         f"Neither a budget nor a floor was stated. Of {len(points)} points visited, this one is the knee of the front: "
-        f"{_shares(point)}, {_loss(point)}. Lighter points lose more for each step, heavier ones gain little."
+        f"{shares(point)}, {_loss(point)}. Lighter points lose more for each step, heavier ones gain little."
     )
 
 
@@ -51,10 +51,11 @@ def deployed(forms: Sequence[Mapping[str, Any]], dense_bytes: int) -> str:
 
 def _met(point: Point, plan: Plan) -> str:
     asked = " and ".join(f"{quantity} {share:.3g}" for quantity, share in plan.goal.items())
-    return f"The budget ({asked} of the dense model) is met: {_shares(point)}, {_loss(point)}."
+    return f"The budget ({asked} of the dense model) is met: {shares(point)}, {_loss(point)}."
 
 
-def _shares(point: Point) -> str:
+def shares(point: Point) -> str:
+    """A point's time and bytes, and its form."""
     return f"time {point.form.time:.2f} and bytes {point.form.bytes:.2f} of the dense model ({point.form.told})"
 
 
@@ -85,7 +86,7 @@ def _in_the_way(point: Point, plan: Plan, points: Sequence[Point], light: Model,
     if broken:
         best = min(broken, key=lambda p: max(p.share(q) / share for q, share in plan.goal.items()))
         sentences.append(
-            f"What stops it is the floor: point {best.number} ({_shares(best)}) loses {best.form.lost:.2f} where "
+            f"What stops it is the floor: point {best.number} ({shares(best)}) loses {best.form.lost:.2f} where "
             f"{plan.max_drop:g} is allowed. Allow more, or give more epochs to recover in (they were {plan.epochs})."
         )
     elif reach:

@@ -18,7 +18,7 @@ from karui.measuring import Clock, OnnxRuntime, Torch, compare, known_engine, th
 from karui.measuring.values import to_json
 from karui.recipes.budget.cache import TimingCache
 from karui.recipes.budget.deployments import score_of
-from karui.recipes.budget.explain import deployed, told
+from karui.recipes.budget.explain import deployed, shares, told
 from karui.recipes.budget.front import Point, front
 from karui.recipes.budget.limits import Budget
 from karui.recipes.budget.recover import epochs_within
@@ -228,7 +228,7 @@ def _plan(asked: Settings, visitor: Visitor, mark: str) -> Plan:
 
 def _step(point: Point) -> dict[str, Any]:
     return {
-        "technique": f"point {point.number}, from point {point.parent}",
+        "technique": f"point {point.number}, from point {point.parent}: {shares(point)}",
         "settings": point.chosen or {"training": "more epochs"},
         "seconds": None,
         "parameters": None,

@@ -1,0 +1,40 @@
+"""Torch-Pruning as a peer of a budget: group norms, widths in multiples of 8, and the same fine-tuning as karui's."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+import torch_pruning
+from torch import nn
+
+from karui.architectures.cifar_resnet import BasicBlock
+from karui.model import Model
+from karui.recipes.budget.recover import recover
+from karui.technique import Bench
+
+
+def group_norm_pruned(dense: Model, bench: Bench, ratio: float, epochs: int) -> Model:
+    """The network with its weakest groups cut, over all layers at once, and trained with the dense one as teacher.
+
+    Only the inner widths of blocks are cut: Torch-Pruning's result does not run where the shortcut pads with zeros, as
+    it does in these networks, and the stream between the blocks goes through it.
+    """
+    net = copy.deepcopy(dense.module)
+    inner = {id(block.conv1) for block in net.modules() if isinstance(block, BasicBlock)}
+    kept: list[nn.Module] = [
+        layer for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear) and id(layer) not in inner
+    ]
+    pruner = torch_pruning.pruner.BasePruner(
+        net,
+        torch.zeros(2, *dense.example[0].shape[1:]),
+        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        global_pruning=True,
+        round_to=8,
+        ignored_layers=kept,
+    )
+    pruner.step()
+    light = Model(net.eval(), example=dense.example, task=dense.task)
+    return recover(light, dense, replace(bench, checkpoints=None), epochs, f"Torch-Pruning {ratio:g}")
