@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from karui.model.trace import mode_of
+from karui.model.trace import minds_mode, mode_of
 
+ATOMS = frozenset({int, float, bool, str, type(None)})
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
 CONTAINERS = (dict, list, tuple, OrderedDict)
 HELD = ("_parameters", "_buffers", "_modules")
@@ -33,8 +34,9 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         (True, False)
     """
     memo = {} if memo is None else memo
+    if not minds_mode(module):
+        return _module(module, memo)
     with mode_of(module, True):
-        memo.update(left_over(module))
         twin = _module(module, memo)
     for one, other in zip(module.modules(), twin.modules(), strict=True):
         other.__dict__["training"] = one.training
@@ -58,20 +60,13 @@ def doubled(module: nn.Module) -> nn.Module:
     return copied(module, memo).double()
 
 
-def left_over(module: nn.Module) -> dict[int, Any]:
-    """Twins of results that a forward left in its modules, such as an attention map: a memo for `copy.deepcopy`.
+def left_over(value: Any) -> dict[int, Any]:
+    """Twins of results that a forward left in a module, such as an attention map: a memo for `copy.deepcopy`.
 
     They hang on the graph of that run, which `copy.deepcopy` refuses to copy; their values are all that is taken.
     """
-    kept = (
-        value
-        for layer in module.modules()
-        for name, value in vars(layer).items()
-        if name not in HELD and (isinstance(value, Tensor) or (type(value) in CONTAINERS and value))
-    )
     return {
         id(t): t.detach().clone()
-        for value in kept
         for t in tree_leaves(value)
         if isinstance(t, Tensor) and t.requires_grad and not t.is_leaf
     }
@@ -82,14 +77,19 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if id(module) in memo:
         return memo[id(module)]
     if not _usual(type(module)):
+        for layer in module.modules():
+            memo.update(left_over([v for name, v in vars(layer).items() if name not in HELD]))
         return copy.deepcopy(module, memo)
     twin = type(module).__new__(type(module))
     memo[id(module)] = twin
+    own = twin.__dict__
     for name, value in vars(module).items():
-        if name in HELD:
-            twin.__dict__[name] = {leaf: _value(held, memo) for leaf, held in value.items()}
+        if type(value) in ATOMS:
+            own[name] = value
+        elif name in HELD:
+            own[name] = {leaf: _value(held, memo) for leaf, held in value.items()}
         elif name != "_compiled_call_impl":  # a compiled forward belongs to the module it was compiled for
-            twin.__dict__[name] = _value(value, memo)
+            own[name] = _value(value, memo)
     return twin
 
 
@@ -124,6 +124,8 @@ def _value(value: Any, memo: dict[int, Any]) -> Any:
     elif kind in (dict, list, set, OrderedDict) and not value:
         made = kind()
     else:
+        if kind is Tensor or kind in CONTAINERS:
+            memo.update({key: twin for key, twin in left_over(value).items() if key not in memo})
         return copy.deepcopy(value, memo)
     memo[id(value)] = made
     return made

@@ -184,7 +184,7 @@ def mode_of(module: nn.Module, training: bool) -> Iterator[None]:
     """
     modules = list(module.modules())
     before = [m.training for m in modules]
-    minds = any(type(m).train is not nn.Module.train for m in modules)
+    minds = minds_mode(module)
 
     def turn(training: bool) -> None:
         if minds:
@@ -204,6 +204,11 @@ def mode_of(module: nn.Module, training: bool) -> Iterator[None]:
         turn(True)
         for m, was in zip(modules, before, strict=True):
             m.__dict__["training"] = was
+
+
+def minds_mode(module: nn.Module) -> bool:
+    """Whether a layer does something of its own when it is turned to training or evaluation mode."""
+    return any(type(m).train is not nn.Module.train for m in module.modules())
 
 
 def _restore(attributes: dict[str, Any], old: dict[str, Any]) -> None:
