@@ -16,11 +16,12 @@ from karui.data import Splits
 from karui.errors import NeedError, SettingError
 from karui.layers.factored import FactoredConv, FactoredLinear
 from karui.lowrank._proximal import CompressionAware, rank_of, state_of
-from karui.lowrank.compression_aware_training import CompressionAwareTraining, without_dead_units
+from karui.lowrank.compression_aware_training import CompressionAwareTraining
 from karui.measuring import count
 from karui.model import Classification, Model
 from karui.numerics.proximal import shrink, shrink_rows, shrink_singular_values
 from karui.technique import Bench
+from karui.technique.pruning.dead_units import without_dead_units
 from karui.train import SGD, Adam, Cosine, Influence, Moment, Together, Training
 
 pytestmark = pytest.mark.paper(28)

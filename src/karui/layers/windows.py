@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from karui.layers.factored import CONVOLUTIONS
+from karui.numerics.columns import made, window
 
 
 class Windows:
@@ -44,12 +45,10 @@ class Windows:
         """The input with what the convolution puts around it."""
         return functional.pad(input, self.around, mode=self.mode) if any(self.around) else input
 
+    def made(self, space: Sequence[int]) -> list[int]:
+        """Sizes in space of the output, for a padded input of these sizes."""
+        return made(space, self.kernel_size, self.stride, self.dilation)
+
     def at(self, tap: int, space: Sequence[int]) -> tuple[slice, ...]:
         """What one position of the kernel sees of a padded input, for all outputs; row by row, as kernels are flat."""
-        slices, rest = [], tap
-        for dim in reversed(range(len(self.kernel_size))):
-            rest, place = divmod(rest, self.kernel_size[dim])
-            start, step = place * self.dilation[dim], self.stride[dim]
-            made = (space[dim] - self.dilation[dim] * (self.kernel_size[dim] - 1) - 1) // step + 1
-            slices.append(slice(start, start + step * (made - 1) + 1, step))
-        return (slice(None), slice(None), *slices[::-1])
+        return (slice(None), slice(None), *window(tap, space, self.kernel_size, self.stride, self.dilation))

@@ -50,11 +50,11 @@ from karui.lowrank._common import (
     unless_larger,
 )
 from karui.lowrank._proximal import CompressionAware, rank_of, require_thresholds
-from karui.model import Note, coupled_groups, layer_at, remove_units
+from karui.model import Note, layer_at
 from karui.numerics.svd import Energy, Parameters, factored_size
 from karui.technique import Bench, Card, technique
 from karui.technique.card import Need
-from karui.technique.pruning.dead_units import settle
+from karui.technique.pruning.dead_units import without_dead_units
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -210,19 +210,6 @@ class CompressionAwareTraining:
             macs=(dense * places, factored * places),
         )
         return unless_larger(choice)
-
-
-def without_dead_units(model: Model) -> Model:
-    """The model without the units whose weights are all zero, and which therefore say nothing, or a constant.
-
-    A constant moves into the biases of those that read it; where it cannot, the unit stays. The outputs are the same.
-    """
-    model = model.copy()
-    analysis = coupled_groups(model)
-    settled = settle(model, analysis)
-    light = remove_units(model, settled.unread, analysis=analysis) if settled.unread else model
-    gone = sum(len(units) for units in settled.unread.values())
-    return light.evolve(light.module, Note(f"{gone} units that are zero cut out, {settled.folded} constants moved"))
 
 
 def _objection(layer: Any) -> str:

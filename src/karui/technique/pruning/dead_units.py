@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from karui.measuring.inference import batch_of, inference, random_batch
-from karui.model import Analysis, Group, Member, Model, layer_at
+from karui.model import Analysis, Group, Member, Model, Note, coupled_groups, layer_at, remove_units
 from karui.model.groups import tensor_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -61,6 +61,20 @@ def settle(model: Model, analysis: Analysis) -> Settled:
             break
     unread = {group.name: _cuttable(_all_zero(model.module, _readers(group))) for group in groups}
     return Settled({name: units for name, units in unread.items() if len(units)}, folded)
+
+
+def without_dead_units(model: Model) -> Model:
+    """The model without the units whose weights are all zero, or that nobody reads.
+
+    What such a unit says is nothing or a constant, which moves into the biases of those that read it; where it cannot,
+    the unit stays. The outputs are the same.
+    """
+    model = model.copy()
+    analysis = coupled_groups(model)
+    settled = settle(model, analysis)
+    light = remove_units(model, settled.unread, analysis=analysis) if settled.unread else model
+    gone = sum(len(units) for units in settled.unread.values())
+    return light.evolve(light.module, Note(f"{gone} units that are zero cut out, {settled.folded} constants moved"))
 
 
 def _cuttable(unread: Bool[Tensor, "units"]) -> Int[Tensor, "units"]:
