@@ -67,7 +67,9 @@ def test_it_is_rebuilt_saved_in_its_small_form_and_exported(layer: Any, shape: A
     state = light.module.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in again.module.state_dict().items())
     rebuilt = build_layer(*describe_layer(light.module)).state_dict()
-    assert {name: value.shape for name, value in rebuilt.items()} == {name: value.shape for name, value in state.items()}
+    assert {name: value.shape for name, value in rebuilt.items()} == {
+        name: value.shape for name, value in state.items()
+    }
 
 
 def test_a_group_without_columns_gives_its_bias_and_settings_are_checked() -> None:

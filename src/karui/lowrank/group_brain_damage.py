@@ -7,9 +7,14 @@ gathered: the product gets thinner and stays dense. A penalty on the norms of th
 many of them small while the network trains; they are removed gradually, the smallest first, and the network adapts in
 between. Each input channel ends with a pattern of positions of its own, which all filters share.
 
-It pays on convolutions with kernels of several positions and many channels: MEASURED It does not pay at densities above
-about a half, where gathering costs what the product saves, nor on small or first layers. There is no saving in
-depthwise convolutions, whose columns are single weights.
+It pays on wide convolutions with kernels of several positions: with 256 channels of 3x3 on maps of 14x14, a fifth of
+the columns is about twice as fast as the best dense engine, with numba and as an ONNX file alike (one thread). It does
+not pay at densities above about a half, where gathering costs what the product saves, nor on first or narrow layers,
+nor on large maps of few channels. Depthwise convolutions are left: their columns are single weights.
+
+Measured on 500 digits, kernels of 5x5, a tenth of the inner columns, 3 seeds, 6 epochs: 85 % when removed gradually,
+67 % at once, with the penalty or without; dense 96 %. Not shown: that learned patterns beat one that is drawn
+at random and trained from the start, which was as good (85 %).
 
 Paper -> here: `K` (filters by channels and offsets) -> weight, a group `(i, j, s)` -> a column, `lambda` -> lam, `tau`
 -> density, `theta` (the threshold) -> the norm of the last column that is removed at a step.
@@ -25,8 +30,7 @@ DEPARTURE: linear layers may be treated alike (`linear`): their columns are inpu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,7 +52,6 @@ from karui.lowrank._columns import (
     weight_of,
 )
 from karui.lowrank._common import (
-    RATIOS,
     Choice,
     PerLayer,
     Seen,
@@ -60,7 +63,7 @@ from karui.lowrank._common import (
     scan,
 )
 from karui.model import Note, layer_at
-from karui.technique import Bench, Candidate, Card, technique
+from karui.technique import Bench, Card, technique
 from karui.technique.card import Need
 from karui.technique.pruning.dead_units import without_dead_units
 from karui.train.masks import MaskKeeper, zero_pruned
@@ -210,18 +213,6 @@ class GroupBrainDamage(PerLayer):
                 layers[one.path] = group_sparse_layer(layer_at(model.module, one.path), alive)
         return carry_out(model, choices, layers, "group-wise brain damage", {"density": self.density})
 
-    def candidates(self, model: Model, bench: Bench, *, multiple: int = 1) -> Iterator[Candidate]:
-        """For a budget: each layer at lower and lower densities, its weakest columns left out as it stands."""
-        del bench, multiple
-        seen, _ = self._scan(model)
-        for one in seen:
-            others = tuple(other.path for other in seen if other.path != one.path)
-            for density in RATIOS:
-                alone = replace(self, density=density, epochs=0, tuning=0, cut_unread=False, skip=(*self.skip, *others))
-                choice = _choice(one, groups_of(one) * kept(one.layer.weight[0].numel(), density))
-                if choice.replaced:
-                    yield _candidate(alone, one, choice)
-
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
         return scan(model, self._objection, self.skip)
 
@@ -254,15 +245,6 @@ def _choice(one: Seen, live: int) -> Choice:
         macs=(each * columns * places, each * live * places),
         form=f"{live:,} of {columns:,} columns",
     )
-
-
-def _candidate(alone: GroupBrainDamage, one: Seen, choice: Choice) -> Candidate:
-    def layers() -> dict[str, nn.Module]:
-        norms = {one.path: column_norms(one.layer.weight.detach(), groups_of(one))}
-        whole = {one.path: torch.ones_like(norms[one.path], dtype=torch.bool)}
-        return {one.path: group_sparse_layer(one.layer, surviving(norms, whole, alone.density, across=False)[one.path])}
-
-    return Candidate(place=one.path, technique=alone, text=choice.form, layers=layers)
 
 
 def _reads_all(one: Seen) -> bool:
