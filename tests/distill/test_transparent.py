@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 from karui.architectures.perceptron import perceptron
 from karui.distill._fidelity import Difference, auc, r_squared
 from karui.distill.comparison import compare
+from karui.distill.shape_plots import shape_figure
 from karui.distill.transparent import TransparentDistillation, export_shapes, hard_lesson, lesson_of
 from karui.errors import NeedError, SettingError
 from karui.model import Classification, Model, Regression
@@ -146,6 +147,26 @@ def test_what_it_cannot_do_is_told() -> None:
     maps = Model(nn.Conv2d(1, 2, 1), example=(torch.zeros(1, 1, 4, 4),), task=Classification())
     with pytest.raises(NeedError, match=r"needs outputs \[batch\]"):
         QUICK.apply(maps, Bench(train=TensorDataset(torch.zeros(20, 1, 4, 4), torch.zeros(20, dtype=torch.long))))
+
+
+def test_plots_show_the_tables_as_they_are() -> None:
+    """Inputs by importance, each a step at every edge; then the pairs."""
+    model = teacher(3)
+    lesson, _ = lesson_of(model, bench_of(model).train)
+    shapes = QUICK.shapes(lesson)
+    figure = shape_figure(shapes, ("a", "b", "c", "d"), output=1, most=3)
+    order = np.argsort(-shapes.importance()[:, 1])[:3]
+    titles = [note.text for note in figure.layout.annotations]
+    assert titles[:3] == ["abcd"[i] for i in order]
+    assert len(titles) == 4
+    curve, first = figure.data[2], order[0]
+    assert curve.y.tolist() == np.repeat(shapes.mains[first][:, 1], 2).tolist()
+    assert curve.x[1:-1:2].tolist() == shapes.edges[first].tolist()
+    width = figure.data[1].y - figure.data[0].y
+    np.testing.assert_allclose(width, 2 * 1.96 * np.repeat(shapes.bands[first][:, 1], 2), atol=1e-12)
+    assert np.array(figure.data[-1].z).tolist() == shapes.tables[0][:, :, 1].T.tolist()
+    with pytest.raises(SettingError, match="output is 3"):
+        shape_figure(shapes, output=3)
 
 
 @pytest.mark.effect

@@ -4,8 +4,9 @@ A network on tabular data teaches a student that a person can read: a sum of sha
 few pairs (GA2M); or boosted trees; or one small tree. The student learns the network's logits, not its decisions.
 
 Pays where a decision must be explained, or to see what a network has learned: the shapes are all that the student is.
-Does not pay on pictures, sound or text, whose inputs mean nothing one by one; nor for speed. The authors call their
-own results inconclusive. Shapes of inputs that go together share what either explains: read them together.
+Does not pay on pictures, sound or text, whose inputs mean nothing one by one; nor for size or speed: tables and trees
+are larger and slower than a small network. The authors call their own results inconclusive. Shapes of inputs that go
+together share what either explains: read them together.
 
 Measured on the breast cancer data, five splits, of a perceptron of 32 units: the additive student explains 98 % of the
 variance of its logits, the same student taught by labels 53 to 67 %; AUC 0.989 and 0.991 of the network. Boosted trees
@@ -139,7 +140,7 @@ def hard_lesson(lesson: Lesson, truth: Tensor) -> Lesson:
         quick={"rounds": 15, "pairs": 2, "bags": 2, "bins": 16, "pair_bins": 8},
         arxiv="1801.08640",
         pays="A network on tabular data becomes a sum of shapes that a person can read, true to its logits.",
-        costs="Not for pictures, sound or text; what the network makes of many inputs at once is lost.",
+        costs="Not for pictures, sound or text, nor for size or speed; what the network makes of many inputs is lost.",
     )
 )
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,8 @@ class TransparentDistillation:
         SettingError: a setting is out of range.
         NeedError: the model does not take one tensor, or gives more than one number for each class.
 
-    Relations: `KnowledgeDistillation` teaches a network, which no person can read.
+    Relations: `KnowledgeDistillation` teaches a network, which no person can read. `export_shapes` writes the tables,
+    `karui.distill.shape_plots` draws them.
 
     Example:
         >>> TransparentDistillation(pairs=5).student
