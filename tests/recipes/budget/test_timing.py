@@ -114,6 +114,23 @@ def test_slower_is_decided_beyond_the_noise(model: Model, monkeypatch: pytest.Mo
     assert noise < 0.1 or faced, "nothing was in doubt, and nothing was looked at again"
 
 
+@pytest.mark.parametrize(("lanes", "noise"), [(8, 0.0), (16, 0.0), (1, 0.0), (8, 0.02), (16, 0.02)])
+def test_the_widths_that_the_engine_rewards_are_found_through_noise(
+    monkeypatch: pytest.MonkeyPatch, lanes: int, noise: float
+):
+    """An engine that works on so many channels at once."""
+    for seed in range(8):
+        machine = Noisy(seed, noise)
+
+        def profiled(blocks: Mapping[str, Block], threads: int, machine: Noisy = machine) -> dict[str, Measured]:
+            del threads
+            widths = {name: max(len(array) for array in block.weights.values()) for name, block in blocks.items()}
+            return {name: machine.noisy(1e-6 * -(-width // lanes), machine.noise) for name, width in widths.items()}
+
+        monkeypatch.setattr(timing, "profiled", profiled)
+        assert Stopwatch(cache=TimingCache()).multiple() == lanes
+
+
 def test_seconds_of_the_menu_hold_no_noise(model: Model, monkeypatch: pytest.MonkeyPatch):
     """On a machine that tells nothing apart, no setting saves or costs time; bytes are what they are."""
     machine = Noisy(0, 2.0)
