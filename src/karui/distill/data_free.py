@@ -6,8 +6,8 @@ covariance of what layers give. Whoever has no data rebuilds inputs from them, b
 network responds as a target drawn from these statistics, and teaches a student on the rebuilt inputs.
 
 Pays where a network has to be made smaller after its data are gone or may not be passed on. Does not pay where any real
-inputs of the kind are at hand, labelled or not: these teach better. On pictures as small as 8x8 noise with the data's
-mean and deviation *at each pixel* teaches as well as rebuilt inputs do, so that the records are not what matters there.
+inputs of the kind are at hand, labelled or not: these teach better. On pictures as small as 8x8 even
+noise teaches nearly as well in the end, so that the records are not what matters there.
 Statistics over few samples tell of these samples: a record is no protection of privacy by itself.
 
 Paper -> here: metadata -> `Record`, its kinds "top", "all", "all_dropout", "spectral_all", "spectral_pairs" -> `kind`,
@@ -15,8 +15,11 @@ T -> temperature, the reconstruction -> `reconstruct`. "jl", a random projection
 
 Measured on the digits, 64-128-128-10 (96.8 %) to 64-64-64-10, three seeds, 100 inputs of each class, trained until
 converged: noise of one mean and deviation 93.5 %, top layer 94.0, all layers 95.1, real data 96.0. In a third of the
-steps, at a third of the rate, noise gives 64 and the top layer 93. Spectral records are no better than others here
-(one seed), in a twentieth of the bytes of all layers; masks of dropout are worse, for a teacher trained without it.
+steps, at a third of the rate (two seeds), noise gives 64 and the top layer 93. On MNIST, 784-256-128-10 (90.9 % from
+6,000 pictures) to 784-128-64-10, 200 inputs of each class, one seed: noise 54.7, noise by pixel 68.1, top layer 61.7,
+random projection 72.6, spectral 74.5, spectral pairs 81.1, all layers 84.2, real data 89.8. So the richer record is the
+better one there, but spectral records, in far fewer bytes, do not pass all layers, as the paper has it. Masks of
+dropout are worse on the digits, for a teacher trained without it.
 
 DEPARTURE: the spectral objective is told in outline only by the paper and its code; the definition here is in the
 header of each record.
