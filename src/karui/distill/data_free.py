@@ -176,7 +176,8 @@ class DataFree:
         """The student, taught; or, with epochs=0, the given model, once its record is written."""
         if self.epochs == 0:
             if self.record is not None and not self._at_hand():
-                given = self.teacher is not None or bench.dense is not None
+                dense = bench.dense is not None and bench.dense.module is not model.module
+                given = self.teacher is not None or dense
                 self._made(self._teacher(model, bench) if given else model, bench)
             return model
         teacher = self._teacher(model, bench)
