@@ -136,4 +136,6 @@ def _print_settings(entry: Entry) -> None:
     example = next(
         (f":{s.name}={s.default}" for s in entry.settings if "float" in s.type and s.default[:1].isdigit()), ""
     )
-    screen.out(f"Use it:\n  karui compress MODEL -d DATA -o DIR -r {entry.slug}{example}")
+    command = f"  karui compress MODEL -d DATA -o DIR -r {entry.slug}"
+    # A command cannot be broken into lines: the example of a setting goes where it would not fit.
+    screen.out(f"Use it:\n{command}{example if len(command + example) <= screen.width() else ''}")
