@@ -251,3 +251,11 @@ def test_logits_of_the_same_few_points_beat_their_labels_and_a_pool_adds_to_it(d
             scores.append(100 * evaluate(model, digits.test).value)
     assert sum(logits) / 2 >= sum(hard) / 2 + 3, (hard, logits)
     assert sum(pooled) / 2 >= sum(logits) / 2 + 0.2, (logits, pooled)
+
+
+def test_the_default_rate_does_not_diverge(digits: Splits) -> None:
+    """A rate fit for cross-entropy is steep for squared distances summed over ten classes."""
+    plain = Bench(train=digits.train, validation=digits.validation, test=digits.test, training=Training())
+    teacher = bench_of(digits).fit(mlp(64), epochs=8)
+    student = LogitRegression(parameters=20_000, epochs=4).apply(teacher, plain)
+    assert evaluate(student, digits.test).value > 0.6
