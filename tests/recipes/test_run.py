@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from karui.artifact import load
+from karui.artifact.files import sealed
 from karui.data import Splits
 from karui.errors import KaruiError, NeedError, UsageError
 from karui.measuring import Clock, Comparison, OnnxRuntime
@@ -226,10 +227,11 @@ def test_somebody_elses_folder_is_refused(model: Model, recipe: Recipe, bench: B
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "no finished run"), ("{", "no finished run"), ('{"format": 9}', "format 9")]
+    ("content", "message"),
+    [(None, "no finished run"), (b"{", "no finished run"), (sealed({"format": 9}, ordered=True), "format 9")],
 )
-def test_reading_what_is_no_run(content: str | None, message: str, tmp_path: Path):
+def test_reading_what_is_no_run(content: bytes | None, message: str, tmp_path: Path):
     if content is not None:
-        (tmp_path / "run.json").write_text(content)
+        (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(KaruiError, match=message):
         read_run(tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from karui.artifact.files import sealed
 from karui.errors import ArtifactError, UsageError
 from karui.measuring import Comparison, Counts, LayerCount, Measurement, Ratio, Score, Timing
 from karui.report import read_run, view, write_report
@@ -88,7 +89,7 @@ def record(speed: float = 2.0) -> dict[str, Any]:
 
 
 def write(folder: Path, run: dict[str, Any]) -> str:
-    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    (folder / "run.json").write_bytes(sealed(run, ordered=True))
     return write_report(folder).read_text(encoding="utf-8")
 
 
@@ -155,13 +156,22 @@ def test_what_nobody_measured_has_no_column_and_what_nobody_said_no_line(tmp_pat
 def test_a_folder_without_a_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no run\.json"):
         read_run(tmp_path)
-    (tmp_path / "run.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ArtifactError, match="damaged"):
-        write_report(tmp_path)
-    for content, words in (("{}", "incomplete"), ("[]", "damaged: it holds a list"), ('{"dense": {}}', "incomplete")):
-        (tmp_path / "run.json").write_text(content, encoding="utf-8")
-        with pytest.raises(ArtifactError, match=rf"run\.json is {words}"):
+    for content in (b"{", b"[]", b"{}", sealed(record(), ordered=True)[:-1], sealed(record()) + b" "):
+        (tmp_path / "run.json").write_bytes(content)
+        with pytest.raises(ArtifactError, match=r"run\.json is damaged"):
             write_report(tmp_path)
+    for values in ({}, {"dense": {}}):
+        (tmp_path / "run.json").write_bytes(sealed(values, ordered=True))
+        with pytest.raises(ArtifactError, match=r"run\.json is incomplete"):
+            write_report(tmp_path)
+
+
+def test_a_changed_figure_of_a_record_is_noticed(tmp_path: Path) -> None:
+    data = sealed(record(), ordered=True)
+    for place in range(0, len(data), 97):
+        (tmp_path / "run.json").write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(ArtifactError, match=r"run\.json is damaged"):
+            read_run(tmp_path)
 
 
 PROBE = """<script>

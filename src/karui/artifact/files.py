@@ -19,6 +19,7 @@ from karui.errors import ArtifactError, UsageError, require
 JSON, TENSORS, ONNX = "model.json", "model.safetensors", "model.onnx"
 OURS = (JSON, TENSORS, ONNX)
 _AT_FDCWD, _EXCHANGE = -100, 2
+_COPY_AGAIN = "The file was changed or cut off after it was written; copy the folder again, or save the model again."
 
 
 def digest(data: bytes) -> str:
@@ -26,24 +27,23 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def canonical(values: Mapping[str, Any]) -> bytes:
-    """The one text of these JSON values."""
-    return (json.dumps(values, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+def canonical(values: Mapping[str, Any], *, ordered: bool = False) -> bytes:
+    """The one text of these JSON values: keys sorted, or in their own order with `ordered`."""
+    return (json.dumps(values, sort_keys=not ordered, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
-def sealed(values: Mapping[str, Any]) -> bytes:
-    """The text with a digest of its own content in it."""
+def sealed(values: Mapping[str, Any], *, ordered: bool = False) -> bytes:
+    """The text with a digest of its own content in it. With `ordered` keys keep their order, for tables to read."""
     body = {key: value for key, value in values.items() if key != "sha256"}
-    return canonical({**body, "sha256": digest(canonical(body))})
+    return canonical({**body, "sha256": digest(canonical(body, ordered=ordered))}, ordered=ordered)
 
 
-def unsealed(data: bytes, path: Path) -> dict[str, Any]:
+def unsealed(data: bytes, path: Path, *, ordered: bool = False, remedy: str = _COPY_AGAIN) -> dict[str, Any]:
     """The values that `sealed` wrote, if not one byte has changed.
 
     Raises:
         ArtifactError: the file is no such text, or not the one that was written.
     """
-    remedy = "The file was changed or cut off after it was written; copy the folder again, or save the model again."
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -51,7 +51,7 @@ def unsealed(data: bytes, path: Path) -> dict[str, Any]:
     require(isinstance(values, dict), f"{path} is damaged: it is no JSON object.", remedy, ArtifactError)
     # Byte for byte: a changed blank or a doubled key would not show in the digest of the values alone.
     try:
-        intact = data == sealed(values)
+        intact = data == sealed(values, ordered=ordered)
     except (ValueError, TypeError, RecursionError):
         intact = False
     require(intact, f"{path} is damaged: its digest does not fit its content.", remedy, ArtifactError)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from karui.artifact.describe import task_to_json
-from karui.artifact.files import OURS, write_file
-from karui.errors import UsageError, require
+from karui.artifact.files import OURS, read, sealed, unsealed, write_file
+from karui.errors import ArtifactError, UsageError, require
+from karui.measuring.values import to_json
 from karui.model import edit_to_json
 from karui.recipes.values import settings
 from karui.train.fingerprint import fingerprint
@@ -104,17 +105,16 @@ def finished(out: Path, mark: str, tell: Tell) -> dict[str, Any] | None:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A record; None where there is none, or it was not finished."""
+    """A record; None where there is none, or it is not, byte for byte, the one that was written."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return unsealed(read(path), path, ordered=True)
+    except ArtifactError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a record; a reader sees the old one or the new one."""
-    write_file(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    """Write a record with its digest; a reader sees the old one or the new one. What is not finite becomes null."""
+    write_file(path, sealed(to_json(record), ordered=True))
 
 
 def replayable(model: Model) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import karui
-from karui.errors import ArtifactError, KaruiError, UsageError, require
+from karui.artifact.files import read, unsealed
+from karui.errors import ArtifactError, KaruiError, UsageError
 from karui.measuring import Comparison
 from karui.measuring.values import bytes_text
 from karui.report import view
@@ -61,24 +61,14 @@ def read_run(folder: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: the folder is not there or has no record.
-        ArtifactError: the record is no JSON.
+        ArtifactError: the record is not, byte for byte, the one that was written.
     """
     path = Path(folder) / RECORD
     if not path.is_file():
         raise UsageError(
             f"There is no run in {folder}: it has no {RECORD}.", "Give a folder that karui compress wrote."
         )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"The record {path} is damaged: {error}.", _AGAIN) from error
-    require(
-        isinstance(found, dict),
-        f"The record {path} is damaged: it holds a {type(found).__name__}.",
-        _AGAIN,
-        ArtifactError,
-    )
-    return found
+    return unsealed(read(path), path, ordered=True, remedy=_AGAIN)
 
 
 def page_of(run: dict[str, Any], folder: Path) -> str:
