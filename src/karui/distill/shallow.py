@@ -95,11 +95,41 @@ def shallow_student(
     settings: dict[str, Any] = {"inputs": inputs, "hidden": hidden, "outputs": outputs, "rank": units}
     if filters:
         settings |= {"channels": x.shape[1], "filters": filters}
+    return _untrained(model, settings, seed)
+
+
+def hidden_layer_student(model: Model, hidden: int, *, seed: int = 0) -> Model:
+    """An untrained network of one hidden layer of ReLUs, for the task of a model.
+
+    Args:
+        model: read for its input, outputs and task.
+        hidden: units of the hidden layer.
+        seed: draws the weights.
+
+    Raises:
+        UsageError: the model does not take one tensor, or not give one score for each class.
+
+    Example:
+        >>> deep = Model(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), example=(torch.zeros(1, 1, 8, 8),))
+        >>> hidden_layer_student(deep, 32).parameters
+        2410
+    """
+    x, outputs = model.example[0], _classes(model)
+    require(
+        isinstance(x, Tensor) and len(model.example) == 1,
+        "A network of one hidden layer takes one tensor.",
+        "Put the inputs into one, or give a student of your own.",
+        UsageError,
+    )
+    return _untrained(model, {"inputs": x[0].numel(), "hidden": hidden, "outputs": outputs}, seed)
+
+
+def _untrained(model: Model, settings: dict[str, Any], seed: int) -> Model:
     origin = Origin(f"{__name__}:{wide_shallow.__name__}", settings)
     with undisturbed():
         torch.manual_seed(seed)
         module = wide_shallow(**settings).eval()
-    return Model(module.to(x.device), example=model.example, task=model.task, lineage=(origin,))
+    return Model(module.to(model.example[0].device), example=model.example, task=model.task, lineage=(origin,))
 
 
 def _classes(model: Model) -> int:

@@ -32,6 +32,7 @@ class Teachers:
             training that draws the same samples: with the same seed and settings, all students of these teachers.
         folder: where answers are kept for later processes, for the same teachers only; None keeps them in memory.
         half: keep 16 bits of each number.
+        classes: whether they tell classes apart; else any numbers will do, as in a regression.
 
     Example:
         >>> teachers = Teachers((Model(nn.Linear(4, 3), example=(torch.zeros(1, 4),)),))
@@ -40,9 +41,16 @@ class Teachers:
     """
 
     def __init__(
-        self, models: tuple[Model, ...], remember: int = 0, folder: Path | None = None, *, half: bool = False
+        self,
+        models: tuple[Model, ...],
+        remember: int = 0,
+        folder: Path | None = None,
+        *,
+        half: bool = False,
+        classes: bool = True,
     ) -> None:
         require(len(models) > 0, "There is no teacher.", "Give at least one model.", NeedError)
+        self._classes = classes
         self._modules = [copied(model.module).eval().requires_grad_(False) for model in models]
         if folder is not None and remember:
             # Another version of torch rounds otherwise: what it said is not what this one would say.
@@ -63,7 +71,7 @@ class Teachers:
         """Each teacher's logits for a batch.
 
         Raises:
-            NeedError: a teacher gives something else than a tensor of logits.
+            NeedError: a teacher gives something else than a tensor of logits, or not the same classes as another.
         """
         return self._answers.of(inputs, self._ask) if self._answers.room else self._ask(inputs)
 
@@ -71,10 +79,17 @@ class Teachers:
         device = _device(inputs)
         answers = [module.to(device)(*inputs) for module in self._modules]
         for answer in answers:
+            logits = isinstance(answer, Tensor) and answer.ndim >= 2 and answer.shape[1] >= 2
             require(
-                isinstance(answer, Tensor) and answer.ndim >= 2 and answer.shape[1] >= 2,
+                logits or (not self._classes and isinstance(answer, Tensor)),
                 f"The teacher gives {told(answer)}, not logits of shape [batch, classes, ...].",
                 "Soft targets are for classification.",
+                NeedError,
+            )
+            require(
+                answer.shape == answers[0].shape,
+                f"One teacher gives {told(answers[0])} and another {told(answer)}.",
+                "All teachers of an ensemble must know the same classes.",
                 NeedError,
             )
         return torch.stack([_wide(answer) for answer in answers])
