@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from karui.model.trace import minds_mode, mode_of
+from karui.model.walking import layers, named_buffers, named_parameters
 
 ATOMS = frozenset({int, float, bool, str, type(None)})
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
 CONTAINERS = (dict, list, tuple, OrderedDict)
+# What every module has: its layers, tensors and hooks.
+STANDARD = frozenset(vars(nn.Module()))
+EMPTIES = frozenset({dict, list, set, OrderedDict})
 HELD = ("_parameters", "_buffers", "_modules")
 
 
@@ -34,7 +38,7 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         (True, False)
     """
     memo = {} if memo is None else memo
-    if not minds_mode(module):
+    if not minds_mode(layers(module).values()):
         return _module(module, memo)
     with mode_of(module, True):
         twin = _module(module, memo)
@@ -51,13 +55,32 @@ def doubled(module: nn.Module) -> nn.Module:
         torch.float64
     """
     memo: dict[int, Any] = {}
-    for p in module.parameters():
+    for p in named_parameters(module).values():
         if p.is_floating_point():
             memo[id(p)] = nn.Parameter(p.detach().to(torch.float64, copy=True), p.requires_grad)
-    for b in module.buffers():
+    for b in named_buffers(module).values():
         if b.is_floating_point():
             memo[id(b)] = b.detach().to(torch.float64, copy=True)
-    return copied(module, memo).double()
+    twin = copied(module, memo)
+    # What copies or casts itself in a way of its own may hold more.
+    usual = all(_usual(cls) and cls._apply is nn.Module._apply for cls in {type(m) for m in layers(module).values()})  # noqa: SLF001  (what `double` calls)
+    return twin if usual else twin.double()
+
+
+def stateless(module: nn.Module) -> bool:
+    """Whether its layers hold nothing of their own that a run may write into: only numbers, words and tensors.
+
+    Such a network can run in another precision without a copy, as its attributes are set back afterwards.
+    """
+    return all(
+        type(value) in ATOMS or name in STANDARD or isinstance(value, (*PLAIN, Tensor)) or _plain_tuple(value)
+        for layer in layers(module).values()
+        for name, value in vars(layer).items()
+    )
+
+
+def _plain_tuple(value: Any) -> bool:
+    return type(value) is tuple and all(isinstance(part, PLAIN) for part in value)
 
 
 def left_over(value: Any) -> dict[int, Any]:
@@ -84,10 +107,13 @@ def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo[id(module)] = twin
     own = twin.__dict__
     for name, value in vars(module).items():
-        if type(value) in ATOMS:
+        kind = type(value)
+        if kind in ATOMS:
             own[name] = value
         elif name in HELD:
-            own[name] = {leaf: _value(held, memo) for leaf, held in value.items()}
+            own[name] = {leaf: _value(held, memo) for leaf, held in value.items()} if value else {}
+        elif kind in EMPTIES and not value and id(value) not in memo:
+            own[name] = memo[id(value)] = kind()
         elif name != "_compiled_call_impl":  # a compiled forward belongs to the module it was compiled for
             own[name] = _value(value, memo)
     return twin
@@ -119,9 +145,9 @@ def _value(value: Any, memo: dict[int, Any]) -> Any:
         made: Any = nn.Parameter(value.detach().clone(), value.requires_grad)
     elif kind is Tensor and not value.requires_grad and not vars(value):
         made = value.clone()
-    elif kind is tuple and all(isinstance(part, PLAIN) for part in value):
+    elif _plain_tuple(value):
         return value
-    elif kind in (dict, list, set, OrderedDict) and not value:
+    elif kind in EMPTIES and not value:
         made = kind()
     else:
         if kind is Tensor or kind in CONTAINERS:

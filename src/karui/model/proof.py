@@ -4,7 +4,7 @@ Both run in float64, on the example and on random inputs, through the user's own
 the units own: what makes them, and what reads them. Equal means within a measured rounding floor: how far the output in
 the network's own precision lies from that in double, scaled to the latter. A cut of units that the output does not
 show would prove nothing, so the units must be visible; where the weights hide them, others are drawn for the proof,
-see `karui.model.sight`.
+see `karui.model.sight`. Images are proved on corners where those tell as much, see `karui.model.corners`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from torch.utils._pytree import tree_map
 
 from karui.errors import CaptureError, SurgeryError, require
 from karui.model.copying import copied, doubled
+from karui.model.corners import prove_on_corners
 from karui.model.graphform import graph_form
 from karui.model.groups import analyse
-from karui.model.running import difference, double, double_precision, outputs, random_like, run_double
+from karui.model.running import difference, double, double_precision, joined, outputs, random_like, run_double
 from karui.model.sight import drawings, look, mask
 from karui.model.survivors import run_on_survivors
 from karui.model.trace import Trace, brief, minds_training, traced, widen
+from karui.model.verdict import FAINT, SLACK, Proof
 
 if TYPE_CHECKING:
     from karui.model.cut import Cut
@@ -35,41 +37,6 @@ if TYPE_CHECKING:
 
 
 Pair = tuple[tuple[Any, ...], tuple[Any, ...]]
-
-
-# How far above the measured floor two equal computations may lie: the order of their sums differs.
-SLACK = 256.0
-# How far above the tolerance the units' effect must lie, for equality to mean anything.
-CLEAR = 1e3
-# An effect below this share of the output may be the rounding of single precision, and is measured in double.
-FAINT = 1e-3
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What a proof measured.
-
-    Settings:
-        difference: largest difference between masked and cut output.
-        floor: the measured rounding floor.
-        effect: largest difference that zeroing the units makes at all.
-        redrawn: whether the weights were drawn anew for the proof.
-    """
-
-    difference: float
-    floor: float
-    effect: float
-    redrawn: bool = False
-
-    @property
-    def visible(self) -> bool:
-        """Whether the units show in the output."""
-        return self.effect > CLEAR * SLACK * self.floor
-
-    @property
-    def holds(self) -> bool:
-        """Whether masked and cut model are equal."""
-        return self.difference <= SLACK * self.floor
 
 
 class BlindError(SurgeryError):
@@ -190,11 +157,6 @@ def _traced_double(module: nn.Module, inputs: tuple[Any, ...], *, training: bool
         return traced(module, inputs, training=training)
 
 
-def joined(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Two inputs as one batch."""
-    return tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim else a, one, other)
-
-
 @contextmanager
 def jittered(module: nn.Module) -> Iterator[None]:
     """Every weight moved by one unit in its last place, up or down, for a while."""
@@ -233,6 +195,10 @@ def prove(
     """
     example, removed = candidate.analysis.trace.example, candidate.removed
     other = second_input(candidate)
+    if light is not None and single is not None and candidate.programs is None and candidate.exact:
+        found = prove_on_corners(model.module, candidate, (example, other), light, single)
+        if found is not None:
+            return found
     draws = drawings(model.module, candidate.analysis, removed)
     drawn, unseen = next(draws), set()
     while drawn is not None:

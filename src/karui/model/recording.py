@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
-from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +26,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 
 from karui.model.escapes import Reads, reads_number, sized_by
 from karui.model.trace import mode_of, plain_attention
+from karui.model.walking import layers, lent, named_buffers, named_parameters
 
 # What an operator may be told beside tensors and numbers.
 WORDS = (str, bool, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -160,7 +160,7 @@ def require_seen(seen: bool, what: str) -> None:
 @contextmanager
 def _layers(module: nn.Module, path: list[str]) -> Iterator[None]:
     """Keep the path of the layer that runs on top of `path`."""
-    names = {id(layer): name for name, layer in module.named_modules()}
+    names = {id(layer): name for name, layer in layers(module).items()}
 
     def enter(layer: nn.Module, _inputs: Any) -> None:
         path.append(names.get(id(layer), path[-1] if path else ""))
@@ -182,22 +182,24 @@ def record(module: nn.Module, example: tuple[Any, ...], *, training: bool) -> Re
     Raises:
         UnrecordedError: it does what a recording does not see, or does not run.
     """
-    buffers = {name: b.clone() for name, b in module.named_buffers(remove_duplicate=True)}
+    own = named_buffers(module)
+    buffers = {name: b.clone() for name, b in own.items()}
     inputs = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, example)
     given = {f"input {place}": t for place, t in enumerate(tree_leaves((inputs, {}))) if isinstance(t, Tensor)}
-    recorder = Recorder({**dict(module.named_parameters()), **buffers, **given})
+    recorder = Recorder({**named_parameters(module), **buffers, **given})
     kept = torch.random.get_rng_state()
     try:
         with (
             torch.enable_grad(),
             mode_of(module, training),
             plain_attention(),
+            lent(module, {id(b): buffers[name] for name, b in own.items()}),
             Reads(recorder.depends),
             _layers(module, recorder.path),
             enable_python_dispatcher(),
             recorder,
         ):
-            outputs = functional_call(module, buffers, inputs)
+            outputs = module(*inputs)
         leaves, recorder.made.spec = tree_flatten(outputs)
         recorder.made.leaves = [recorder.ref(a) if isinstance(a, Tensor) else a for a in leaves]
     except UnrecordedError:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from karui.model.escapes import reads_number
 from karui.model.labels import Dims
 
 if TYPE_CHECKING:
@@ -49,14 +50,14 @@ def _arguments(func: Any) -> dict[str, tuple[int, Any]]:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors among an operator's arguments or results, in order; these nest lists and tuples only."""
+    """The tensors among an operator's arguments or results, in order; they nest lists, tuples, dictionaries."""
     if isinstance(value, Tensor):
         return [value]
+    found: list[Tensor] = []
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, (list, tuple)):
-        return []
-    found: list[Tensor] = []
+        return found
     for part in value:
         if isinstance(part, Tensor):
             found.append(part)
@@ -92,6 +93,59 @@ def rule_for(func: Any) -> tuple[Rule, Callable[..., Any] | None]:
         return pointwise, None
     split = _decompositions().get(func)
     return unknown, split
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of an operator, whatever it is given.
+
+    Settings:
+        name: its name, with its overload.
+        rule: what it says of the labels.
+        split: the decomposition that takes it apart first, if it has no rule.
+        places, words: the arguments that may be or hold tensors, by place and by name.
+        reads_number: whether it gives a number or a truth to Python.
+        sized: whether the size of its output may hang on values.
+    """
+
+    name: str
+    rule: Rule
+    split: Callable[..., Any] | None
+    places: tuple[int, ...]
+    words: frozenset[str]
+    reads_number: bool
+    sized: bool
+
+    def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors among its arguments, in order."""
+        found: list[Tensor] = []
+        for place in self.places:
+            if place >= len(args):
+                break
+            part = args[place]
+            if isinstance(part, Tensor):
+                found.append(part)
+            elif part is not None:
+                found += tensors_in(part)
+        if kwargs:
+            found += tensors_in([part for name, part in kwargs.items() if name in self.words])
+        return found
+
+
+@cache
+def known_of(func: Any) -> Known:
+    """What is known of an operator."""
+    found, split = rule_for(func)
+    places = {a.name: k for k, a in enumerate(func._schema.arguments) if "Tensor" in str(a.type)}  # noqa: SLF001  (as above)
+    return Known(
+        str(func),
+        found,
+        split,
+        tuple(places.values()),
+        frozenset(places),
+        reads_number(func),
+        torch.Tag.dynamic_output_shape in func.tags,
+    )
 
 
 def _functional_tags(func: Any) -> Sequence[Any]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from karui.model.trace import mode_of, plain_attention
+from karui.model.walking import lent, named_buffers
 
 
 @contextmanager
@@ -45,13 +45,24 @@ def tensors(value: Any) -> list[Tensor]:
     return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
-def outputs(module: nn.Module, inputs: tuple[Any, ...], *, training: bool = False) -> list[Tensor]:
-    """The tensors that a module returns; its buffers and the random state stay as they are."""
+def outputs(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    *,
+    training: bool = False,
+    under: AbstractContextManager[Any] | None = None,
+) -> list[Tensor]:
+    """The tensors that a module returns; its buffers and the random state stay as they are.
+
+    `under` is entered around the forward alone.
+    """
     kept = torch.random.get_rng_state()
-    buffers = {name: b.clone() for name, b in module.named_buffers()} if training else {}
+    buffers = {id(b): b.clone() for b in named_buffers(module).values()} if training else {}
+    steady = Steady() if training else nullcontext()
+    under = under or nullcontext()
     try:
-        with torch.no_grad(), mode_of(module, training), plain_attention(), Steady() if training else nullcontext():
-            made = functional_call(module, buffers, inputs) if buffers else module(*inputs)
+        with torch.no_grad(), mode_of(module, training), plain_attention(), lent(module, buffers), steady, under:
+            made = module(*inputs)
     finally:
         torch.random.set_rng_state(kept)
     return [t.detach() for t in tensors(made)]
@@ -79,6 +90,11 @@ def difference(one: list[Tensor], other: list[Tensor]) -> float:
 def double(value: Any) -> Any:
     """A nested value with its floating tensors in float64."""
     return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, value)
+
+
+def joined(one: tuple[Any, ...], other: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Two inputs as one batch."""
+    return tree_map(lambda a, b: torch.cat([a, b]) if isinstance(a, Tensor) and a.ndim else a, one, other)
 
 
 def random_like(value: Any, generator: torch.Generator) -> Any:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from karui.model.copying import copied
+from karui.model.path import Path
 from karui.model.running import Steady, difference, outputs, tensors
 from karui.model.trace import mode_of, plain_attention
+from karui.model.walking import lent, named_buffers, named_parameters
 
 if TYPE_CHECKING:
     from karui.model.groups import Analysis
@@ -29,14 +30,34 @@ Removed = Mapping[str, Tensor]
 VAIN = 4
 
 
+def owned_slices(analysis: Analysis, removed: Removed) -> list[tuple[str, int, Tensor]]:
+    """(tensor, dimension, indices) of all that the removed units own."""
+    return [
+        (member.tensor, member.dim, member.indices[units].reshape(-1))
+        for name, units in removed.items()
+        for member in analysis[name].members
+    ]
+
+
 def mask(module: nn.Module, analysis: Analysis, removed: Removed) -> None:
     """Zero every slice of a parameter that the removed units own, in place."""
-    parameters = dict(module.named_parameters())
+    parameters = named_parameters(module)
     with torch.no_grad():
-        for name, units in removed.items():
-            for member in analysis[name].members:
-                if member.tensor in parameters:
-                    parameters[member.tensor].index_fill_(member.dim, member.indices[units].reshape(-1), 0)
+        for name, dim, gone in owned_slices(analysis, removed):
+            if name in parameters:
+                parameters[name].index_fill_(dim, gone, 0)
+
+
+def zeroed(module: nn.Module, analysis: Analysis, removed: Removed, dtype: torch.dtype) -> dict[int, Tensor]:
+    """The parameters that removed units own a part of, as `dtype` with it zeroed, by the `id` of the whole ones."""
+    values: dict[str, Tensor] = {}
+    parameters = named_parameters(module)
+    for name, dim, gone in owned_slices(analysis, removed):
+        if name in parameters:
+            if name not in values:
+                values[name] = parameters[name].detach().to(dtype, copy=True)
+            values[name].index_fill_(dim, gone, 0)
+    return {id(parameters[name]): value for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -54,17 +75,25 @@ class Sight:
     output: list[Tensor]
 
 
-def look(dense: nn.Module, analysis: Analysis, removed: Removed, inputs: tuple[Any, ...], *, training: bool) -> Sight:
-    """Which groups the output shows.
+def look(
+    dense: nn.Module,
+    analysis: Analysis,
+    removed: Removed,
+    inputs: tuple[Any, ...],
+    *,
+    training: bool,
+    path: Path | None = None,
+) -> Sight:
+    """Which groups the output shows; the `path` of the first run is noted, if wanted.
 
     The slopes of vectors (a bias, a normalisation's scale) cost the least and nearly always tell; of groups without
     any, all that they own is looked at. Only for groups that these do not show is the run repeated, with the slopes of
     all that they own.
     """
-    vectors = {name for name, p in dense.named_parameters() if p.ndim == 1}
+    vectors = {name for name, p in named_parameters(dense).items() if p.ndim == 1}
     owned = [{member.tensor for member in analysis[name].members} for name in removed]
     bare = set().union(*(some for some in owned if not some & vectors))
-    sight = _sight(dense, analysis, removed, inputs, training=training, by=vectors | bare)
+    sight = _sight(dense, analysis, removed, inputs, training=training, by=vectors | bare, path=path)
     if sight.unseen:
         hidden = {name: units for name, units in removed.items() if name in sight.unseen}
         owned = {member.tensor for name in hidden for member in analysis[name].members}
@@ -98,14 +127,22 @@ def _moves(
 
 
 def _sight(
-    dense: nn.Module, analysis: Analysis, removed: Removed, inputs: tuple[Any, ...], *, training: bool, by: set[str]
+    dense: nn.Module,
+    analysis: Analysis,
+    removed: Removed,
+    inputs: tuple[Any, ...],
+    *,
+    training: bool,
+    by: set[str],
+    path: Path | None = None,
 ) -> Sight:
     """What one run shows of the groups, by the slopes of some parameters."""
     parameters = {
-        name: p.detach().requires_grad_(p.is_floating_point() and name in by) for name, p in dense.named_parameters()
+        name: p.detach().requires_grad_(p.is_floating_point() and name in by)
+        for name, p in named_parameters(dense).items()
     }
     try:
-        made, slope = _slopes(dense, parameters, inputs, training=training)
+        made, slope = _slopes(dense, parameters, inputs, training=training, path=path)
     except RuntimeError:  # it runs, but not with gradients
         made, slope = outputs(dense, inputs, training=training), {}
 
@@ -125,13 +162,24 @@ def _sight(
 
 
 def _slopes(
-    dense: nn.Module, parameters: dict[str, Tensor], inputs: tuple[Any, ...], *, training: bool
+    dense: nn.Module,
+    parameters: dict[str, Tensor],
+    inputs: tuple[Any, ...],
+    *,
+    training: bool,
+    path: Path | None = None,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The output, and the slope of its sum with random weights by each parameter that has a part in it."""
-    buffers = {name: b.clone() for name, b in dense.named_buffers()} if training else {}
+    buffers = {name: b.clone() if training else b for name, b in named_buffers(dense).items()}
+    own = {**named_parameters(dense), **named_buffers(dense)}
+    given = {id(own[name]): value for name, value in (parameters | buffers).items()}
+    if path is not None:
+        path.name(parameters | buffers)
     generator = torch.Generator().manual_seed(2)
-    with torch.enable_grad(), mode_of(dense, training), plain_attention(), Steady() if training else nullcontext():
-        made = tensors(functional_call(dense, {**parameters, **buffers}, inputs))
+    steady = Steady() if training else nullcontext()
+    with torch.enable_grad(), mode_of(dense, training), plain_attention(), lent(dense, given), steady:
+        with path or nullcontext():
+            made = tensors(dense(*inputs))
         loss = torch.zeros(())
         for t in made:
             if t.requires_grad:
@@ -185,7 +233,7 @@ def redraw_all(module: nn.Module, generator: torch.Generator) -> None:
 
 def redraw_units(module: nn.Module, analysis: Analysis, removed: Removed, generator: torch.Generator) -> None:
     """Draw anew what these units own, in place; half of the rectifiers that were off are on then."""
-    parameters = dict(module.named_parameters())
+    parameters = named_parameters(module)
     with torch.no_grad():
         for name, units in removed.items():
             for member in analysis[name].members:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -22,6 +21,7 @@ from karui.errors import SurgeryError, require
 from karui.model.rules import rule_for, tensors_in
 from karui.model.running import Steady, double_precision, tensors
 from karui.model.trace import Step, Trace, Value, as_exported, mode_of, plain_attention
+from karui.model.walking import lent, named_buffers
 
 COUNTING = frozenset(
     {
@@ -87,7 +87,7 @@ def run_on_survivors(
     Raises:
         SurgeryError: the run is another one than the trace's.
     """
-    buffers = {name: b.clone() for name, b in module.named_buffers()} if training else {}
+    buffers = {id(b): b.clone() for b in named_buffers(module).values()} if training else {}
     kept = torch.random.get_rng_state()
     try:
         with (
@@ -96,10 +96,11 @@ def run_on_survivors(
             mode_of(module, training),
             plain_attention(),
             as_exported(trace.exported),
+            lent(module, buffers),
             Steady() if training else nullcontext(),
             Computed(on_survivors(trace.steps, alive)),
         ):
-            return tensors(functional_call(module, buffers, inputs) if buffers else module(*inputs))
+            return tensors(module(*inputs))
     finally:
         torch.random.set_rng_state(kept)
 

@@ -7,7 +7,8 @@ changes: buffers that a training-mode run would move are swapped for copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._export.utils import _compiling_state_context
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from karui.errors import CaptureError, KaruiError
-from karui.model.escapes import DataDependentError, Reads, reads_number, refuse, sized_by
+from karui.model.escapes import DataDependentError, Reads, refuse, sized_by
 from karui.model.labels import SINGLE, Dims, Labels
-from karui.model.rules import Call, rule_for, tensors_in, unknown
+from karui.model.rules import Call, known_of, tensors_in, unknown
+from karui.model.walking import layers, lent, named_buffers, named_parameters
 
 INPUT = "the model's input keeps its size"
 OUTPUT = "the model's output keeps its size"
@@ -45,6 +46,11 @@ class Value:
     dims: Dims
     origin: str = ""
     data: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape that the labels say."""
+        return tuple([len(d) for d in self.dims])
 
 
 @dataclass(frozen=True)
@@ -148,22 +154,23 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        rule, split = rule_for(func)
-        if split is not None:
+        known = known_of(func)
+        if known.split is not None:
             with self:
-                return split(*args, **kwargs)
-        inputs = [self.value(t) for t in tensors_in((*args, kwargs))]
+                return known.split(*args, **kwargs)
+        inputs = [self.value(t) for t in known.tensors(args, kwargs)]
         data = any(v.data for v in inputs)
-        if data and reads_number(func):
+        if data and known.reads_number:
             refuse()
-        self.trace.sized |= data and any(self.value(t).data for t in sized_by(func, args))
+        if data and known.sized:
+            self.trace.sized |= any(self.value(t).data for t in sized_by(func, args))
         number = len(self.trace.steps)
         result = func(*args, **kwargs) if self.compute is None else self.compute(number, func, args, kwargs)
         outputs = tensors_in(result)
         call = Call(func, args, kwargs, result)
         try:
-            rule(self, call)
-            fits = all([len(d) for d in self.value(t).dims] == list(t.shape) for t in outputs)
+            known.rule(self, call)
+            fits = all(self.value(t).sizes == t.shape for t in outputs)
         except (ValueError, IndexError, TypeError, AttributeError):
             fits = False
         if not fits:
@@ -171,7 +178,7 @@ class Tracer(TorchDispatchMode):
         made = [self.value(t) for t in outputs]
         for value in made:
             value.data = value.data or data
-        self.trace.steps.append(Step(str(func), tuple(inputs), tuple(made)))
+        self.trace.steps.append(Step(known.name, tuple(inputs), tuple(made)))
         return result
 
 
@@ -182,9 +189,9 @@ def mode_of(module: nn.Module, training: bool) -> Iterator[None]:
     What layers keep between evaluation runs (attention biases that were looked up once) is dropped before and after, by
     a turn to training mode, as such layers do when they train.
     """
-    modules = list(module.modules())
+    modules = list(layers(module).values())
     before = [m.training for m in modules]
-    minds = minds_mode(module)
+    minds = minds_mode(modules)
 
     def turn(training: bool) -> None:
         if minds:
@@ -195,24 +202,27 @@ def mode_of(module: nn.Module, training: bool) -> Iterator[None]:
                 m.__dict__["training"] = training  # what `train` sets, without its walk
 
     turn(training)
-    attributes = [dict(vars(m)) for m in modules]
+    attributes = [(m.__dict__, dict(m.__dict__)) for m in modules]
+    attributes += [(m._buffers, dict(m._buffers)) for m in modules if m._buffers]  # noqa: SLF001  (one may be set anew)
     try:
         yield
     finally:
-        for m, old in zip(modules, attributes, strict=True):
-            _restore(m.__dict__, old)
+        for now, old in attributes:
+            _restore(now, old)
         turn(True)
         for m, was in zip(modules, before, strict=True):
             m.__dict__["training"] = was
 
 
-def minds_mode(module: nn.Module) -> bool:
-    """Whether a layer does something of its own when it is turned to training or evaluation mode."""
-    return any(type(m).train is not nn.Module.train for m in module.modules())
+def minds_mode(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of these layers does something of its own when it is turned to training or evaluation mode."""
+    return any(cls.train is not nn.Module.train for cls in {type(m) for m in modules})
 
 
 def _restore(attributes: dict[str, Any], old: dict[str, Any]) -> None:
     """Attributes of a module as they were before a run."""
+    if attributes.keys() == old.keys() and all(map(operator.is_, attributes.values(), old.values())):
+        return
     for name, value in old.items():
         if attributes.get(name) is not value:
             attributes[name] = value
@@ -267,9 +277,10 @@ def run_traced(
     Raises:
         CaptureError: the run fails, or control flow depends on the data.
     """
-    buffers = {name: b.clone() for name, b in module.named_buffers(remove_duplicate=True)}
-    names: dict[int, str] = {id(p): name for name, p in module.named_parameters()}
-    names |= {id(b): name for name, b in buffers.items()}
+    own = named_buffers(module)
+    buffers = {id(b): b.clone() for b in own.values()}
+    names: dict[int, str] = {id(p): name for name, p in named_parameters(module).items()}
+    names |= {id(buffers[id(b)]): name for name, b in own.items()}
     tracer = Tracer(trace, names, compute)
     inputs = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, example)
     for t in tree_leaves(inputs):
@@ -283,9 +294,10 @@ def run_traced(
             plain_attention(),
             as_exported(trace.exported),
             Reads(tracer.depends),
+            lent(module, buffers),
             tracer,
         ):
-            outputs = functional_call(module, buffers, inputs)
+            outputs = module(*inputs)
     except KaruiError:
         raise
     except Exception as error:
@@ -311,7 +323,7 @@ def brief(error: BaseException) -> str:
 
 def minds_training(module: nn.Module) -> bool:
     """Whether a class of the user's own reads `training`, so that its training run may take another path."""
-    for cls in {type(m) for m in module.modules()}:
+    for cls in {type(m) for m in layers(module).values()}:
         if cls.__module__.startswith("torch.nn."):
             continue
         functions = (f for c in cls.__mro__ if not c.__module__.startswith("torch.") for f in vars(c).values())
