@@ -75,13 +75,16 @@ def scale_of(teachers: Teachers, dataset: Any, batch: int = 256) -> Scale:
     return Scale(running.mean.float(), torch.where(constant, 1.0, deviation).float())
 
 
-def can_hold(model: Model, path: str | None) -> bool:
-    """Whether a model's last layer can take up mean and deviation: plain, with a bias, its weights in no other use."""
+def can_hold(model: Model, path: str | None, classes: int | None = None) -> bool:
+    """Whether a model's last layer can take up mean and deviation: plain, with a bias, its weights in no other use.
+
+    Given the number of the teacher's classes, it must know as many.
+    """
     if path is None:
         return False
     layer: Any = layer_at(model.module, path)
     plain = isinstance(layer, (nn.Linear, *CONVOLUTIONS.values())) and not parametrize.is_parametrized(layer)
-    if not plain or layer.bias is None:
+    if not plain or layer.bias is None or len(layer.bias) != (classes or len(layer.bias)):
         return False
     own = {id(layer.weight), id(layer.bias)}
     uses = [name for name, value in model.module.named_parameters(remove_duplicate=False) if id(value) in own]

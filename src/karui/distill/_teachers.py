@@ -1,18 +1,29 @@
-"""Who teaches: the models that a technique is given as teachers, or the one that the pipeline started from."""
+"""Who teaches: what a technique is given as teachers, or the model that the pipeline started from.
+
+A teacher is a karui Model, the folder of a saved one, a torch module, a fitted estimator, an ONNX file, a function,
+what `package.module:factory` or `file.py:factory` makes, or several of these.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from karui.errors import NeedError, require
-from karui.model import Model
+from torch import nn
+
+from karui.distill.predictors import Classifier, Predictor, Regressor, predictor
+from karui.errors import KaruiError, NeedError, require
+from karui.model import Model, Regression
+from karui.model.importing import load_callable, told_of
 
 if TYPE_CHECKING:
     from karui.technique import Bench
 
-Teacher = Model | str | Path
+Teacher = Model | nn.Module | Classifier | Regressor | Callable[..., Any] | Path | str
 GIVE = "Give teacher=..., a Model or the folder of a saved one."
+WHOLE = "Teachers with inner layers are a karui Model, the folder of a saved one, or a torch module."
+_ZOOS = ("timm", "torchvision")
 
 
 def given(teacher: Teacher | tuple[Teacher, ...] | None) -> tuple[Teacher, ...]:
@@ -26,24 +37,49 @@ def lacking_teachers(
     slug: str, teacher: Teacher | tuple[Teacher, ...] | None, bench: Bench, *, first: bool
 ) -> list[tuple[str, str]]:
     """What is missing for a teacher, before any work starts: (message, remedy) pairs."""
-    folders = [Path(one) for one in given(teacher) if not isinstance(one, Model)]
-    lost = [folder for folder in folders if not (folder / "model.json").is_file()]
-    missing = [(f"'{slug}' has no teacher: {folder} holds no saved model.", GIVE) for folder in lost]
+    lost = [_lost(str(one)) for one in given(teacher) if isinstance(one, str | Path)]
+    missing = [(f"'{slug}' has no teacher: {told}", GIVE) for told in lost if told]
     if teacher is None and bench.dense is None and first:
         missing.append((f"'{slug}' needs a teacher.", GIVE))
     return missing
 
 
+def _lost(spec: str) -> str:
+    """Why a teacher that is named cannot be there; empty where it may be."""
+    where, colon, _ = spec.rpartition(":")
+    if spec.endswith(".onnx"):
+        return "" if Path(spec).is_file() else f"there is no file {spec}."
+    if colon and not Path(spec).exists():
+        if where in _ZOOS:
+            return f"{spec} comes without trained weights."
+        lacking = where.endswith(".py") and not Path(where).expanduser().is_file()
+        return f"there is no file {where}." if lacking else ""
+    return "" if (Path(spec) / "model.json").is_file() else f"{spec} holds no saved model."
+
+
 def teachers_of(
-    slug: str, teacher: Teacher | tuple[Teacher, ...] | None, student: Model, bench: Bench
+    slug: str,
+    teacher: Teacher | tuple[Teacher, ...] | None,
+    student: Model,
+    bench: Bench,
+    *,
+    whole: str = "",
 ) -> tuple[Model, ...]:
-    """The teachers, read where they are folders; without any, the model at the start of the pipeline.
+    """The teachers as models, read where they are files; without any, the model at the start of the pipeline.
+
+    Args:
+        slug: of the technique, for errors.
+        teacher: as its setting says.
+        student: whose inputs and task the teachers share where they have none of their own.
+        bench: knows the start of the pipeline.
+        whole: what the technique does to its teacher that outputs alone do not allow, such as "looks at inner layers
+            of its teacher"; empty where any teacher will do.
 
     Raises:
-        NeedError: there is none, or it is the student itself.
+        NeedError: there is none, it is the student itself, or it only gives outputs where more is needed.
     """
     named = given(teacher) or ((bench.dense,) if bench.dense is not None else ())
-    teachers = tuple(one if isinstance(one, Model) else _read(Path(one)) for one in named)
+    teachers = tuple(model for one in named for model in _models(slug, one, student))
     require(len(teachers) > 0, f"'{slug}' needs a teacher.", GIVE, NeedError)
     require(
         all(one.module is not student.module for one in teachers),
@@ -51,16 +87,63 @@ def teachers_of(
         f"Compress the model in a step before, or: {GIVE}",
         NeedError,
     )
+    outside = [one.module.name for one in teachers if isinstance(one.module, Predictor)]
+    told = f"'{slug}' {whole}, and {', '.join(outside)} gives outputs alone."
+    require(not (whole and outside), told, WHOLE, NeedError)
     return teachers
+
+
+def _models(slug: str, one: Any, student: Model) -> tuple[Model, ...]:
+    """What a teacher is as models: several where a factory makes several."""
+    if isinstance(one, Model):
+        return (one,)
+    if isinstance(one, tuple | list):
+        return tuple(model for part in one for model in _models(slug, part, student))
+    if isinstance(one, str | Path):
+        return _named(slug, str(one), student)
+    gives = "numbers" if isinstance(student.task, Regression) else None
+    module = one if isinstance(one, nn.Module) else predictor(one, gives=gives)
+    return (Model(module, example=student.example, task=student.task),)
+
+
+def _named(slug: str, spec: str, student: Model) -> tuple[Model, ...]:
+    lost = _lost(spec)
+    require(not lost, f"'{slug}' has no teacher: {lost}", GIVE, NeedError)
+    if spec.endswith(".onnx"):
+        from karui.distill._onnx_teachers import onnx_teacher
+
+        gives = "numbers" if isinstance(student.task, Regression) else None
+        return _models(slug, onnx_teacher(Path(spec), gives=gives), student)
+    if ":" in spec and not Path(spec).exists():
+        factory = load_callable(spec, NeedError)
+        try:
+            made = factory()
+        except KaruiError:
+            raise
+        except Exception as failure:  # a factory is foreign code and may raise anything
+            raise NeedError(f"The factory '{spec}' of the teacher failed: {told_of(failure)}") from failure
+        require(
+            not isinstance(made, str | Path), f"The factory '{spec}' gives a {type(made).__name__}.", GIVE, NeedError
+        )
+        return _models(slug, made, student)
+    from karui.artifact import load  # a teacher that is at hand needs no reader of files
+
+    return (load(Path(spec)),)
 
 
 def remark(teacher: Teacher | tuple[Teacher, ...] | None) -> str:
     """What `karui plan` tells of the teacher."""
-    told = "the model at the start of the pipeline" if teacher is None else f"{teacher}"
-    return f"the teacher is {told}; nothing gets smaller by distillation itself"
+    names = " and ".join(_name(one) for one in given(teacher)) or "the model at the start of the pipeline"
+    return f"the teacher is {names}; nothing gets smaller by distillation itself"
 
 
-def _read(folder: Path) -> Model:
-    from karui.artifact import load  # a teacher that is at hand needs no reader of files
-
-    return load(folder)
+def _name(one: Teacher) -> str:
+    if isinstance(one, str | Path):
+        return str(one)
+    if isinstance(one, Predictor):
+        return one.name
+    return (
+        f"a {type(one).__name__}"
+        if isinstance(one, Model | nn.Module)
+        else getattr(one, "__name__", f"a {type(one).__name__}")
+    )

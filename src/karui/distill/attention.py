@@ -307,7 +307,9 @@ class AttentionTransfer:
         return bench.fit(model, epochs=self.epochs, influence=self.influence(model, bench), label="attend")
 
     def _maps(self, model: Model, bench: Bench) -> Influence:
-        teacher = teachers_of("attention_transfer", self.teacher, model, bench)[0]
+        teacher = teachers_of(
+            "attention_transfer", self.teacher, model, bench, whole="looks at inner layers of its teacher"
+        )[0]
         own, theirs = paired_layers("attention_transfer", model, teacher, self.layers, self.teacher_layers)
         return AttentionMaps(
             guide=Guide(teacher, theirs),
@@ -331,7 +333,11 @@ class AttentionTransfer:
         assert model.task is not None  # noqa: S101  (just required; for the type checker)
         guide = None
         if self.by == "gradients":
-            guide = Guide(teachers_of("attention_transfer", self.teacher, model, bench)[0])
+            guide = Guide(
+                teachers_of(
+                    "attention_transfer", self.teacher, model, bench, whole="looks at inner layers of its teacher"
+                )[0]
+            )
         return InputGradients(guide=guide, task=model.task, beta=self._beta(), decay=self.decay)
 
     def _beta(self) -> float:

@@ -189,7 +189,9 @@ class DataFree:
         return taught.evolve(taught.module, Note(f"taught on inputs rebuilt from an {held.describe()}", facts))
 
     def _teacher(self, model: Model, bench: Bench) -> Model:
-        return teachers_of("data_free_distillation", self.teacher, model, bench)[0]
+        return teachers_of(
+            "data_free_distillation", self.teacher, model, bench, whole="looks at inner layers of its teacher"
+        )[0]
 
     def _at_hand(self) -> bool:
         return isinstance(self.record, Record) or (self.record is not None and Path(self.record).is_file())

@@ -294,7 +294,9 @@ class DetectionDistillation:
 
     def influence(self, model: Model, bench: Bench) -> Influence:
         """The three parts, for a training of `model` or of what becomes of it."""
-        teacher = teachers_of("detection_distillation", self.teacher, model, bench)[0]
+        teacher = teachers_of(
+            "detection_distillation", self.teacher, model, bench, whole="looks at inner layers of its teacher"
+        )[0]
         layer, theirs = self._layers(model, teacher) if self.hint > 0 else ("", "")
         parts: list[Influence] = []
         if self.hint > 0:

@@ -251,7 +251,9 @@ class FitNets:
         """The student, taught in two stages."""
         if self.hint_epochs == 0 and self.epochs == 0:
             return model
-        teacher = teachers_of("fitnets_hint", self.teacher, model, bench)[0]
+        teacher = teachers_of(
+            "fitnets_hint", self.teacher, model, bench, whole="looks at an inner layer of its teacher"
+        )[0]
         hinted = self._hinted(model, teacher, bench) if self.hint_epochs else model
         if self.epochs == 0:
             return hinted

@@ -121,8 +121,9 @@ class KnowledgeDistillation:
     """Train a network on the softened probabilities of a better one.
 
     Settings:
-        teacher: a karui Model, the folder of a saved one, or several of these; None is the model at the start of the
-            pipeline, so that a compressed network learns from what it was.
+        teacher: a karui Model, the folder of a saved one, a torch module, a fitted scikit-learn estimator, the path of
+            an .onnx file, a function, "file.py:factory" or "package.module:factory" that makes one, or several of
+            these; None is the model at the start of the pipeline, so that a compressed network learns from what it was.
         temperature: softens student and teacher alike; 2.5 to 4 for very small students, above 8 hardly matters.
         weight: share of the soft loss, in [0, 1]; the rest is the loss against the labels.
         epochs: passes over the training data.

@@ -160,8 +160,9 @@ class LogitRegression:
     """Train a network to give the logits of a better one, or the mean of several, without labels.
 
     Settings:
-        teacher: a karui Model, the folder of a saved one, or several of these; None is the model at the start of the
-            pipeline.
+        teacher: a karui Model, the folder of a saved one, a torch module, a fitted scikit-learn estimator, the path of
+            an .onnx file, a function, "file.py:factory" or "package.module:factory" that makes one, or several of
+            these; None is the model at the start of the pipeline.
         unlabelled: more inputs to learn on: a data set, or a specification as of --data, for example "npz:pool.npz"
             (an array `x` is enough). Labels in it are not looked at.
         parameters: budget of a new shallow wide student, which is taught in place of the given model, by it if no other
@@ -242,7 +243,7 @@ class LogitRegression:
             train = with_unlabelled(train, load_unlabelled(self.unlabelled) if named else self.unlabelled)  # pyright: ignore[reportArgumentType]
         scale = scale_of(teachers, train) if self.normalise else None
         head = head_of(model)
-        folded = scale is not None and can_hold(model, head)
+        folded = scale is not None and can_hold(model, head, len(scale.mean))
         part = _Normalised(scale, head) if scale is not None and head is not None and folded else Influence()
         turn = Turn(name="logits", objective=_Match(teachers, scale, folded))
         training = bench.training

@@ -133,8 +133,9 @@ class ModelCompression:
     """Teach a small network what a teacher says of pseudo data made from the training inputs.
 
     Settings:
-        teacher: a karui Model, the folder of a saved one, or several of these; None is the model at the start of the
-            pipeline.
+        teacher: a karui Model, the folder of a saved one, a torch module, a fitted scikit-learn estimator, the path of
+            an .onnx file, a function, "file.py:factory" or "package.module:factory" that makes one, or several of
+            these; None is the model at the start of the pipeline.
         generator: "munge"; or one of the controls: "random", attributes drawn independently, "nbe", a mixture of
             naive-Bayes clusters.
         copies: how many times as many pseudo samples as there are training samples; 0 for none.

@@ -214,7 +214,11 @@ class MutualLearning:
             bench: with training data.
         """
         fresh = [redrawn(model, seed_of(bench.seed, "peer", number)) for number in range(1, self.peers)]
-        partners = teachers_of("deep_mutual_learning", self.partners, model, bench) if self.partners else ()
+        partners = (
+            teachers_of("deep_mutual_learning", self.partners, model, bench, whole="trains its partners")
+            if self.partners
+            else ()
+        )
         models = (model, *fresh, *partners)
         masks = zero_masks(model.module) if self.keep_zeros else {}
         trained = fit_together(

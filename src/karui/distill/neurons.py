@@ -145,7 +145,9 @@ class NeuronSelection:
         """The student, whose outputs are the selected neurons; without a task, as it gives no classes."""
         if self.epochs == 0:
             return model
-        teachers = teachers_of("neuron_selection_distillation", self.teacher, model, bench)
+        teachers = teachers_of(
+            "neuron_selection_distillation", self.teacher, model, bench, whole="looks at inner neurons of its teacher"
+        )
         layers = [self.layer or last_hidden(one) for one in teachers]
         kept = tuple(
             self.selection(one, path, bench, number)

@@ -1,0 +1,348 @@
+"""Who may teach: torch modules, functions, estimators, ONNX files and ensembles of them, for every technique."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+from sklearn.linear_model import LinearRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+from sklearn.tree import DecisionTreeClassifier
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from karui.architectures.perceptron import perceptron
+from karui.artifact import save
+from karui.data import Splits
+from karui.data.splits import take
+from karui.distill._onnx_teachers import onnx_teacher
+from karui.distill._teachers import remark, teachers_of
+from karui.distill.attention import AttentionTransfer
+from karui.distill.data_free import DataFree
+from karui.distill.detection import DetectionDistillation
+from karui.distill.hint import FitNets
+from karui.distill.knowledge import KnowledgeDistillation
+from karui.distill.logits import LogitRegression
+from karui.distill.munge import ModelCompression
+from karui.distill.mutual import MutualLearning
+from karui.distill.neurons import NeuronSelection
+from karui.distill.predictors import FLOOR, predictor
+from karui.errors import NeedError
+from karui.model import Classification, Model, Regression
+from karui.recipes import recipe_from_values
+from karui.recipes.recipe import recipe_from
+from karui.technique import Bench, lacking
+from karui.train import Adam, Constant, Training
+from karui.train.fingerprint import fingerprint
+from karui.train.teaching import Teachers
+
+OUTPUTS_ALONE: tuple[Callable[..., Any], ...] = (KnowledgeDistillation, LogitRegression, ModelCompression)
+
+
+def mlp(*widths: int, seed: int = 0, classes: int = 10) -> Model:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Model(perceptron((64, *widths, classes)), example=(torch.zeros(1, 1, 8, 8),), task=Classification())
+
+
+@pytest.fixture(scope="module")
+def few(digits: Splits) -> TensorDataset:
+    return take(digits.train, torch.arange(120))
+
+
+@pytest.fixture(scope="module")
+def bench(digits: Splits, few: TensorDataset) -> Bench:
+    training = Training(epochs=1, batch_size=64, optimizer=Adam(lr=3e-3), schedule=Constant())
+    return Bench(train=few, validation=digits.validation, test=digits.test, training=training)
+
+
+@pytest.fixture
+def outside(forest: RandomForestClassifier, onnx_file: Path) -> dict[str, Any]:
+    """A teacher of each kind that is no torch module."""
+    return {"forest": forest, "onnx": str(onnx_file), "function": plain}
+
+
+def table_of(data: TensorDataset) -> tuple[np.ndarray, np.ndarray]:
+    return data.tensors[0].flatten(1).double().numpy(), data.tensors[1].numpy()
+
+
+@pytest.fixture(scope="module")
+def forest(few: TensorDataset) -> RandomForestClassifier:
+    return RandomForestClassifier(20, random_state=0).fit(*table_of(few))
+
+
+@pytest.fixture(scope="module")
+def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that ends in logits, for any number of samples."""
+    return written(mlp(16, seed=3), tmp_path_factory.mktemp("onnx") / "teacher.onnx")
+
+
+def written(
+    model: Model, path: Path, *, batch: int | str = "batch", shape: tuple[int, ...] = (1, 8, 8), soft: bool = False
+) -> Path:
+    """A perceptron of one hidden layer as an ONNX file, written by hand: an export takes seconds."""
+    hidden, last = (layer for layer in model.module.modules() if isinstance(layer, nn.Linear))
+    weights = {"w1": hidden.weight, "b1": hidden.bias, "w2": last.weight, "b2": last.bias}
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w1", "b1"], ["hidden"], transB=1),
+        helper.make_node("Relu", ["hidden"], ["kept"]),
+        helper.make_node("Gemm", ["kept", "w2", "b2"], ["logits"], transB=1),
+        helper.make_node("Softmax" if soft else "Identity", ["logits"], ["said"]),
+        helper.make_node("Identity", ["said"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "teacher",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [batch, *shape])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [batch, last.out_features])],
+        [numpy_helper.from_array(tensor.detach().numpy(), name) for name, tensor in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    return 3 * x.flatten(1)[:, 10:20]
+
+
+def answers(teacher: Any, x: torch.Tensor, bench: Bench) -> torch.Tensor:
+    return Teachers(teachers_of("knowledge_distillation", teacher, mlp(8), bench))((x,))
+
+
+def same(a: Model, b: Model) -> bool:
+    left, right = a.module.state_dict(), b.module.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_each_says_what_it_said_before(
+    forest: RandomForestClassifier, onnx_file: Path, few: TensorDataset, bench: Bench
+) -> None:
+    x = few.tensors[0][:30]
+    said = torch.from_numpy(forest.predict_proba(x.flatten(1).double().numpy())).float()
+    torch.testing.assert_close(answers(forest, x, bench)[0].softmax(1), said, atol=11 * FLOOR, rtol=0)
+    network = mlp(16, seed=3)
+    for teacher in (network, network.module, onnx_file, str(onnx_file)):
+        torch.testing.assert_close(answers(teacher, x, bench)[0], network.module(x).detach(), atol=1e-4, rtol=1e-4)
+    assert torch.equal(answers(plain, x, bench)[0], plain(x))
+    several = answers((forest, onnx_file, plain, network.module), x, bench)
+    assert several.shape == (4, 30, 10)
+    torch.testing.assert_close(several[0], answers(forest, x, bench)[0])
+
+
+@pytest.mark.parametrize("technique", OUTPUTS_ALONE)
+@pytest.mark.parametrize("kind", ["forest", "onnx", "function", "module", "ensemble"])
+def test_every_technique_that_needs_outputs_alone_takes_any_of_them(
+    technique: Callable[..., Any], kind: str, outside: dict[str, Any], bench: Bench, tmp_path: Path
+) -> None:
+    module = mlp(12, seed=4).module
+    known = {**outside, "module": module}
+    teacher = known[kind] if kind in known else tuple(known.values())
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    module.train()
+    settings = {"copies": 1} if technique is ModelCompression else {}
+    step = technique(teacher=teacher, epochs=1, **settings)
+    assert lacking(step, mlp(8), bench) == []
+    assert "the teacher is" in step.remarks(mlp(8))[0]
+    taught = step.apply(mlp(8), bench)
+    assert same(taught, step.apply(mlp(8), bench))
+    assert not same(taught, mlp(8))
+    assert [type(part) for part in taught.module.modules()] == [type(part) for part in mlp(8).module.modules()]
+    saved = save(taught, tmp_path / "light", onnx=False)
+    assert {p.name for p in (tmp_path / "light").iterdir()} == {"model.json", "model.safetensors"}, saved
+    assert taught.parameters == mlp(8).parameters, "nothing of the teacher is in the student"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert module.training, "the teacher that was given is left as it was"
+    assert all(p.requires_grad and p.grad is None for p in module.parameters())
+
+
+def test_the_teacher_is_in_evaluation_mode_without_gradient_and_on_the_device_of_the_inputs(
+    forest: RandomForestClassifier, bench: Bench
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.layer = nn.BatchNorm1d(64), nn.Linear(64, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append((self.training, torch.is_grad_enabled()))
+            return self.layer(nn.functional.dropout(self.norm(x.flatten(1)), training=self.training))
+
+    module = Watching().train()
+    KnowledgeDistillation(teacher=module, epochs=1).apply(mlp(8), bench)
+    assert set(seen) == {(False, False)}
+    assert int(module.norm.num_batches_tracked or 0) == 0
+    teachers = Teachers(teachers_of("knowledge_distillation", module, mlp(8), bench))
+    assert teachers((torch.zeros(3, 1, 8, 8, device="meta"),)).device.type == "meta"
+    assert next(module.parameters()).device.type == "cpu"
+    wild = predictor(lambda x: x.flatten(1)[:, :10] * nn.Parameter(torch.ones(10)))
+    assert not wild(torch.zeros(2, 1, 8, 8)).requires_grad
+    moved = predictor(lambda x: np.zeros((len(x), 10)))
+    assert moved(torch.zeros(3, 64, device="meta")).device.type == "meta"
+    assert list(predictor(forest).parameters()) == list(predictor(forest).buffers()) == []
+
+
+def test_a_wrong_shape_names_both(forest: RandomForestClassifier, onnx_file: Path, bench: Bench) -> None:
+    wide = torch.zeros(4, 1, 9, 9)
+    with pytest.raises(NeedError, match=r"RandomForestClassifier, takes tables of shape \(batch, 64\).*\(4, 1, 9, 9\)"):
+        answers(forest, wide, bench)
+    with pytest.raises(NeedError, match=r"teacher.onnx takes inputs of shape \(batch, 1, 8, 8\).*\(4, 1, 9, 9\)"):
+        answers(onnx_file, wide, bench)
+    with pytest.raises(NeedError, match=r"shape \(4, 10\) and another a tensor of shape \(4, 7\)"):
+        answers((plain, mlp(8, classes=7)), torch.zeros(4, 1, 8, 8), bench)
+    student, bench = (
+        mlp(8, classes=7),
+        replace(bench, train=TensorDataset(bench.train.tensors[0], bench.train.tensors[1] % 7)),
+    )
+    for technique in OUTPUTS_ALONE:
+        with pytest.raises(NeedError, match=r"\(64, 7\).*\(64, 10\)"):
+            technique(teacher=forest, epochs=1).apply(student, bench)
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        AttentionTransfer(teacher=plain, layers=("1",)),
+        FitNets(teacher=plain, layer="1", teacher_layer="1"),
+        NeuronSelection(teacher=plain, layer="1"),
+        DetectionDistillation(teacher=plain),
+        DataFree(teacher=plain),
+        MutualLearning(partners=(plain,)),
+    ],
+    ids=lambda step: type(step).__name__,
+)
+def test_who_looks_inside_says_which_teachers_can_be_looked_into(technique: Any, bench: Bench) -> None:
+    with pytest.raises(NeedError, match="plain gives outputs alone") as caught:
+        technique.apply(mlp(8), bench)
+    assert technique.card.slug in caught.value.message
+    assert "torch module" in caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_teach_is_refused_in_one_line(bench: Bench, few: TensorDataset, tmp_path: Path) -> None:
+    def refused(teacher: Any, *words: str) -> None:
+        with pytest.raises(NeedError) as caught:
+            KnowledgeDistillation(teacher=teacher).apply(mlp(8), bench)
+        assert all(word in str(caught.value) for word in words), caught.value
+        assert "\n" not in str(caught.value)
+
+    refused(RandomForestClassifier(), "RandomForestClassifier", "not fitted")
+    refused(LinearSVC().fit(*table_of(few)), "LinearSVC", "no probabilities")
+    refused(7, "int is no teacher")
+    refused(DecisionTreeClassifier, "no teacher")
+    refused("nowhere.onnx", "no file nowhere.onnx")
+    refused("nowhere.py:factory", "no file nowhere.py")
+    refused("timm:resnet18", "without trained weights")
+    refused(str(tmp_path), "holds no saved model")
+    (tmp_path / "broken.onnx").write_bytes(b"nothing")
+    refused(tmp_path / "broken.onnx", "broken.onnx")
+    refused(lambda x: {"logits": x}, "gives")
+    refused(lambda x: x.flatten(1)[:3], "one row for each sample")
+    refused(lambda x: x.flatten(1)[:, :1], "not logits")
+    refused(predictor(plain, gives="probabilities"), "no probabilities")
+
+
+def test_classes_that_an_estimator_has_not_seen_keep_their_numbers(few: TensorDataset) -> None:
+    x, y = table_of(few)
+    seen = np.isin(y, (1, 4))
+    said = predictor(DecisionTreeClassifier(random_state=0).fit(x[seen], y[seen]))(few.tensors[0]).softmax(1)
+    assert said.shape == (120, 5)
+    assert set(said.argmax(1).tolist()) == {1, 4}
+    assert float(said[:, [0, 2, 3]].max()) < 2 * FLOOR
+    texts = predictor(DecisionTreeClassifier(random_state=0).fit(x, y.astype(str)))(few.tensors[0])
+    assert texts.argmax(1).tolist() == y.tolist(), "names stand in the order of the alphabet"
+
+
+def test_regressions_teach_numbers(bench: Bench) -> None:
+    x = torch.randn(150, 3, generator=torch.Generator().manual_seed(0))
+    y = x @ torch.tensor([[1.0], [-2.0], [0.5]])
+    line = make_pipeline(StandardScaler(), LinearRegression()).fit(x.numpy(), y[:, 0].numpy())
+    student = Model(nn.Linear(3, 1), example=(x[:1],), task=Regression())
+    training = Training(batch_size=16, optimizer=Adam(lr=0.05), schedule=Constant())
+    bench = Bench(train=TensorDataset(x), training=training)
+    for teacher in (line, lambda inputs: inputs @ torch.tensor([[1.0], [-2.0], [0.5]])):
+        taught = ModelCompression(teacher=teacher, copies=2, epochs=10).apply(student, bench)
+        torch.testing.assert_close(taught.module(x).detach(), y, atol=0.1, rtol=0)
+    two = RandomForestRegressor(3).fit(x.numpy(), np.stack([y[:, 0], y[:, 0]], 1))
+    with pytest.raises(NeedError, match=r"\(64, 1\)|\(16, 1\)"):
+        ModelCompression(teacher=two, copies=1, epochs=1).apply(student, bench)
+
+
+def test_an_onnx_file_that_ends_in_probabilities_is_seen_and_one_of_a_fixed_batch_is_fed_in_parts(
+    tmp_path: Path, few: TensorDataset
+) -> None:
+    model, x = mlp(16, seed=5), few.tensors[0][:7]
+    said = model.module(x).detach()
+    soft = onnx_teacher(written(model, tmp_path / "soft.onnx", batch=3, soft=True))
+    assert soft.gives == "probabilities"
+    torch.testing.assert_close(soft(x).softmax(1), said.softmax(1), atol=11 * FLOOR, rtol=0)
+    table = onnx_teacher(written(model, tmp_path / "table.onnx", shape=(64,)))
+    assert table.gives == "logits"
+    torch.testing.assert_close(table(x), said, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_kept_on_disk_belongs_to_the_very_content(
+    forest: RandomForestClassifier, few: TensorDataset, onnx_file: Path
+) -> None:
+    x, y = table_of(few)
+    again = RandomForestClassifier(20, random_state=0).fit(x, y)
+    other = RandomForestClassifier(20, random_state=1).fit(x, y)
+    assert fingerprint(predictor(forest)) == fingerprint(predictor(again)) != fingerprint(predictor(other))
+    assert fingerprint(onnx_teacher(onnx_file)) == fingerprint(onnx_teacher(onnx_file))
+    assert fingerprint(predictor(plain)) != fingerprint(predictor(lambda x: 2 * x))
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+def ensemble():
+    return [net(), lambda x: x.flatten(1)[:, :10]]
+
+def fails():
+    raise RuntimeError("no weights here")
+
+def nothing():
+    return "somewhere"
+"""
+
+
+def test_teachers_by_name_in_recipes_and_on_the_command_line(bench: Bench, tmp_path: Path, onnx_file: Path) -> None:
+    (tmp_path / "mine.py").write_text(FACTORY, encoding="utf-8")
+    where = str(tmp_path / "mine.py")
+    x = torch.rand(3, 1, 8, 8)
+    (step,) = recipe_from(f"knowledge_distillation:teacher={where}:ensemble,epochs=1").steps
+    assert step == KnowledgeDistillation(teacher=f"{where}:ensemble", epochs=1)
+    assert answers(f"{where}:ensemble", x, bench).shape == (2, 3, 10)
+    assert not same(step.apply(mlp(8), bench), mlp(8))
+    (named,) = recipe_from(f"logit_regression:teacher={onnx_file},epochs=1").steps
+    assert not same(named.apply(mlp(8), bench), mlp(8))
+    both = {"technique": "munge_compression", "teacher": [str(onnx_file), f"{where}:net"], "copies": 1, "epochs": 1}
+    (several,) = recipe_from_values({"step": [both]}).steps
+    assert several == ModelCompression(teacher=(str(onnx_file), f"{where}:net"), copies=1, epochs=1)
+    assert not same(several.apply(mlp(8), bench), mlp(8))
+    for name, words in (("fails", "no weights here"), ("nothing", "gives a str"), ("absent", "has no 'absent'")):
+        with pytest.raises(NeedError, match=words):
+            replace(step, teacher=f"{where}:{name}").apply(mlp(8), bench)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_plan_names_the_teacher(forest: RandomForestClassifier) -> None:
+    assert "the teacher is a RandomForestClassifier;" in remark(forest)
+    assert "a Model and plain and x.onnx" in remark((mlp(8), plain, "x.onnx"))
+    assert "the start of the pipeline" in remark(None)
