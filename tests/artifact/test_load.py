@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from karui.artifact import load, save
+from karui.artifact.export import rounding
 from karui.artifact.files import sealed
 from karui.errors import ArtifactError
 from karui.model import Model, resolve
@@ -118,3 +119,21 @@ def test_a_later_format_is_refused_with_the_remedy(tmp_path):
     path.write_bytes(sealed({**told, "format": 2}))
     with pytest.raises(ArtifactError, match=r"model\.json is of format 2.*Update karui"):
         load(saved.folder)
+
+
+def test_rounding_counts_what_last_digits_decide_between_two_levels() -> None:
+    class Tie(nn.Module):
+        """A sum that lies half way between two levels."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([0.5]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * self.weight).round()
+
+    x = torch.ones(3, 1)
+    model = Model(Tie(), example=(x,))
+    assert rounding(model, (x,), [model.module(x).detach()]) == 1
+    smooth = Model(nn.Linear(1, 1), example=(x,))
+    assert rounding(smooth, (x,), [smooth.module(x).detach()]) < 1e-4

@@ -161,3 +161,13 @@ def test_two_processes_train_members_as_one_does(alternating: bool) -> None:
 def test_members_without_a_task_are_refused() -> None:
     with pytest.raises(NeedError, match="no task"):
         joined((replace(net(0), task=None), net(1)))
+
+
+def test_a_network_given_twice_becomes_two() -> None:
+    one = net(0)
+    both = joined([one, one, net(1)]).module
+    assert isinstance(both, Joint)
+    first, second = both.members[0], both.members[1]
+    assert first is not second
+    pairs = list(zip(first.parameters(), second.parameters(), strict=True))
+    assert all(torch.equal(a, b) and a is not b for a, b in pairs)

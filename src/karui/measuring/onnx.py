@@ -78,14 +78,29 @@ def _export(model: Model) -> OnnxForm:
         except Exception as error:
             raise CaptureError(*_capture_failed(error)) from error
         try:
-            exported = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False)
+            exported = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, optimize=False)
+            assert exported is not None  # noqa: S101  (dynamo=True returns one)
+            _simplify(exported)
         except Exception as error:
             raise CaptureError(*_translation_failed(error)) from error
-        assert exported is not None  # noqa: S101  (dynamo=True returns one)
         proto = exported.model_proto
     layers = _strip(proto, {path for path, _ in model.module.named_modules()})
     _check(proto)
     return OnnxForm(data=proto.SerializeToString(deterministic=True), layers=layers)
+
+
+def _simplify(exported: torch.onnx.ONNXProgram) -> None:
+    """What the exporter does by itself: constants computed, redundant operators removed; but packed bits stay packed.
+
+    Weights that are held as bits (`karui.numerics.bit_planes`) are constants, and computed they would be 32 times as
+    large. The engine computes them when it loads the file.
+    """
+    from onnxscript.optimizer import optimize_ir
+
+    if any(node.op_type == "BitwiseAnd" for node in exported.model.graph):
+        optimize_ir(exported.model, should_fold=lambda node: False if node.op_type == "BitwiseAnd" else None)
+    else:
+        exported.optimize()
 
 
 @contextlib.contextmanager

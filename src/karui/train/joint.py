@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from karui.errors import NeedError, require
-from karui.model import Model, Task, taps
+from karui.model import Model, Task, copied, taps
 from karui.train.guide import statistics_kept
 from karui.train.influence import Influence, Moment
 from karui.train.turn import Turn
@@ -58,6 +58,8 @@ Pull = Callable[[int, Tensor, Any, Answer, tuple[Answer, ...]], Tensor]
 def joined(models: Sequence[Model]) -> Model:
     """The networks as one model, with the first one's example and task. They are not copied; `fit` does that.
 
+    A network that is given twice becomes two of the same values, each of which goes its own way.
+
     Raises:
         NeedError: the first one has no task.
     """
@@ -68,7 +70,11 @@ def joined(models: Sequence[Model]) -> Model:
         "Give Model(..., task=karui.Classification()), or another task.",
         NeedError,
     )
-    return Model(Joint([model.module for model in models]), example=first.example, task=first.task)
+    members: list[nn.Module] = []
+    for model in models:
+        known = any(model.module is member for member in members)
+        members.append(copied(model.module) if known else model.module)
+    return Model(Joint(members), example=first.example, task=first.task)
 
 
 def member_turns(
