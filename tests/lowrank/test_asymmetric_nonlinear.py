@@ -17,7 +17,7 @@ from karui.data import Splits
 from karui.errors import NeedError, SettingError
 from karui.layers.factored import FactoredConv, FactoredLinear, factor_conv
 from karui.lowrank._calibrate import Calibration
-from karui.lowrank._common import scan
+from karui.lowrank._scan import scan
 from karui.lowrank.asymmetric_nonlinear import AsymmetricNonlinear, assemble
 from karui.measuring import count
 from karui.model import Classification, Model, replace_layers

@@ -16,8 +16,8 @@ from karui.errors import NeedError, SettingError
 from karui.layers.biclustered import BiclusteredConv, pairs_kernel
 from karui.layers.factored import FactoredLinear
 from karui.lowrank._biclusters import pair_cost
-from karui.lowrank._common import Seen, scan
 from karui.lowrank._metrics import metric_of
+from karui.lowrank._scan import Seen, scan
 from karui.lowrank.biclustered_cp import BiclusteredCp
 from karui.lowrank.biclustered_svd import BiclusteredSvd
 from karui.measuring import count

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from karui.errors import SettingError
-from karui.lowrank._common import Choice, scan, unless_larger
+from karui.lowrank._choice import Choice, unless_larger
+from karui.lowrank._scan import scan
 from karui.model import Model
 
 

@@ -16,8 +16,8 @@ from karui.data import Splits
 from karui.errors import NeedError, SettingError
 from karui.layers.monochromatic import MonochromaticConv
 from karui.lowrank._above import up_to
-from karui.lowrank._common import scan
 from karui.lowrank._metrics import gradient_strength, metric_of
+from karui.lowrank._scan import scan
 from karui.lowrank.monochromatic import Monochromatic, monochrome
 from karui.measuring import count
 from karui.model import Classification, Model, resolve

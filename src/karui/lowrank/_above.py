@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from karui.lowrank._common import Choice, Seen, carry_out, fine_tune, tracked
+from karui.lowrank._choice import Choice
+from karui.lowrank._common import carry_out, fine_tune, tracked
+from karui.lowrank._scan import Seen
 from karui.model.taps import layer_at
 from karui.model.trace import mode_of
 from karui.train import Paced

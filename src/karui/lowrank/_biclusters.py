@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from karui.layers.biclustered import biclustered_conv, pairs_kernel
-from karui.lowrank._common import Choice, Seen, factor_matrix, unless_larger
+from karui.lowrank._choice import Choice, unless_larger
+from karui.lowrank._common import factor_matrix
 from karui.lowrank._metrics import metric_of
+from karui.lowrank._scan import Seen
 from karui.numerics.biclusters import Grid, grid_of
 from karui.numerics.metrics import Covariance, Metric, Weighted, descend
 from karui.numerics.svd import factored_size

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from karui.lowrank._common import Seen, filters_of, groups_of
+from karui.lowrank._scan import Seen, filters_of, groups_of
 from karui.model.following import Following
 from karui.model.responses import draw_positions, patches_at, responses, rows_at, watch_outputs
 from karui.numerics.regression import Moments

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from karui.layers.separable_bank import outer, separable_bank
 from karui.layers.spatial import split_space
-from karui.lowrank._common import Choice, Seen, groups_of, unless_larger
+from karui.lowrank._choice import Choice, unless_larger
+from karui.lowrank._scan import Seen, groups_of
 from karui.lowrank._split import split_cost, split_full, split_kernels
 from karui.numerics.alternating import alternating_split
 from karui.numerics.expansion import Design, fit_expansion

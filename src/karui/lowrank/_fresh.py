@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from karui.errors import require
-from karui.lowrank._common import Choice, Seen, carry_out, scan, unless_larger
+from karui.lowrank._choice import Choice, unless_larger
+from karui.lowrank._common import carry_out
+from karui.lowrank._scan import Seen, scan
 from karui.measuring import count
 from karui.model import Model
 from karui.technique import Bench, require_passes

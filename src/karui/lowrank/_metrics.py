@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from karui.errors import SettingError, did_you_mean, require
 from karui.lowrank._calibrate import Calibration
-from karui.lowrank._common import Seen
+from karui.lowrank._scan import Seen
 from karui.model.trace import mode_of
 from karui.numerics.metrics import Covariance, Metric, Weighted
 

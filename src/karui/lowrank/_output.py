@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from karui.errors import SettingError, require
-from karui.lowrank._common import Seen, scan
+from karui.lowrank._scan import Seen, scan
 from karui.model import Model
 from karui.model.taps import layer_at
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from karui.lowrank._common import Seen, groups_of
+from karui.lowrank._scan import Seen, groups_of
 from karui.numerics.svd import truncated_svd
 from karui.numerics.unfold import fold, unfold
 

@@ -32,44 +32,34 @@ DEPARTURE: the groups of a grouped convolution are fitted one by one, at one ran
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from karui.errors import require
-from karui.layers.factored import factor_conv, factor_linear
-from karui.layers.spatial import split_space
 from karui.lowrank._calibrate import Calibration
-from karui.lowrank._common import (
-    Choice,
-    Seen,
-    carry_out,
-    filters_of,
-    fine_tune,
-    groups_of,
-    require_data,
-    require_fine_tuning,
-    require_ranks,
-    scan,
-    tracked,
-    unless_larger,
-)
-from karui.lowrank._split import split_cost, split_full, split_kernels, split_rank
+from karui.lowrank._choice import Choice, unless_larger
+from karui.lowrank._common import carry_out, fine_tune, require_data, require_fine_tuning, require_ranks, tracked
+from karui.lowrank._per_layer import LARGE, LOOKED_AT, Offering
+from karui.lowrank._reconstruction import all_turned_back, assemble
+from karui.lowrank._scan import Seen, filters_of, groups_of, scan
+from karui.lowrank._split import split_cost, split_full, split_rank
 from karui.model import replace_layers
 from karui.model.following import Following, followings
 from karui.numerics.rank_allocation import Spectrum, greedy_ranks
 from karui.numerics.regression import AffineMap, Moments, reduced_rank_regression
 from karui.numerics.relu_regression import relu_regression
-from karui.numerics.unfold import split_groups
 from karui.technique import Bench, Card, technique
 
 if TYPE_CHECKING:
     from karui.model import Model
 
 _BISECTIONS = 40
+_QUICK = 5
+"""Sweeps for a candidate of a budget."""
 
 
 @technique(
@@ -88,7 +78,7 @@ _BISECTIONS = 40
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class AsymmetricNonlinear:
+class AsymmetricNonlinear(Offering):
     """Give every convolution fewer filters and a pointwise layer, fitted to the responses behind its ReLU.
 
     The first convolution is left alone.
@@ -129,6 +119,8 @@ class AsymmetricNonlinear:
         >>> [tuple(layer.weight.shape[:2]) for layer in light.module[2]]
         [(8, 16), (32, 8)]
     """
+
+    most: ClassVar[int] = LARGE
 
     speedup: float = 2.0
     ratio: float | None = None
@@ -228,6 +220,35 @@ class AsymmetricNonlinear:
             return f"fitted through {following.describe()}"
         return f"fitted linearly: {following.describe()} follows it"
 
+    def alone(self, model: Model, one: Seen, speedup: float) -> tuple[AsymmetricNonlinear, Choice]:
+        """For a budget: the settings that do this to one layer and nothing else, and what becomes of it."""
+        del model
+        rank = max(1, math.floor(_dense_macs(one) / speedup / _unit(one) + 1e-9))
+        alone = replace(
+            self,
+            speedup=1.0,
+            ratio=None,
+            ranks=((one.path, rank),),
+            asymmetric=False,
+            spatial_split=False,
+            sweeps=_QUICK,
+            epochs=0,
+            **LOOKED_AT,
+        )
+        return alone, self._costed(one, rank, 1.0, Following()) if rank < filters_of(one) else _whole(one)
+
+    def evidence(self, model: Model, one: Seen, bench: Bench) -> tuple[list[tuple[Tensor, Tensor]], Following]:
+        """For a budget: responses of the layer, and what follows it."""
+        following = followings(model, [one.path])[one.path]
+        calibration = Calibration(model, bench, **LOOKED_AT)
+        return list(calibration.outputs(model, one, following)), following
+
+    def layer_for(self, one: Seen, choice: Choice, bench: Bench, evidence: Any) -> nn.Module:
+        """For a budget: the two layers fitted to responses."""
+        del bench
+        pairs, following = evidence
+        return self._fitted(pairs, one, choice, following)[0]
+
     def _search(
         self, model: Model, seen: tuple[Seen, ...], after: dict[str, Following], bench: Bench
     ) -> tuple[dict[str, int], float]:
@@ -277,7 +298,9 @@ class AsymmetricNonlinear:
             found, error, size = self._fit(x, y, choice.ranks[-1], through=through)
             fits.append(found)
             squares, sizes = squares + error, sizes + size
-        layer = assemble(one.layer, _turned_back(fits, following), choice.ranks[0] if len(choice.ranks) > 1 else None)
+        layer = assemble(
+            one.layer, all_turned_back(fits, following), choice.ranks[0] if len(choice.ranks) > 1 else None
+        )
         return layer, math.sqrt(squares / max(sizes, 1e-300))
 
     def _fit(self, made: Tensor, wanted: Tensor, rank: int, *, through: bool) -> tuple[AffineMap, float, float]:
@@ -319,44 +342,14 @@ class AsymmetricNonlinear:
         return unless_larger(choice)
 
 
-def assemble(layer: Any, maps: Sequence[AffineMap], split: int | None = None) -> nn.Module:
-    """The layer that gives `M (W x + b0) + b` for the map `M, b` of each group, split over space at rank `split`."""
-    left, right, offset = (torch.stack([getattr(one, name) for one in maps]) for name in ("left", "right", "offset"))
-    weight = layer.weight.detach().double()
-    if layer.bias is not None:
-        old = layer.bias.detach().double().reshape(len(maps), -1)
-        offset = offset + torch.einsum("gnr,grm,gm->gn", left, right, old)
-    if isinstance(layer, nn.Linear):
-        return factor_linear(layer, left[0], right[0] @ weight, offset[0])
-    core = torch.einsum("grn,gn...->gr...", right, split_groups(weight, len(maps)))
-    if split is None:
-        return factor_conv(layer, core, outer=left, bias=offset.flatten())
-    vertical, horizontal = split_kernels(core, split)
-    return split_space(layer, vertical, horizontal, outer=left, bias=offset.flatten())
-
-
-def turned_back(found: AffineMap, scale: Tensor, shift: Tensor) -> AffineMap:
-    """The map of responses `y` for one that was found on `scale y + shift`.
-
-    A channel of scale 0 is the same whatever the layer gives: it gives 0.
-    """
-    alive = scale.abs() > 1e-12
-    back = torch.where(alive, 1 / torch.where(alive, scale, 1), 0)
-    moved = found.left @ (found.right @ shift) + found.offset - shift
-    return AffineMap(back.unsqueeze(1) * found.left, found.right * scale, back * moved)
-
-
-def _turned_back(maps: Sequence[AffineMap], following: Following) -> list[AffineMap]:
-    if following.scale is None or following.shift is None:
-        return list(maps)
-    sides = (following.scale.chunk(len(maps)), following.shift.chunk(len(maps)))
-    return [turned_back(one, scale, shift) for one, scale, shift in zip(maps, *sides, strict=True)]
-
-
 def _unit(one: Seen) -> int:
     """Multiply-adds of one direction: a filter in each group, and its column of the pointwise layer."""
     directions = math.prod(one.layer.weight.shape[1:]) + filters_of(one)
     return one.calls * one.outputs * groups_of(one) * directions
+
+
+def _whole(one: Seen) -> Choice:
+    return Choice(one.path, reason="its rank is full")
 
 
 def _dense_macs(one: Seen) -> int:

@@ -24,8 +24,8 @@ evenly the next smaller number that does is taken, and said; one and three dimen
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -39,8 +39,11 @@ from karui.lowrank._biclusters import (
     pair_choice,
     pair_cost,
 )
-from karui.lowrank._common import Choice, PerLayer, Seen, require_data, require_fine_tuning, require_ranks, scan
+from karui.lowrank._choice import Choice
+from karui.lowrank._common import require_data, require_fine_tuning, require_ranks
 from karui.lowrank._metrics import metric_needs, require_metric
+from karui.lowrank._per_layer import Offering, PerLayer
+from karui.lowrank._scan import Seen, scan
 from karui.numerics.biclusters import outer_products
 from karui.technique import Bench, Card, technique
 
@@ -66,7 +69,7 @@ SOLVERS = ("greedy", "als")
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class BiclusteredCp(PerLayer):
+class BiclusteredCp(PerLayer, Offering):
     """Write every inner convolution as a grid of biclusters, each a sum of outer products.
 
     The first convolution is left to `Monochromatic` unless `ranks` names it.
@@ -104,6 +107,8 @@ class BiclusteredCp(PerLayer):
         >>> [tuple(part.weight.shape) for part in light.module[2].children()]
         [(16, 8, 1, 1), (16, 1, 5, 5), (32, 8, 1, 1)]
     """
+
+    ladder: ClassVar[tuple[float, ...]] = (4.0,)
 
     in_groups: int = 2
     out_groups: int = 2
@@ -144,13 +149,9 @@ class BiclusteredCp(PerLayer):
         """The model with its convolutions biclustered, the layers above trained if asked for."""
         assert model is not None  # noqa: S101  (the card's kind asks for one)
         require_data("biclustered_cp", model, bench, self.epochs)
-        fit = self._fit()
 
         def build(current: Model, one: Seen, choice: Choice) -> tuple[nn.Module, float, str]:
-            if isinstance(one.layer, nn.Linear):
-                return linear_build(one, choice)
-            terms = choice.ranks[0]
-            return fit.build(current, one, bench, lambda blocks: outer_products(blocks, terms, solver=self.solver))
+            return self._build(current, one, choice, bench)
 
         extra = {"solver": self.solver, "metric": self.metric}
         settings: Any = {"epochs": self.epochs, "learning_rate": self.learning_rate}
@@ -158,6 +159,30 @@ class BiclusteredCp(PerLayer):
         return layer_by_layer(
             model, bench, seen, self.choose(model), build, name="Biclusters, CP", extra=extra, **settings
         )
+
+    def _build(self, model: Model, one: Seen, choice: Choice, bench: Bench) -> tuple[nn.Module, float, str]:
+        if isinstance(one.layer, nn.Linear):
+            return linear_build(one, choice)
+        terms = choice.ranks[0]
+        return self._fit().build(model, one, bench, lambda blocks: outer_products(blocks, terms, solver=self.solver))
+
+    def alone(self, model: Model, one: Seen, speedup: float) -> tuple[BiclusteredCp, Choice]:
+        """For a budget: the settings that do this to one layer and nothing else, and what becomes of it."""
+        del model
+        bare = replace(
+            self, speedup=speedup, ranks=(), linear_share=1.0, metric="l2", solver="als", restarts=1, epochs=0
+        )
+        choice = bare.choice_for(one)
+        return replace(bare, speedup=1.0, ranks=((one.path, *choice.ranks),) if choice.replaced else ()), choice
+
+    def evidence(self, model: Model, one: Seen, bench: Bench) -> Model:
+        """For a budget: the network that the layer is part of."""
+        del one, bench
+        return model
+
+    def layer_for(self, one: Seen, choice: Choice, bench: Bench, evidence: Any) -> nn.Module:
+        """For a budget: the biclusters of its kernel."""
+        return self._build(evidence, one, choice, bench)[0]
 
     def _fit(self) -> Fit:
         return Fit(**{name: getattr(self, name) for name in Fit.__dataclass_fields__})
@@ -167,7 +192,7 @@ class BiclusteredCp(PerLayer):
         require_ranks([path for path, _ in self.ranks], seen, left)
         return seen, left
 
-    def _choose(self, one: Seen) -> Choice:
+    def choice_for(self, one: Seen) -> Choice:
         """The largest rank that cuts the layer's multiply-adds by `speedup`, or its own."""
         own = dict(self.ranks).get(one.path)
         if isinstance(one.layer, nn.Linear):

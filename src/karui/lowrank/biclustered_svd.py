@@ -24,8 +24,8 @@ dimensions of space are as two.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -38,14 +38,20 @@ from karui.lowrank._biclusters import (
     linear_choice,
     pair_choice,
 )
-from karui.lowrank._common import Choice, PerLayer, Seen, require_data, require_fine_tuning, require_ranks, scan
+from karui.lowrank._choice import Choice
+from karui.lowrank._common import require_data, require_fine_tuning, require_ranks
 from karui.lowrank._metrics import metric_needs, require_metric
+from karui.lowrank._per_layer import LARGE, Offering, PerLayer
+from karui.lowrank._scan import Seen, scan
 from karui.numerics.biclusters import two_svds
 from karui.technique import Bench, Card, technique
 
 if TYPE_CHECKING:
     from karui.model import Model
     from karui.technique.card import Need
+
+_SHARES = tuple(step / 20 for step in range(18, 0, -1))
+"""Shares of both ranks that are tried for a candidate of a budget, falling."""
 
 
 @technique(
@@ -63,7 +69,7 @@ if TYPE_CHECKING:
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class BiclusteredSvd(PerLayer):
+class BiclusteredSvd(PerLayer, Offering):
     """Write every inner convolution as a grid of biclusters, each of low rank in channels and filters.
 
     The first convolution is left to `Monochromatic` unless `ranks` names it.
@@ -100,6 +106,8 @@ class BiclusteredSvd(PerLayer):
         >>> [tuple(part.weight.shape) for part in light.module[2].children()]
         [(12, 8, 1, 1), (16, 3, 5, 5), (32, 8, 1, 1)]
     """
+
+    most: ClassVar[int] = LARGE
 
     in_groups: int = 2
     out_groups: int = 2
@@ -138,12 +146,9 @@ class BiclusteredSvd(PerLayer):
         """The model with its convolutions biclustered, the layers above trained if asked for."""
         assert model is not None  # noqa: S101  (the card's kind asks for one)
         require_data("biclustered_svd", model, bench, self.epochs)
-        fit = self._fit()
 
         def build(current: Model, one: Seen, choice: Choice) -> tuple[nn.Module, float, str]:
-            if isinstance(one.layer, nn.Linear):
-                return linear_build(one, choice)
-            return fit.build(current, one, bench, lambda blocks: two_svds(blocks, *choice.ranks))
+            return self._build(current, one, choice, bench)
 
         extra = {"metric": self.metric}
         settings: Any = {"epochs": self.epochs, "learning_rate": self.learning_rate}
@@ -151,6 +156,30 @@ class BiclusteredSvd(PerLayer):
         return layer_by_layer(
             model, bench, seen, self.choose(model), build, name="Biclusters, SVD", extra=extra, **settings
         )
+
+    def _build(self, model: Model, one: Seen, choice: Choice, bench: Bench) -> tuple[nn.Module, float, str]:
+        if isinstance(one.layer, nn.Linear):
+            return linear_build(one, choice)
+        return self._fit().build(model, one, bench, lambda blocks: two_svds(blocks, *choice.ranks))
+
+    def alone(self, model: Model, one: Seen, speedup: float) -> tuple[BiclusteredSvd, Choice]:
+        """For a budget: the settings that do this to one layer and nothing else, and what becomes of it."""
+        del model
+        bare = replace(self, ranks=(), linear_share=1.0, metric="l2", restarts=1, epochs=0)
+        choices = [replace(bare, ratio_in=share, ratio_out=share).choice_for(one) for share in _SHARES]
+        able = [choice for choice in choices if choice.replaced and choice.macs[0] >= speedup * choice.macs[1]]
+        choice = able[0] if able else choices[-1]
+        own: Any = ((one.path, *choice.ranks),) if choice.replaced and not isinstance(one.layer, nn.Linear) else ()
+        return replace(bare, ratio_in=1.0, ratio_out=1.0, ranks=own), choice
+
+    def evidence(self, model: Model, one: Seen, bench: Bench) -> Model:
+        """For a budget: the network that the layer is part of."""
+        del one, bench
+        return model
+
+    def layer_for(self, one: Seen, choice: Choice, bench: Bench, evidence: Any) -> nn.Module:
+        """For a budget: the biclusters of its kernel."""
+        return self._build(evidence, one, choice, bench)[0]
 
     def _fit(self) -> Fit:
         return Fit(**{name: getattr(self, name) for name in Fit.__dataclass_fields__})
@@ -160,7 +189,7 @@ class BiclusteredSvd(PerLayer):
         require_ranks([path for path, *_ in self.ranks], seen, left)
         return seen, left
 
-    def _choose(self, one: Seen) -> Choice:
+    def choice_for(self, one: Seen) -> Choice:
         """Ranks by the setting; the layer is left if they would not save anything."""
         own = next(((inner, outer) for path, inner, outer in self.ranks if path == one.path), None)
         if isinstance(one.layer, nn.Linear):

@@ -36,20 +36,10 @@ import torch
 from torch import nn
 
 from karui.errors import require
-from karui.lowrank._common import (
-    Choice,
-    Seen,
-    blocks,
-    carry_out,
-    factor_matrix,
-    filters_of,
-    fine_tune,
-    groups_of,
-    require_fine_tuning,
-    scan,
-    unless_larger,
-)
+from karui.lowrank._choice import Choice, unless_larger
+from karui.lowrank._common import blocks, carry_out, factor_matrix, fine_tune, require_fine_tuning
 from karui.lowrank._proximal import CompressionAware, rank_of, require_thresholds
+from karui.lowrank._scan import Seen, filters_of, groups_of, scan
 from karui.model import Note, layer_at
 from karui.numerics.svd import Energy, Parameters, factored_size
 from karui.technique import Bench, Card, technique

@@ -36,18 +36,10 @@ from torch import Tensor, nn
 
 from karui.errors import SettingError, did_you_mean, require
 from karui.layers.axes import axis_stages, chain_cost, factor_axes, factor_axes_merged
-from karui.lowrank._common import (
-    Choice,
-    PerLayer,
-    Seen,
-    carry_out,
-    fine_tune,
-    require_data,
-    require_fine_tuning,
-    require_ranks,
-    scan,
-    unless_larger,
-)
+from karui.lowrank._choice import Choice, unless_larger
+from karui.lowrank._common import carry_out, fine_tune, require_data, require_fine_tuning, require_ranks
+from karui.lowrank._per_layer import Offering, PerLayer
+from karui.lowrank._scan import Seen, scan
 from karui.lowrank._watching import kept, watched
 from karui.numerics.cp import CP
 from karui.numerics.cp_fit import SOLVERS, Solver, cp
@@ -58,6 +50,9 @@ from karui.train import Paced
 if TYPE_CHECKING:
     from karui.model import Model
     from karui.numerics.cp import Watch
+
+_QUICK = 10
+"""Sweeps for a candidate of a budget."""
 
 
 @technique(
@@ -75,7 +70,7 @@ if TYPE_CHECKING:
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class CpDecomposition(PerLayer):
+class CpDecomposition(PerLayer, Offering):
     """Write every convolution that sees space as pointwise, depthwise, depthwise and pointwise layers, and fine-tune.
 
     Settings:
@@ -177,7 +172,7 @@ class CpDecomposition(PerLayer):
     def _merged(self, one: Seen) -> bool:
         return self.merge_colours and one.first and one.layer.in_channels > one.layer.groups
 
-    def _choose(self, one: Seen) -> Choice:
+    def choice_for(self, one: Seen) -> Choice:
         """Rank by the setting; the layer is left if that would not save anything."""
         conv, merged = one.layer, self._merged(one)
         own, dense = dict(self.ranks).get(one.path), conv.weight.numel()
@@ -200,6 +195,19 @@ class CpDecomposition(PerLayer):
             macs=(one.calls * macs, one.calls * spent),
         )
         return unless_larger(choice)
+
+    def alone(self, model: Model, one: Seen, speedup: float) -> tuple[CpDecomposition, Choice]:
+        """For a budget: the settings that do this to one layer and nothing else, and what becomes of it."""
+        del model
+        quick: Any = {"solver": "als", "restarts": 0, "sweeps": _QUICK, "epochs": 0, "frozen_epochs": 0}
+        bare = replace(self, share=1 / speedup, rank=None, ranks=(), **quick)
+        choice = bare.choice_for(one)
+        return replace(bare, share=1.0, ranks=((one.path, *choice.ranks),) if choice.replaced else ()), choice
+
+    def layer_for(self, one: Seen, choice: Choice, bench: Bench, evidence: Any) -> nn.Module:
+        """For a budget: the chain of four layers, after a few sweeps of alternating least squares."""
+        del evidence
+        return self._build(one, choice, bench, lambda *_: None)[0]
 
     def _build(self, one: Seen, choice: Choice, bench: Bench, watch: Watch) -> tuple[nn.Module, float, str]:
         """The factored layer, its relative error, and what to tell of it."""

@@ -39,6 +39,7 @@ from torch import nn
 
 from karui.errors import CaptureError, SurgeryError, require
 from karui.layers.group_sparse import group_sparse_layer
+from karui.lowrank._choice import Choice
 from karui.lowrank._columns import (
     PATTERNS,
     BrainDamage,
@@ -52,17 +53,9 @@ from karui.lowrank._columns import (
     surviving,
     weight_of,
 )
-from karui.lowrank._common import (
-    Choice,
-    PerLayer,
-    Seen,
-    carry_out,
-    filters_of,
-    fine_tune,
-    groups_of,
-    require_fine_tuning,
-    scan,
-)
+from karui.lowrank._common import carry_out, fine_tune, require_fine_tuning
+from karui.lowrank._per_layer import PerLayer
+from karui.lowrank._scan import Seen, filters_of, groups_of, scan
 from karui.model import Note, layer_at
 from karui.technique import Bench, Card, technique
 from karui.technique.card import Need
@@ -226,7 +219,8 @@ class GroupBrainDamage(PerLayer):
             return f"its kernel has one position, which '{self.pattern}' keeps"
         return ""
 
-    def _choose(self, one: Seen) -> Choice:
+    def choice_for(self, one: Seen) -> Choice:
+        """The columns that are left, by the setting."""
         groups, columns = groups_of(one), one.layer.weight[0].numel()
         if self.pattern in ("centre", "cross"):
             return _choice(one, int(fixed_columns(one.layer, self.pattern, self.density, 0).sum()))

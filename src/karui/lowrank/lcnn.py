@@ -33,8 +33,10 @@ from torch import Tensor, nn
 from karui.errors import require
 from karui.layers.factored import conv_settings
 from karui.layers.lookup import LookupConv, LookupLinear, lookup_layers, threshold
-from karui.lowrank._common import Choice, Seen, carry_out, scan
+from karui.lowrank._choice import Choice
+from karui.lowrank._common import carry_out
 from karui.lowrank._fresh import conversion_needs, require_conversion
+from karui.lowrank._scan import Seen, scan
 from karui.measuring import count
 from karui.model import Model, Note
 from karui.model.following import followings

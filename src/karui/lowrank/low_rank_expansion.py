@@ -30,23 +30,17 @@ two-dimensional ones. The groups of a grouped convolution are split one by one, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
 
 from karui.errors import require
 from karui.lowrank._calibrate import Calibration
-from karui.lowrank._common import (
-    Choice,
-    PerLayer,
-    Seen,
-    carry_out,
-    fine_tune,
-    require_data,
-    require_fine_tuning,
-    require_ranks,
-    scan,
-    tracked,
-)
+from karui.lowrank._choice import Choice
+from karui.lowrank._common import carry_out, fine_tune, require_data, require_fine_tuning, require_ranks, tracked
 from karui.lowrank._expansion import SCHEMES, Expanded, Joint, Separable, choose_rank, flat_objection
+from karui.lowrank._per_layer import LARGE, Offering, PerLayer
+from karui.lowrank._scan import Seen, scan
 from karui.model import replace_layers
 from karui.technique import Bench, Card, technique
 
@@ -74,7 +68,7 @@ SOLVERS = ("closed", "alternating")
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class LowRankExpansion(PerLayer):
+class LowRankExpansion(PerLayer, Offering):
     """Split every convolution over space, to imitate its kernel or its responses.
 
     The first convolution is left alone unless `ranks` names it.
@@ -112,6 +106,8 @@ class LowRankExpansion(PerLayer):
         >>> [tuple(layer.weight.shape) for layer in light.module[2]]
         [(12, 16, 5, 1), (32, 12, 1, 5)]
     """
+
+    most: ClassVar[int] = LARGE
 
     scheme: int = 2
     speedup: float = 2.0
@@ -153,7 +149,7 @@ class LowRankExpansion(PerLayer):
         calibration = Calibration(model, bench, self.images, self.positions)
         current, layers, told = model, {}, list(left)
         for one in tracked(seen, "split layers", shown=bench.progress):
-            choice = self._choose(one)
+            choice = self.choice_for(one)
             if choice.replaced:
                 expanded = self._expanded(one, choice.ranks[0])
                 error = expanded.error
@@ -189,10 +185,22 @@ class LowRankExpansion(PerLayer):
             return "its kernel has nothing to part along the first dimension"
         return ""
 
-    def _choose(self, one: Seen) -> Choice:
+    def choice_for(self, one: Seen) -> Choice:
         """The rank by the setting; the layer is left if that would not save anything."""
         own = dict(self.ranks).get(one.path)
         return choose_rank(one, self._scheme(), self.speedup, own, fits_bias=self.objective == "data")
+
+    def alone(self, model: Model, one: Seen, speedup: float) -> tuple[LowRankExpansion, Choice]:
+        """For a budget: the settings that do this to one layer and nothing else."""
+        del model
+        bare = replace(self, objective="filter", speedup=speedup, ranks=(), epochs=0)
+        choice = bare.choice_for(one)
+        return replace(bare, speedup=1.0, ranks=((one.path, *choice.ranks),) if choice.replaced else ()), choice
+
+    def layer_for(self, one: Seen, choice: Choice, bench: Bench, evidence: Any) -> nn.Module:
+        """For a budget: the layer whose kernel imitates the old one."""
+        del bench, evidence
+        return self._expanded(one, choice.ranks[0]).build()
 
     def _scheme(self) -> Separable | Joint:
         return SCHEMES[self.scheme](shared=self.shared)

@@ -31,9 +31,11 @@ import torch
 from torch import nn
 
 from karui.errors import SettingError, did_you_mean, require
-from karui.lowrank._common import Choice, Seen, carry_out, factor_matrix, unless_larger
+from karui.lowrank._choice import Choice, unless_larger
+from karui.lowrank._common import carry_out, factor_matrix
 from karui.lowrank._fresh import conversion_needs
 from karui.lowrank._output import output_layer
+from karui.lowrank._scan import Seen
 from karui.model import Model
 from karui.numerics.svd import factored_size
 from karui.technique import Bench, Card, technique

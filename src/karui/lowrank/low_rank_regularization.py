@@ -40,18 +40,9 @@ from karui.errors import SettingError, did_you_mean, require
 from karui.layers.axes import chain_cost
 from karui.layers.factored import FactoredConv
 from karui.layers.spatial import split_space, split_stages
-from karui.lowrank._common import (
-    Choice,
-    Seen,
-    carry_out,
-    fine_tune,
-    require_data,
-    require_fine_tuning,
-    require_ranks,
-    scan,
-    tracked,
-    unless_larger,
-)
+from karui.lowrank._choice import Choice, unless_larger
+from karui.lowrank._common import carry_out, fine_tune, require_data, require_fine_tuning, require_ranks, tracked
+from karui.lowrank._scan import Seen, scan
 from karui.lowrank._split import split_kernels
 from karui.model.following import followings
 from karui.numerics.svd import Energy

@@ -30,31 +30,21 @@ ranks and numbers of entries by hand); an entry of the sparse part is charged on
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from karui.errors import require
-from karui.layers.factored import factor_conv, factor_linear
-from karui.layers.low_rank_sparse import LowRankPlusSparse
 from karui.lowrank._calibrate import Calibration
-from karui.lowrank._common import (
-    Choice,
-    Seen,
-    carry_out,
-    filters_of,
-    fine_tune,
-    groups_of,
-    require_data,
-    require_fine_tuning,
-    scan,
-    tracked,
-)
+from karui.lowrank._choice import Choice
+from karui.lowrank._common import carry_out, fine_tune, require_data, require_fine_tuning, tracked
+from karui.lowrank._per_layer import LOOKED_AT, Offering
+from karui.lowrank._scan import Seen, filters_of, groups_of, is_layer, scan
+from karui.lowrank._sums import assembled, regularised
 from karui.model import replace_layers
 from karui.numerics.bilateral import LowRankSparse, low_rank_sparse
 from karui.numerics.regression import Moments
@@ -66,8 +56,8 @@ if TYPE_CHECKING:
 
 ENTRY = 1.5
 """Numbers that an entry of the sparse part is charged: its value, and half as much for its place."""
-RIDGE = 0.01
-"""Isotropic inputs that are added to those seen, as a share of their mean variance."""
+_QUICK = 1
+"""Sweeps for a candidate of a budget."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -86,7 +76,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class LowRankAndSparse:
+class LowRankAndSparse(Offering):
     """Write every layer as a low-rank plus a sparse one, fitted to its responses on calibration inputs.
 
     Settings:
@@ -122,6 +112,8 @@ class LowRankAndSparse:
         (51, 2)
     """
 
+    ladder: ClassVar[tuple[float, ...]] = (4.0,)
+
     budget: float = 0.25
     sparse_share: float | None = None
     rank: int | None = None
@@ -156,13 +148,8 @@ class LowRankAndSparse:
         calibration = Calibration(model, bench, self.images, self.positions)
         current, choices, layers = model, list(left), {}
         for one in tracked(seen, "fit layers", shown=bench.progress):
-            biased = one.layer.bias is not None
             found = calibration.moments(current if self.asymmetric else model, one)
-            weights = one.layer.weight.chunk(groups_of(one))
-            moments = [_second(group, weight, bias=biased) for group, weight in zip(found, weights, strict=True)]
-            fits, error = self._fitted(moments, self._sizes(one))
-            offsets = [group.y - fit.matrix() @ group.x for fit, group in zip(fits, moments, strict=True)]
-            layers[one.path] = assembled(one.layer, fits, torch.cat(offsets) if biased else None)
+            layers[one.path], fits, error = self._made(one, found)
             choices.append(_told(one, fits, error))
             current = replace_layers(current, {one.path: layers[one.path]}, check=False)
         wanted = {"budget": self.budget, "images": self.images, "positions": self.positions}
@@ -176,7 +163,7 @@ class LowRankAndSparse:
         seen, left = self._scan(model)
         told = [
             f"{one.path}: "
-            + " or ".join(f"rank {rank} plus {entries:,} entries" for rank, entries in self._sizes(one))
+            + " or ".join(f"rank {rank} plus {entries:,} entries" for rank, entries in self.sizes(one))
             + (" in each group" if groups_of(one) > 1 else "")
             for one in seen
         ]
@@ -187,14 +174,14 @@ class LowRankAndSparse:
         seen, left = scan(model, lambda _layer: "", self.skip)
         kept, small = [], []
         for one in sorted(seen, key=lambda one: one.order):
-            if self._sizes(one):
+            if self.sizes(one):
                 kept.append(one)
             else:
                 why = "budget is 1, so that nothing is to be saved" if self.budget == 1 else "it is too small to save"
                 small.append(Choice(one.path, reason=why))
         return tuple(kept), (*left, *small)
 
-    def _sizes(self, one: Seen) -> list[tuple[int, int]]:
+    def sizes(self, one: Seen) -> list[tuple[int, int]]:
         """Pairs of a rank and a number of entries that keep to the budget, for each group."""
         rows, columns = filters_of(one), one.layer.weight[0].numel()
         dense = rows * columns
@@ -215,6 +202,44 @@ class LowRankAndSparse:
         fits = [(r, c) for r, c in pairs if r + c and r * (rows + columns) + ENTRY * c < dense]
         return list(dict.fromkeys(fits))
 
+    def _made(self, one: Seen, found: Sequence[Moments]) -> tuple[nn.Module, list[LowRankSparse], float]:
+        """The layer, the fit of each group, and the relative error."""
+        biased = one.layer.bias is not None
+        weights = one.layer.weight.chunk(groups_of(one))
+        moments = [regularised(group, weight, bias=biased) for group, weight in zip(found, weights, strict=True)]
+        fits, error = self._fitted(moments, self.sizes(one))
+        offsets = [group.y - fit.matrix() @ group.x for fit, group in zip(fits, moments, strict=True)]
+        return assembled(one.layer, fits, torch.cat(offsets) if biased else None), fits, error
+
+    def alone(self, model: Model, one: Seen, speedup: float) -> tuple[LowRankAndSparse, Choice]:
+        """For a budget: the settings that do this to one layer and nothing else, and what becomes of it."""
+        others = [path for path, layer in model.module.named_modules() if is_layer(layer) and path != one.path]
+        bare = replace(
+            self,
+            budget=1 / speedup,
+            sparse_share=0.0,
+            rank=None,
+            density=0.0,
+            asymmetric=False,
+            sweeps=_QUICK,
+            skip=tuple(others),
+            epochs=0,
+            **LOOKED_AT,
+        )
+        sizes = bare.sizes(one)
+        if not sizes:
+            return bare, Choice(one.path, reason="it is too small to save")
+        return bare, _costed(one, sizes[0][0], 0)
+
+    def evidence(self, model: Model, one: Seen, bench: Bench) -> list[Moments]:
+        """For a budget: moments of what the layer sees and gives."""
+        return Calibration(model, bench, **LOOKED_AT).moments(model, one)
+
+    def layer_for(self, one: Seen, choice: Choice, bench: Bench, evidence: Any) -> nn.Module:
+        """For a budget: its low-rank part alone, since a dense engine multiplies the zeros of the other."""
+        del choice, bench
+        return self._made(one, evidence)[0]
+
     def _fitted(self, moments: Sequence[Moments], sizes: list[tuple[int, int]]) -> tuple[list[LowRankSparse], float]:
         """The fit of each group at the split with the smallest error over all groups, and that relative error."""
         sizes_of_groups = [float(group.yy.trace()) for group in moments]
@@ -231,50 +256,15 @@ class LowRankAndSparse:
         return best, math.sqrt(least / max(sum(sizes_of_groups), 1e-300))
 
 
-def _second(moments: Moments, weight: Tensor, *, bias: bool) -> Moments:
-    """Second moments for one sample: around the means where a bias makes up for these, else around zero.
-
-    A little of isotropic inputs, to which the weight itself responds, is added: else directions in which the inputs
-    hardly vary would be free to take any size, and retraining would start from there.
-    """
-    n, weight = moments.count, weight.detach().double().flatten(1)
-    if bias:
-        moments = moments.centred()
-    else:
-        moments = Moments(n, moments.x / n, moments.y / n, moments.xx / n, moments.yx / n, moments.yy / n)
-    ridge = RIDGE * float(moments.xx.diagonal().mean())
-    xx = moments.xx + ridge * torch.eye(len(moments.xx), dtype=torch.float64)
-    return replace(moments, xx=xx, yx=moments.yx + ridge * weight, yy=moments.yy + ridge * weight @ weight.T)
-
-
-def assembled(layer: Any, fits: Sequence[LowRankSparse], bias: Tensor | None) -> nn.Module:
-    """The layer that takes the place of one: a sum of two branches, or one alone where the other is empty."""
-    left, right, sparse = (torch.stack([getattr(fit, name) for fit in fits]) for name in ("left", "right", "sparse"))
-    left, right = _balanced(left, right)
-    if left.shape[2] and sparse.any():
-        return LowRankPlusSparse.of(layer, left, right, sparse, bias)
-    if left.shape[2] and isinstance(layer, nn.Linear):
-        return factor_linear(layer, left[0], right[0], bias)
-    if left.shape[2]:
-        return factor_conv(layer, right.reshape(*right.shape[:2], *layer.weight.shape[1:]), outer=left, bias=bias)
-    new = copy.deepcopy(layer)
-    with torch.no_grad():
-        new.weight.copy_(sparse.reshape(layer.weight.shape))
-        if bias is not None:
-            new.bias.copy_(bias)
-    return new
-
-
-def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The same products with each pair of a column and a row equally long, so that both factors train alike."""
-    scale = (right.norm(dim=2) / left.norm(dim=1).clamp(min=1e-300)).sqrt().clamp(min=1e-150)
-    return left * scale.unsqueeze(1), right / scale.unsqueeze(2)
-
-
 def _told(one: Seen, fits: Sequence[LowRankSparse], error: float) -> Choice:
     """What was done with a layer; parameters are those that are not zero."""
-    layer, groups = one.layer, groups_of(one)
     rank, entries = fits[0].left.shape[1], sum(int((fit.sparse != 0).sum()) for fit in fits)
+    return replace(_costed(one, rank, entries), error=error)
+
+
+def _costed(one: Seen, rank: int, entries: int) -> Choice:
+    """What such a layer holds and multiplies; parameters are those that are not zero."""
+    layer, groups = one.layer, groups_of(one)
     low = groups * rank * (filters_of(one) + layer.weight[0].numel())
     bias = len(layer.weight) if layer.bias is not None else 0
     dense, places = layer.weight.numel(), one.calls * one.outputs
@@ -285,7 +275,6 @@ def _told(one: Seen, fits: Sequence[LowRankSparse], error: float) -> Choice:
         full=(min(filters_of(one), layer.weight[0].numel()),),
         parameters=(dense + bias, low + entries + bias),
         macs=(dense * places, multiplied * places),
-        error=error,
         form=f"rank {rank} plus {entries:,} entries",
     )
 

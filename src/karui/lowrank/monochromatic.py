@@ -21,8 +21,8 @@ DEPARTURE: an approximation of the weighted kernel, weighed back, is monochromat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -32,17 +32,11 @@ from karui.errors import require
 from karui.layers.monochromatic import mono_kernel, monochromatic_conv
 from karui.lowrank._above import layer_by_layer
 from karui.lowrank._biclusters import relative
-from karui.lowrank._common import (
-    Choice,
-    PerLayer,
-    Seen,
-    require_data,
-    require_fine_tuning,
-    require_ranks,
-    scan,
-    unless_larger,
-)
+from karui.lowrank._choice import Choice, unless_larger
+from karui.lowrank._common import require_data, require_fine_tuning, require_ranks
 from karui.lowrank._metrics import metric_needs, metric_of, require_metric
+from karui.lowrank._per_layer import Offering, PerLayer
+from karui.lowrank._scan import Seen, scan
 from karui.numerics.clusters import kmeans
 from karui.numerics.metrics import descend
 from karui.technique import Bench, Card, technique
@@ -74,6 +68,10 @@ def monochrome(
     return found.centres, filters, found.labels
 
 
+_QUICK = 10
+"""Random starts for a candidate of a budget."""
+
+
 @technique(
     Card(
         survey=18,
@@ -89,7 +87,7 @@ def monochrome(
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class Monochromatic(PerLayer):
+class Monochromatic(PerLayer, Offering):
     """Let each filter of the first convolution see one of a few colours.
 
     Settings:
@@ -121,6 +119,8 @@ class Monochromatic(PerLayer):
         >>> [tuple(part.weight.shape) for part in light.module.children()]
         [(4, 3, 1, 1), (32, 1, 5, 5)]
     """
+
+    narrow: ClassVar[int] = 3
 
     colours: int = 6
     ranks: tuple[tuple[str, int], ...] = ()
@@ -171,7 +171,8 @@ class Monochromatic(PerLayer):
         require_ranks([path for path, _ in self.ranks], seen, left)
         return seen, left
 
-    def _choose(self, one: Seen) -> Choice:
+    def choice_for(self, one: Seen) -> Choice:
+        """The colours by the setting; the layer is left if they would not save anything."""
         own = dict(self.ranks).get(one.path)
         if own is None and not one.first:
             return Choice(one.path, reason="it is not the first convolution; name it in ranks to do it too")
@@ -193,6 +194,27 @@ class Monochromatic(PerLayer):
                 form=f"{colours} colours",
             )
         )
+
+    def alone(self, model: Model, one: Seen, speedup: float) -> tuple[Monochromatic, Choice]:
+        """For a budget: the settings that do this to one layer and nothing else, and what becomes of it."""
+        del model
+        filters, channels = one.layer.weight.shape[:2]
+        spatial = filters * math.prod(one.layer.kernel_size) * one.outputs
+        room = int((one.layer.weight.numel() * one.outputs / speedup - spatial) / (channels * one.inputs))
+        bare = replace(self, ranks=(), metric="l2", restarts=_QUICK, epochs=0, even=False)
+        if room < 1:
+            return bare, Choice(one.path, reason=f"no number of colours is {speedup} times faster")
+        choice = replace(bare, colours=room).choice_for(one)
+        return replace(bare, colours=min(room, filters)), choice
+
+    def evidence(self, model: Model, one: Seen, bench: Bench) -> Model:
+        """For a budget: the network that the layer is part of."""
+        del one, bench
+        return model
+
+    def layer_for(self, one: Seen, choice: Choice, bench: Bench, evidence: Any) -> nn.Module:
+        """For a budget: its filters, clustered by colour."""
+        return self._build(evidence, one, choice, bench)[0]
 
     def _build(self, model: Model, one: Seen, choice: Choice, bench: Bench) -> tuple[nn.Module, float, str]:
         """The layer, the relative error of its kernel, and what to tell of it."""

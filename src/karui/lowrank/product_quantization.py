@@ -31,7 +31,10 @@ from torch import nn
 from karui.errors import require
 from karui.layers.product_quantized import MOST_CODEWORDS, quantized_layer
 from karui.lowrank._calibrate import Calibration
-from karui.lowrank._common import Choice, PerLayer, Seen, carry_out, groups_of, scan
+from karui.lowrank._choice import Choice
+from karui.lowrank._common import carry_out
+from karui.lowrank._per_layer import Offering, PerLayer
+from karui.lowrank._scan import Seen, groups_of, scan
 from karui.lowrank._watching import watched
 from karui.model import replace_layers
 from karui.numerics.product_codes import ProductCode, Quadratic, corrected, product_code, stored_bytes
@@ -59,7 +62,7 @@ if TYPE_CHECKING:
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class ProductQuantization(PerLayer):
+class ProductQuantization(PerLayer, Offering):
     """Store every linear layer and convolution as codebooks and codes, corrected for its responses.
 
     Settings:
@@ -131,7 +134,7 @@ class ProductQuantization(PerLayer):
         current, layers, told = model, {}, list(left)
         with watched("quantise", len(seen), shown=bench.progress) as report:
             for done, one in enumerate(sorted(seen, key=lambda one: one.order)):
-                choice = self._choose(one)
+                choice = self.choice_for(one)
                 if choice.replaced:
                     source = current if self.chained else model
                     report(done, one.path)
@@ -150,7 +153,7 @@ class ProductQuantization(PerLayer):
             require(found, f"layers names '{path}', which cannot be quantised: {why}")
         return seen, left
 
-    def _choose(self, one: Seen) -> Choice:
+    def choice_for(self, one: Seen) -> Choice:
         """The settings for a layer; it is left where codebooks and codes would weigh as much as it does."""
         linear = isinstance(one.layer, nn.Linear)
         asked, words = (self.sub_dim, self.codewords) if linear else (self.conv_sub_dim, self.conv_codewords)
@@ -178,6 +181,31 @@ class ProductQuantization(PerLayer):
             remark="" if size == min(asked, channels) else f"subspaces of {asked} do not part {channels} channels",
             form=f"{channels // size} subspaces, {words} codewords, {4 * weight.numel():,} -> {held:,} bytes",
         )
+
+    def alone(self, model: Model, one: Seen, speedup: float) -> tuple[ProductQuantization, Choice]:
+        """For a budget: the settings that do this to one layer and nothing else, and what becomes of it."""
+        del model
+        linear = isinstance(one.layer, nn.Linear)
+        size, most = (self.sub_dim, 2 * self.codewords) if linear else (self.conv_sub_dim, 2 * self.conv_codewords)
+        words = min(MOST_CODEWORDS, max(1, int(most / speedup)))
+        alone = replace(
+            self, codewords=0, conv_codewords=0, layers=((one.path, size, words),), correct=False, lookup=False
+        )
+        return alone, alone.choice_for(one)
+
+    def pays(self, choice: Choice) -> bool:
+        """For a budget: codebooks save bytes, and no multiply-adds."""
+        return choice.parameters[1] < choice.parameters[0]
+
+    def evidence(self, model: Model, one: Seen, bench: Bench) -> tuple[Model, Calibration]:
+        """For a budget: what it would be corrected on."""
+        del one
+        return model, Calibration(model, bench, self.images, self.positions)
+
+    def layer_for(self, one: Seen, choice: Choice, bench: Bench, evidence: Any) -> nn.Module:
+        """For a budget: the layer of codebooks by k-means, uncorrected."""
+        del bench
+        return self._build(one, choice, *evidence)[0]
 
     def _build(self, one: Seen, choice: Choice, source: Model, calibration: Calibration) -> tuple[nn.Module, Choice]:
         """The layer, and what was chosen with its error: of responses if they were corrected, else of the weight."""

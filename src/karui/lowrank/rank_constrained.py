@@ -32,8 +32,10 @@ from torch import nn
 
 from karui.errors import SettingError, did_you_mean, require
 from karui.layers.rank_constrained import RankConstrained
-from karui.lowrank._common import Choice, Seen, carry_out, scan, unless_larger
+from karui.lowrank._choice import Choice, unless_larger
+from karui.lowrank._common import carry_out
 from karui.lowrank._fresh import conversion_needs
+from karui.lowrank._scan import Seen, scan
 from karui.model import Model
 from karui.technique import Bench, Card, technique
 from karui.technique.card import Need

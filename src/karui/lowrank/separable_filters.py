@@ -26,26 +26,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from karui.errors import require
-from karui.lowrank._common import (
-    Choice,
-    PerLayer,
-    Seen,
-    carry_out,
-    fine_tune,
-    require_data,
-    require_fine_tuning,
-    require_ranks,
-    scan,
-    tracked,
-)
+from karui.lowrank._choice import Choice
+from karui.lowrank._common import carry_out, fine_tune, require_data, require_fine_tuning, require_ranks, tracked
 from karui.lowrank._expansion import Separable, choose_rank, flat_objection, separated
+from karui.lowrank._per_layer import Offering, PerLayer
+from karui.lowrank._scan import Seen, scan
 from karui.model.responses import responses
 from karui.numerics.separable import Mixture, by_nuclear_norm, mixed, rank_one
 from karui.numerics.separable_cp import by_tensor
@@ -74,7 +66,7 @@ _MAPS = 256
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class SeparableFilters(PerLayer):
+class SeparableFilters(PerLayer, Offering):
     """Write the slices of every convolution as mixtures of a few separable filters.
 
     Settings:
@@ -107,6 +99,8 @@ class SeparableFilters(PerLayer):
         >>> [tuple(one.shape) for one in light.module[0].filters], light.parameters
         ([(1, 10, 7), (1, 10, 7)], 636)
     """
+
+    ladder: ClassVar[tuple[float, ...]] = (4.0,)
 
     method: str = "td"
     speedup: float = 2.0
@@ -149,7 +143,7 @@ class SeparableFilters(PerLayer):
         seen, left = self._scan(model)
         layers, told = {}, list(left)
         for one in tracked(seen, "find separable filters", shown=bench.progress):
-            choice = self._choose(one)
+            choice = self.choice_for(one)
             if choice.replaced:
                 solve = self._solver(model, one, choice.ranks[0], bench)
                 found = separated(one.layer, solve, shared=self.shared)
@@ -164,9 +158,24 @@ class SeparableFilters(PerLayer):
         require_ranks([path for path, _ in self.ranks], seen, left)
         return seen, left
 
-    def _choose(self, one: Seen) -> Choice:
+    def choice_for(self, one: Seen) -> Choice:
+        """The rank by the setting; the layer is left if that would not save anything."""
         own = dict(self.ranks).get(one.path)
         return choose_rank(one, Separable(shared=self.shared), self.speedup, own, fits_bias=False)
+
+    def alone(self, model: Model, one: Seen, speedup: float) -> tuple[SeparableFilters, Choice]:
+        """For a budget: the settings that do this to one layer and nothing else."""
+        del model
+        bare = replace(self, method="td", speedup=speedup, ranks=(), restarts=1, epochs=0)
+        choice = bare.choice_for(one)
+        return replace(bare, speedup=1.0, ranks=((one.path, *choice.ranks),) if choice.replaced else ()), choice
+
+    def layer_for(self, one: Seen, choice: Choice, bench: Bench, evidence: Any) -> nn.Module:
+        """For a budget: the mixture of separable filters."""
+        del evidence
+        rank, tries = choice.ranks[0], self.restarts
+        solve = lambda bank: by_tensor(bank, rank, restarts=tries, seed=bench.seed)  # noqa: E731
+        return separated(one.layer, solve, shared=self.shared).build()
 
     def _solver(
         self, model: Model, one: Seen, rank: int, bench: Bench

@@ -35,8 +35,9 @@ from torch import nn
 
 from karui.errors import require
 from karui.layers.sic import odd, sic_chain
-from karui.lowrank._common import Choice, Seen
+from karui.lowrank._choice import Choice
 from karui.lowrank._fresh import Offer, conversion_needs, convert, offers, require_conversion
+from karui.lowrank._scan import Seen
 from karui.model import Model
 from karui.technique import Bench, Card, technique
 from karui.technique.card import Need

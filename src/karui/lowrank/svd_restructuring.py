@@ -31,21 +31,19 @@ import torch
 from torch import Tensor, nn
 
 from karui.errors import require
+from karui.lowrank._choice import Choice, unless_larger
 from karui.lowrank._common import (
-    Choice,
-    Seen,
     blocks,
     carry_out,
     factor_matrix,
     fine_tune,
-    rank_ladder,
     require_data,
     require_fine_tuning,
     require_ranks,
-    scan,
     tracked,
-    unless_larger,
 )
+from karui.lowrank._per_layer import rank_ladder
+from karui.lowrank._scan import Seen, scan
 from karui.model.taps import layer_at
 from karui.numerics.evbmf import singular_values
 from karui.numerics.svd import Energy, Fixed, RankPolicy, Worth, factored_size

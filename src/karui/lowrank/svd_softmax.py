@@ -35,8 +35,8 @@ from torch import Tensor, nn
 
 from karui.errors import NeedError, require
 from karui.layers.svd_softmax import SvdSoftmaxHead, operations, rotate
-from karui.lowrank._common import Seen
 from karui.lowrank._output import output_layer
+from karui.lowrank._scan import Seen
 from karui.model import Note, Regression, replace_layers
 from karui.model.taps import layer_at
 from karui.technique import Bench, Card, technique

@@ -39,20 +39,18 @@ from torch import Tensor, nn
 
 from karui.errors import require
 from karui.layers.factored import factor_conv, factor_full_map
+from karui.lowrank._choice import Choice, unless_larger
 from karui.lowrank._common import (
-    Choice,
-    Seen,
     carry_out,
     factor_matrix,
     fine_tune,
-    rank_ladder,
     require_data,
     require_fine_tuning,
     require_ranks,
-    scan,
     tracked,
-    unless_larger,
 )
+from karui.lowrank._per_layer import rank_ladder
+from karui.lowrank._scan import Seen, scan
 from karui.numerics.evbmf import evbmf
 from karui.numerics.tucker import tucker2
 from karui.numerics.unfold import split_groups, unfold
