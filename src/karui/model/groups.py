@@ -186,21 +186,21 @@ def analyse(trace: Trace, order: list[str]) -> Analysis:
 
 def _role(trace: Trace, resolved: Resolved, name: str, dim: int) -> Role:
     """Whether contractions passed the dimension's labels on, or summed over them."""
-    if name not in trace.produced and name not in trace.consumed:
-        return "both"
+    made, read = trace.produced.get(name, []), trace.consumed.get(name, [])
     labels = trace.slots[name][dim]
+    if not (made or read) or len(labels) == 1:  # a single index is no unit, whatever it does
+        return "both"
     mine = set(resolved.classes[labels[labels >= 0]].tolist())
 
-    def touches(what: dict[str, list[np.ndarray]]) -> bool:
-        seen = what.get(name, [])
+    def touches(seen: list[np.ndarray]) -> bool:
         return any(a is labels for a in seen) or any(
             not mine.isdisjoint(resolved.classes[a[a >= 0]].tolist()) for a in seen
         )
 
-    made, read = touches(trace.produced), touches(trace.consumed)
-    if made == read:
+    out = touches(made)
+    if out == touches(read):
         return "both"
-    return "out" if made else "in"
+    return "out" if out else "in"
 
 
 def _closure(resolved: Resolved) -> Any:
@@ -288,12 +288,12 @@ class _Book:
     def group(self, classes: np.ndarray, slot: np.ndarray, index: np.ndarray, place: np.ndarray) -> Group:
         """One group: `slot`, `index` and `place` (the unit's number) of everything its units own."""
         members = []
-        for number in np.unique(slot):
-            here = slot == number
-            order = np.lexsort((index[here], place[here]))
-            table = torch.from_numpy(index[here][order].reshape(len(classes), -1))
+        order = np.lexsort((index, place, slot))
+        slot, index = slot[order], index[order]
+        starts = np.flatnonzero(np.diff(slot, prepend=-1))
+        for number, mine in zip(slot[starts].tolist(), np.split(index, starts[1:]), strict=True):
             tensor, dim = self.slots[number]
-            members.append(Member(tensor, dim, self.roles[number], table))
+            members.append(Member(tensor, dim, self.roles[number], torch.from_numpy(mine.reshape(len(classes), -1))))
         wide = [m for m in members if len(self.trace.slots[m.tensor]) > 1]
         sources = [m.tensor for m in wide if m.role == "out"] or [m.tensor for m in wide if m.role == "both"]
         name = self.name((sources or [members[0].tensor])[0])

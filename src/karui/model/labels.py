@@ -48,6 +48,7 @@ class Labels:
     counted: list[tuple[np.ndarray, int]] = field(default_factory=list)
     _codes: dict[str, int] = field(default_factory=lambda: {SINGLE: 0})
     _fixed: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    _dead: set[int] = field(default_factory=set)
 
     def code(self, reason: str) -> int:
         """The number of a reason; a label locked for it is `-1 - code`."""
@@ -68,6 +69,7 @@ class Labels:
         key = (size, self.code(SINGLE if size == 1 else reason))
         if key not in self._fixed:
             self._fixed[key] = np.full(size, -1 - key[1])
+            self._dead.add(id(self._fixed[key]))
         return self._fixed[key]
 
     def merge(self, one: np.ndarray, other: np.ndarray) -> None:
@@ -79,12 +81,12 @@ class Labels:
 
     def lock(self, labels: np.ndarray, reason: str) -> None:
         """These indices must stay."""
-        if labels.size and labels.max() >= 0:
+        if id(labels) not in self._dead and labels.size and labels.max() >= 0:
             self.locks.append((labels, self.code(reason)))
 
     def normalised(self, labels: np.ndarray, reason: str) -> None:
         """A statistic is taken over these indices."""
-        if labels.size and labels.max() >= 0:
+        if id(labels) not in self._dead and labels.size and labels.max() >= 0:
             self.counted.append((labels, self.code(reason)))
 
     def grid(self, target: np.ndarray, axes: Sequence[np.ndarray]) -> None:

@@ -28,6 +28,7 @@ from karui.model.sight import drawings, look, mask
 from karui.model.survivors import run_on_survivors
 from karui.model.trace import Trace, brief, minds_training, traced, widen
 from karui.model.verdict import FAINT, SLACK, Proof
+from karui.model.walking import lent, named_parameters
 
 if TYPE_CHECKING:
     from karui.model.cut import Cut
@@ -107,14 +108,18 @@ def measure(
         exact = run_double(cut, double(pair[1]), training=training)
         effect = difference(whole, exact)
     mask(dense, candidate.analysis, candidate.removed)
-    # A program keeps the path of the batch that it was captured with; so its own batch is looked at, too.
-    inputs: list[tuple[Any, ...]] = [joined(*pair)] if own else [joined(*pair), pair[1]]
+    inputs: list[tuple[Any, ...]] = [joined(*pair)]
     try:
         masked = _masked(dense, candidate, inputs, training=training)
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError):  # its batch is fixed
         inputs = list(pair)
         masked = _masked(dense, candidate, inputs, training=training)
     shrunk = [run_double(cut, double(given), training=training) for given in inputs]
+    # A program keeps the path of the batch that it was captured with; so that batch is looked at, too.
+    alone = own or len(inputs) > 1
+    if not alone and not (candidate.exact and _alike(drawn, dense, pair[1], single, shrunk[0], training=training)):
+        masked += _masked(dense, candidate, [pair[1]], training=training)
+        shrunk.append(run_double(cut, double(pair[1]), training=training))
     gap = max(difference(one, other) for one, other in zip(masked, shrunk, strict=True))
     if kind is torch.float64:
         with jittered(light):
@@ -124,6 +129,32 @@ def measure(
         exact = exact or run_double(cut, double(pair[1]), training=training)
         floor = difference(exact, single) * eps / torch.finfo(kind).eps
     return Proof(gap, max(floor, scale * eps / 2), effect)
+
+
+def _alike(
+    drawn: nn.Module,
+    masked: nn.Module,
+    inputs: tuple[Any, ...],
+    single: list[Tensor],
+    both: list[Tensor],
+    *,
+    training: bool,
+) -> bool:
+    """Whether masked and cut model agree on one input to the last places of their own precision, and as in a batch.
+
+    `masked` is the masked model in double precision, `drawn` the whole one; `single` is what the cut model gives for
+    the input alone, and `both`, in double precision, as the second half of a batch.
+    """
+    half = _second(both, single)
+    kind = next((p.dtype for p in drawn.parameters() if p.is_floating_point()), torch.float64)
+    if half is None or kind is torch.float64:
+        return False
+    pairs = zip(named_parameters(drawn).values(), named_parameters(masked).values(), strict=True)
+    with lent(drawn, {id(p): q.detach().to(p.dtype) for p, q in pairs}):
+        alone = outputs(drawn, inputs, training=training)
+    scale = max((float(t.abs().max()) for t in single if t.numel()), default=0.0)
+    tolerance = SLACK * torch.finfo(kind).eps / 2 * scale
+    return max(difference(half, single), difference(alone, single)) <= tolerance
 
 
 def _second(both: list[Tensor], single: list[Tensor]) -> list[Tensor] | None:

@@ -22,7 +22,7 @@ from torch._dispatch.python import enable_python_dispatcher, no_python_dispatche
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from karui.model.escapes import Reads, reads_number, sized_by
 from karui.model.trace import mode_of, plain_attention
@@ -53,7 +53,7 @@ class Ran:
 
     func: Any
     leaves: list[Any]
-    spec: TreeSpec
+    spec: Any
     layer: str
 
 
@@ -132,7 +132,8 @@ class Recorder(ProxyTorchDispatchMode):
             require_seen(torch.is_grad_enabled(), "a part without gradients")
             require_seen(not torch.is_autocast_enabled("cpu"), "a part with autocast")
             require_seen(peek_interpreter_stack() is None, "a functional transform")
-            leaves, spec = tree_flatten((args, kwargs))
+            leaves: list[Any] = []
+            spec = flattened((args, kwargs), leaves)
             leaves = [self.ref(a) if isinstance(a, Tensor) else a for a in leaves]
             result = func(*args, **kwargs)
         number = len(self.made.ran)
@@ -145,6 +146,26 @@ class Recorder(ProxyTorchDispatchMode):
                 require_seen(isinstance(part, Tensor), "an operator that gives other things than tensors")
                 self.put(part, Ref(number=number, place=place))
         return result
+
+
+def flattened(value: Any, leaves: list[Any]) -> Any:
+    """Add what an operator is given to `leaves`, and return how it nests: lists, tuples and dictionaries only."""
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple, [flattened(part, leaves) for part in value])
+    if isinstance(value, dict):
+        return (dict, [(name, flattened(part, leaves)) for name, part in value.items()])
+    leaves.append(value)
+    return None
+
+
+def nested(spec: Any, leaves: Iterator[Any]) -> Any:
+    """The inverse of `flattened`."""
+    if spec is None:
+        return next(leaves)
+    kind, parts = spec
+    if kind is dict:
+        return {name: nested(part, leaves) for name, part in parts}
+    return kind(nested(part, leaves) for part in parts)
 
 
 def require_seen(seen: bool, what: str) -> None:
@@ -255,7 +276,7 @@ class _Writer:
     def write(self, one: Recording, other: Recording) -> fx.Graph:
         for number, (ran, again) in enumerate(zip(one.ran, other.ran, strict=True)):
             require_seen(ran.spec == again.spec and ran.layer == again.layer, "a path that hangs on the batch")
-            args, kwargs = tree_unflatten(self.both(ran.leaves, again.leaves), ran.spec)
+            args, kwargs = nested(ran.spec, iter(self.both(ran.leaves, again.leaves)))
             node = self.graph.call_function(_copying(ran.func), tuple(args), dict(kwargs))
             node.meta["layer"] = ran.layer
             self.nodes[Ref(number=number)] = node

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from karui.model.escapes import reads_number
-from karui.model.labels import Dims
+from karui.model.labels import SINGLE, Dims
 
 if TYPE_CHECKING:
     from karui.model.trace import Tracer
@@ -179,9 +179,17 @@ def broadcast(tracer: Tracer, operands: Sequence[tuple[Dims, Sequence[int]]], sh
 
 def pointwise(tracer: Tracer, call: Call) -> None:
     """Labels that meet are one."""
-    inputs = [t for t in tensors_in((call.args, call.kwargs)) if t.ndim]
+    inputs = [t for t in known_of(call.func).tensors(call.args, call.kwargs) if t.ndim]
     for out in tensors_in(call.result):
-        dims = broadcast(tracer, [(tracer.value(t).dims, t.shape) for t in inputs], out.shape)
+        met = [tracer.value(t).dims for t in inputs]
+        if all(t.shape == out.shape for t in inputs) and met:
+            for other in met[1:]:
+                for one, its in zip(met[0], other, strict=True):
+                    if len(one) != 1:
+                        tracer.labels.merge(one, its)
+            dims = tuple([d if len(d) != 1 else tracer.labels.fixed(1, SINGLE) for d in met[0]])
+        else:
+            dims = broadcast(tracer, [(d, t.shape) for d, t in zip(met, inputs, strict=True)], out.shape)
         if not any(out is t for t in inputs):
             tracer.set(out, dims)
 

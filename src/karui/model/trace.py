@@ -30,6 +30,7 @@ INPUT = "the model's input keeps its size"
 OUTPUT = "the model's output keeps its size"
 Compute = Callable[[int, Any, Any, Any], Any]
 
+UNKNOWN = (None, None)
 OUTSIDE = "it meets a tensor that is neither a parameter nor a buffer"
 
 
@@ -113,9 +114,11 @@ class Tracer(TorchDispatchMode):
         outlive the run are held in `known`.
         """
         held = self.known.get(id(tensor))
-        if held is not None:
-            return held[1]
-        owner, value = getattr(tensor, "_karui_value", (None, None))
+        return held[1] if held is not None else self.carried(tensor)
+
+    def carried(self, tensor: Tensor) -> Value | None:
+        """What a tensor that the run made carries with it."""
+        owner, value = getattr(tensor, "_karui_value", UNKNOWN)
         return value if owner is self.trace else None
 
     def depends(self, tensor: Tensor) -> bool:
@@ -125,7 +128,8 @@ class Tracer(TorchDispatchMode):
 
     def value(self, tensor: Tensor) -> Value:
         """What is known of a tensor; a parameter or buffer is labelled when it is first met."""
-        known = self.find(tensor)
+        held = self.known.get(id(tensor))
+        known = held[1] if held is not None else self.carried(tensor)
         if known is None:
             name = self.names.get(id(tensor), "")
             if name:
