@@ -63,7 +63,7 @@ PREDICTED = """Time of chosen networks in fp32 at batch 1, as shares of dense: a
 made, and as it was measured."""
 RATIOS = (0.3, 0.5)
 """Shares of the inner channels that Torch-Pruning cuts."""
-RATE = 0.005
+RATE = 0.02
 """Learning rate of all fine-tuning."""
 
 
@@ -278,8 +278,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description="A budget against one-line int8")
     options.add_argument("--smoke", action="store_true", help="a few pictures; keeps nothing")
     options.add_argument("--network", default="resnet20", choices=("resnet20", "resnet56"))
-    options.add_argument("--epochs", type=int, default=3, help="passes of recovery for each row")
-    options.add_argument("--pictures", type=int, default=2000, help="training pictures")
+    options.add_argument("--epochs", type=int, default=8, help="passes of recovery for each row")
+    options.add_argument("--pictures", type=int, default=13_500, help="training pictures")
     options.add_argument("--only", type=float, choices=DROPS, help="one budget")
     asked = options.parse_args()
     torch.set_num_threads(1)
