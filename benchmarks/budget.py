@@ -19,8 +19,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from karui.measuring import Clock, Timings, known_engine, onnx_form, time_ratio
 from karui.measuring.values import bytes_text
 from karui.model import Model
 from karui.recipes.budget.deployments import score_of
+from karui.recipes.keeping import CHECKPOINTS
 from karui.technique import Bench
 from karui.train import with_rate
 
@@ -59,8 +61,8 @@ def splits(pictures: int) -> Splits:
     return replace(data, validation=Subset(test, range(HELD)), test=Subset(test, range(HELD, len(test))))
 
 
-PREDICTED = """Time of chosen networks in fp32 at batch 1, as shares of dense: as the menu predicted it before they were
-made, and as it was measured."""
+PREDICTED = """Time of chosen networks at batch 1, as shares of dense in fp32: as the menu predicted it before they were
+made, in the form that it was timed in, and as that form was measured."""
 RATIOS = (0.3, 0.5)
 """Shares of the inner channels that Torch-Pruning cuts."""
 RATE = 0.02
@@ -78,8 +80,8 @@ def fp32_of(model: Model, name: str) -> Deployment:
     return Deployment(name=name, engine="onnxruntime", precision="fp32", data=onnx_form(model).data)
 
 
-def peers(dense: Model, bench: Bench, epochs: int, folder: Path) -> dict[str, Deployment]:
-    """The files that karui's are held against."""
+def peers(dense: Model, bench: Bench, epochs: int, folder: Path, ratios: Sequence[float]) -> dict[str, Deployment]:
+    """The files that karui's are held against; of Torch-Pruning, at these ratios and at those that are there."""
     found = {"dense, fp32": fp32_of(dense, "dense"), "dense, one-line int8": int8_of(dense, bench, "int8")}
     if importlib.util.find_spec("torch_pruning") is None:
         return found
@@ -89,6 +91,8 @@ def peers(dense: Model, bench: Bench, epochs: int, folder: Path) -> dict[str, De
         names = [f"Torch-Pruning {ratio:g}, {precision}" for precision in ("fp32", "int8")]
         files = [folder / f"torch-pruning-{ratio:g}-{precision}.onnx" for precision in ("fp32", "int8")]
         if not files[1].is_file():
+            if ratio not in ratios:
+                continue
             light = group_norm_pruned(dense, bench, ratio, epochs)
             for file, made in zip(files, (fp32_of(light, ""), int8_of(light, bench, "")), strict=True):
                 write_file(file, made.data)
@@ -100,6 +104,9 @@ def peers(dense: Model, bench: Bench, epochs: int, folder: Path) -> dict[str, De
 
 def under_budget(dense: Model, bench: Bench, drop: float, epochs: int, out: Path) -> dict[str, Any]:
     """The record of a run under a floor alone; one that was killed goes on."""
+    said = bench.checkpoints / "answers" if bench.checkpoints is not None else None
+    if said is not None and said.is_dir():  # what the teacher said to the peers' students serves here too
+        shutil.copytree(said, out / CHECKPOINTS / said.name, dirs_exist_ok=True)
     given = replace(bench, checkpoints=None)
     done = karui.compress(dense, given, max_drop=drop, epochs=epochs, find_rate=False, out=out, resume=True, tell=print)
     return done.record["budget"]
@@ -133,21 +140,25 @@ def _ratio(times: Timings, name: str, batch: int) -> dict[str, Any]:
     return {"seconds": pair[1].median, "ratio": ratio.value, "low": ratio.low, "high": ratio.high}
 
 
-def predictions(told: Mapping[str, Any]) -> list[dict[str, float]]:
-    """Predicted and measured time of each point whose network was chosen from a menu, both in fp32."""
-    return [
-        {"point": point["number"], "predicted": point["predicted"]["time"], "measured": point["forms"][0]["time"]}
-        for point in told["points"]
-        if point["predicted"] and point["chosen"]
-    ]
+def predictions(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Predicted and measured time of each point whose network was chosen from a menu, both of one form."""
+    found = []
+    for point in told["points"]:
+        form = next((form for form in point["forms"] if form["name"] == point["foreseen"]), None)
+        if point["predicted"] and point["chosen"] and form is not None:
+            times = {"predicted": point["predicted"]["time"], "measured": form["time"]}
+            found.append({"point": point["number"], "form": form["told"], **times})
+    return found
 
 
-def run(network: str, data: Splits, folder: Path, epochs: int, drops: tuple[float, ...]) -> Iterator[dict[str, Any]]:
+def run(
+    network: str, data: Splits, folder: Path, epochs: int, drops: Sequence[float], *, ratios: Sequence[float] = RATIOS
+) -> Iterator[dict[str, Any]]:
     """All rows of a network: first those of the peers, then with each budget's."""
     dense, ledger = published(network), Ledger(folder / f"{network}.json")
     bench = make_bench(data, folder)
     bench = replace(bench, training=with_rate(bench.training, RATE))
-    forms = peers(dense, bench, epochs, folder / network)
+    forms = peers(dense, bench, epochs, folder / network, ratios)
     runs: dict[float, dict[str, Any]] = {}
     yield {"network": network, **rows(forms, runs, dense, data, ledger)}
     for drop in drops:
@@ -215,11 +226,11 @@ nothing. Torch-Pruning cuts inner widths of blocks alone: its result does not ru
         ]
         head = ["", "form", "accuracy on all, %", "on 8,000, %", "lost of those", "batch 1", "batch 64", "ONNX file"]
         pairs = [
-            [floor, str(p["point"]), f"{p['predicted']:.3f}", f"{p['measured']:.3f}", f"{_off(p):+.1%}"]
+            [floor, str(p["point"]), p["form"], f"{p['predicted']:.3f}", f"{p['measured']:.3f}", f"{_off(p):+.1%}"]
             for floor, points in told["predictions"].items()
             for p in points
         ]
-        columns = ["floor", "point", "predicted time", "measured time", "off by"]
+        columns = ["floor", "point", "form", "predicted time", "measured time", "off by"]
         parts += [
             f"## {told['network']}",
             table(head, lines),
@@ -233,7 +244,7 @@ def _shown(time: Mapping[str, float]) -> str:
     return f"{1e3 * time['seconds']:.3f} ms, {time['ratio']:.2f}x [{time['low']:.2f}, {time['high']:.2f}]"
 
 
-def _off(pair: Mapping[str, float]) -> float:
+def _off(pair: Mapping[str, Any]) -> float:
     return pair["predicted"] / pair["measured"] - 1
 
 
@@ -281,6 +292,7 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=8, help="passes of recovery for each row")
     options.add_argument("--pictures", type=int, default=13_500, help="training pictures")
     options.add_argument("--only", type=float, choices=DROPS, help="one budget")
+    options.add_argument("--ratio", type=float, choices=RATIOS, action="append", help="of Torch-Pruning; all if none")
     asked = options.parse_args()
     torch.set_num_threads(1)
     data = splits(asked.pictures)
@@ -294,7 +306,7 @@ def main() -> None:
         return
     folder = CACHE / "budget" / f"{asked.pictures}-{asked.epochs}"
     ledger = Ledger(folder / "networks.json")
-    for told in run(asked.network, data, folder, asked.epochs, drops):
+    for told in run(asked.network, data, folder, asked.epochs, drops, ratios=asked.ratio or RATIOS):
         ledger.keep(asked.network, told)
         values = {"epochs": asked.epochs, "pictures": len(data.train), "networks": list(ledger.parts.values())}
         publish("budget", values, report(values))

@@ -47,7 +47,8 @@ class Point:
         number: 0 is the dense model.
         parent: the point that it was made from.
         target: the shares that were aimed at.
-        predicted: time and bytes as the menu predicted them (in fp32), as shares of the dense model.
+        predicted: time and bytes as the menu predicted them, as shares of the dense model, and
+        foreseen: the name of the form that the time was predicted of.
         forms: its deployments, fp32 first.
         best: which of them counts.
         epochs: passes of recovery on the way to it, all stages together.
@@ -59,6 +60,7 @@ class Point:
     parent: int = 0
     target: dict[str, float] = field(default_factory=dict)
     predicted: dict[str, float] = field(default_factory=dict)
+    foreseen: str = ""
     forms: tuple[Form, ...] = ()
     best: int = 0
     epochs: int = 0

@@ -15,6 +15,7 @@ from karui.index import techniques
 from karui.model import Analysis, Model, Note, coupled_groups, remove_units, replace_layers
 from karui.recipes.budget.choice import Problem, Table
 from karui.recipes.budget.harm import harms
+from karui.recipes.budget.skips import skips
 from karui.recipes.budget.tables import Coster
 from karui.technique import Candidate, Offers, card_of
 
@@ -134,8 +135,8 @@ def place_of(candidate: Candidate) -> str:
 
 
 def collect(model: Model, bench: Bench, multiple: int) -> tuple[list[Candidate], tuple[str, ...]]:
-    """What every technique of the catalogue offers, and why some offer nothing."""
-    found: list[Candidate] = []
+    """Parts to leave out, what every technique of the catalogue offers, and why some offer nothing."""
+    found = list(skips(model))
     notes = []
     for entry in techniques():
         if entry.card["kind"] in KINDS:

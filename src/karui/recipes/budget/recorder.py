@@ -13,12 +13,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from karui.measuring.engines import onnx_session
-from karui.recipes.budget.blocks import Block
 from karui.recipes.budget.cache import Measured, typical
 
 ROUNDS = 9
@@ -32,7 +31,19 @@ INTERRUPTED = 1.5
 LAYOUT = ("ReorderInput", "ReorderOutput", "Transpose")
 
 
-def recorded(blocks: Mapping[str, Block], threads: int) -> dict[str, np.ndarray]:
+class Timed(Protocol):
+    """What can be timed: a file and what to feed it."""
+
+    def data(self) -> bytes:
+        """The bytes of an ONNX file."""
+        ...
+
+    def feed(self) -> dict[str, np.ndarray]:
+        """Its inputs by name."""
+        ...
+
+
+def recorded(blocks: Mapping[str, Timed], threads: int) -> dict[str, np.ndarray]:
     """Seconds of each block, without changes of layout: `[operators, ROUNDS]`, the rounds of all blocks in turns."""
     with tempfile.TemporaryDirectory(prefix="karui-") as folder:
         prefix = Path(folder)
@@ -78,7 +89,7 @@ def _rounds(durations: np.ndarray, calls: int) -> np.ndarray:
     return np.minimum(counted, INTERRUPTED * usual + RECORDER).mean(axis=1)
 
 
-def profiled(blocks: Mapping[str, Block], threads: int) -> dict[str, Measured]:
+def profiled(blocks: Mapping[str, Timed], threads: int) -> dict[str, Measured]:
     """The time of each block."""
     found = recorded(blocks, threads)
     return {name: typical(rows.sum(axis=0), RECORDER * math.sqrt(len(rows))) for name, rows in found.items()}
@@ -88,7 +99,7 @@ SITTINGS, CLOSE = (3, 6), 0.02
 """Least and most sittings of two that are timed head to head, and the uncertainty that is good enough, as a share."""
 
 
-def head_to_head(new: Block, old: Block, threads: int) -> Measured:
+def head_to_head(new: Timed, old: Timed, threads: int) -> Measured:
     """The time of a block as a share of another's: their rounds in pairs, in sessions that are made anew a few times.
 
     It ends where the two are told apart, or are as good as equal.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from karui.recipes.budget.front import Point, front, knee
+from karui.recipes.budget.front import Point, cost, front, knee
 
 STEP = 0.65
 """The most that a stage shrinks a quantity by: beyond, what candidates do alone tells little about them together."""
 FAR = 0.2
 """How far to go where no budget says: a fifth of the dense model's time."""
+PROMISING = 2.0
+"""Times the floor that a point may lose after the short training of a visit and still be thought to keep it in the end;
+the epochs that are kept for the final point show it."""
 HALVINGS = 3
 """Bisections between a point that keeps the floor and a target that breaks it."""
 CLOSE = 1.08
@@ -66,6 +69,11 @@ class Plan:
         """The shares after a part of the way, in equal factors."""
         return {quantity: share**part for quantity, share in self.goal.items()}
 
+    def part(self, point: Point) -> float:
+        """How far on the way a point is, in the quantity that is farthest behind."""
+        parts = (math.log(point.share(q)) / math.log(share) for q, share in self.goal.items() if share < 1)
+        return min(parts, default=1.0)
+
     def holds(self, point: Point) -> bool:
         """Whether the point keeps the floor."""
         return self.max_drop is None or point.form.lost <= self.max_drop + 1e-9
@@ -82,13 +90,13 @@ def travel(visits: Visits, dense: Point, plan: Plan) -> Point:
     for stage in range(1, plan.stages + MORE + 1):
         part = min(1.0, stage / plan.stages)
         target = plan.target(part)
-        if all(good.share(q) <= share for q, share in target.items()) or (part == 1 and not good.beyond(target)):
-            reached = part
+        near = 1.0 if part == 1 else CLOSE  # on the way, what is left of a step goes into the next
+        if all(good.share(q) <= near * share for q, share in target.items()) or (part == 1 and not good.beyond(target)):
+            reached = max(part, plan.part(good))
             continue
         point = visits.lighten(good, target, purse.take())
         if point is None:
             break
-        point = _second_chance(visits, point, plan, purse)
         if not plan.holds(point):
             broken = part
             break
@@ -96,7 +104,7 @@ def travel(visits: Visits, dense: Point, plan: Plan) -> Point:
         if gains and min(gains) >= 1:
             break  # no lighter in anything that is missed
         small = bool(gains) and min(gains) > STUCK
-        good, reached = point, part
+        good, reached = point, max(part, plan.part(point))
         if small and slow:
             break
         slow = small
@@ -104,11 +112,7 @@ def travel(visits: Visits, dense: Point, plan: Plan) -> Point:
         good = _bisect(visits, good, plan, purse, (reached, broken))
     if not plan.stated and plan.max_drop is None:
         good = knee(front(visits.points))
-    left = purse.rest()
-    if left and good.number:
-        polished = visits.polish(good, left)
-        good = polished if polished.form.lost <= good.form.lost else good
-    return good
+    return _trained_on(visits, good, plan, purse)
 
 
 class Purse:
@@ -119,9 +123,9 @@ class Purse:
         visits = plan.stages + (HALVINGS if plan.max_drop is not None else 0)
         self.share = max(1, int(plan.epochs * (1 - POLISH) / visits)) if plan.epochs else 0
 
-    def take(self) -> int:
-        """The epochs of a visit: a share, or what is left."""
-        taken = min(self.share, self.left)
+    def take(self, wanted: int | None = None) -> int:
+        """So many epochs, by default a share of a visit; or what is left."""
+        taken = min(self.share if wanted is None else wanted, self.left)
         self.left -= taken
         return taken
 
@@ -131,12 +135,34 @@ class Purse:
         return taken
 
 
-def _second_chance(visits: Visits, point: Point, plan: Plan, purse: Purse) -> Point:
-    """A point that breaks the floor by little is trained on once before it counts as broken."""
-    if plan.holds(point) or plan.max_drop is None or point.form.lost > 2 * plan.max_drop + 1:
-        return point
-    more = purse.take()
-    return visits.polish(point, more) if more else point
+def _trained_on(visits: Visits, good: Point, plan: Plan, purse: Purse) -> Point:
+    """The final point, trained with the epochs that are left.
+
+    First, with all but a share of them, a lighter point that breaks the floor by little: it was judged after a share.
+    """
+    point = _promising(visits.points, good, plan)
+    if point is not None and purse.left > purse.share:
+        polished = visits.polish(point, purse.take(purse.left - purse.share))
+        good = polished if plan.holds(polished) else good
+    left = purse.rest()
+    if left and good.number:
+        polished = visits.polish(good, left)
+        good = polished if polished.form.lost <= good.form.lost else good
+    return good
+
+
+def _promising(points: Sequence[Point], good: Point, plan: Plan) -> Point | None:
+    """The lightest point that breaks the floor by so little that more training may save it."""
+    if plan.max_drop is None:
+        return None
+    quantities = list(plan.goal)
+    near = [
+        point
+        for point in points
+        if plan.max_drop < point.form.lost <= PROMISING * plan.max_drop
+        and cost(point, quantities) < cost(good, quantities) / CLOSE
+    ]
+    return min(near, key=lambda point: cost(point, quantities), default=None)
 
 
 def _bisect(visits: Visits, good: Point, plan: Plan, purse: Purse, parts: tuple[float, float]) -> Point:
@@ -153,9 +179,8 @@ def _bisect(visits: Visits, good: Point, plan: Plan, purse: Purse, parts: tuple[
         point = visits.lighten(good, target, purse.take())
         if point is None:
             break
-        point = _second_chance(visits, point, plan, purse)
         if plan.holds(point):
-            good, low = point, middle
+            good, low = point, max(middle, plan.part(point))
         else:
             high = middle
     return good

@@ -53,10 +53,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Cell:
-    """One layer at some widths, or as a new layer: how its seconds change, and its bytes."""
+    """One layer at some widths, as a new layer, or left out: how its seconds change, and its bytes."""
 
     change: Measured
     bytes: float
+    gone: bool = False
 
 
 Widths = tuple[str, tuple[tuple[int, int], ...]]
@@ -87,7 +88,7 @@ class Coster:
         self._time_cells(self._wanted(candidates))
         self._time_layers([c for c in candidates if c.layers is not None])
         costs = [self._alone(candidate) for candidate in candidates]
-        doubtful = [k for k, cost in enumerate(costs) if cost.doubtful and self._layerwise(candidates[k])]
+        doubtful = [k for k, cost in enumerate(costs) if cost.doubtful and self._comparable(candidates[k])]
         with bar("head to head", len(doubtful), self.watch.progress and bool(doubtful)) as step:
             for k in doubtful:
                 self._look_closer(candidates[k])
@@ -209,11 +210,24 @@ class Coster:
             assert candidate.layers is not None  # noqa: S101  (they were filtered)
             found = {}
             for path, layer in candidate.layers().items():
+                if inside := self._left_out(path, layer):
+                    found |= inside
+                    continue
                 if path not in self.graph.blocks or not isinstance(layer, nn.Module):
                     break
                 found[path] = self._new_layer(path, layer)
             else:
                 self.exchanged[id(candidate)] = found
+
+    def _left_out(self, path: str, layer: nn.Module) -> dict[str, _Cell]:
+        """The layers of a part that gives its place to nothing; none where something else takes it."""
+        if type(layer) is not nn.Identity or path in self.graph.blocks:
+            return {}
+        return {
+            inner: _Cell(less(Measured(0.0), added(self.watch.blocks(blocks))), 0.0, gone=True)
+            for inner, blocks in self.graph.blocks.items()
+            if inner.startswith(f"{path}.")
+        }
 
     def _new_layer(self, path: str, layer: nn.Module) -> _Cell:
         """A layer's cost where another stands. It is exported only where its time is not known on this machine."""
@@ -252,6 +266,10 @@ class Coster:
 
     def _layerwise(self, candidate: Candidate) -> bool:
         return id(candidate) in self.exchanged if candidate.layers is not None else not self._blind(candidate)
+
+    def _comparable(self, candidate: Candidate) -> bool:
+        """Whether each of its layers has another in its place, which it can be timed against."""
+        return self._layerwise(candidate) and not any(c.gone for c in self.exchanged.get(id(candidate), {}).values())
 
     def _paths(self, candidate: Candidate) -> list[str]:
         return list(self.exchanged[id(candidate)]) if candidate.layers is not None else list(self._lost(candidate))
@@ -302,7 +320,7 @@ class Coster:
         amounts = {quantity: np.zeros(shape) for quantity in ("time", "bytes")}
         whole = self._cell(path, {})
         for index in np.ndindex(*shape):
-            found = self._together([side[k] for side, k in zip(sides, index, strict=True)], path)
+            found = self._together([side[k] for side, k in zip(sides, index, strict=True)], path, apart=exclusive)
             if found is None:
                 amounts["time"][index] = amounts["bytes"][index] = math.inf
             elif not exclusive:
@@ -310,12 +328,15 @@ class Coster:
                 amounts["bytes"][index] = found.bytes - whole.bytes
         return Table(tuple(places), amounts)
 
-    def _together(self, parts: Sequence[dict[int, int] | _Cell], path: str) -> _Cell | None:
-        """The layer under all these settings; None where they exclude each other: a new layer is not resized."""
+    def _together(self, parts: Sequence[dict[int, int] | _Cell], path: str, *, apart: bool) -> _Cell | None:
+        """The layer under all these settings; None where they exclude each other: a new layer is not resized.
+
+        With `apart`, cuts and new layers have tables of their own, which would count what is left out twice.
+        """
         new = [part for part in parts if isinstance(part, _Cell)]
         cuts = [part for part in parts if isinstance(part, dict) and part]
-        if new:
-            return new[0] if len(new) == 1 and not cuts else None
+        if new:  # what is left out has no width, and may be as wide as it likes
+            return new[0] if len(new) == 1 and (not cuts or (new[0].gone and not apart)) else None
         return self.cells.get(_widths(path, _joined(cuts)), NEVER)
 
 

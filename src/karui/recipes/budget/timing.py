@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from karui.measuring.rounds import interleaved
 from karui.model import Model
 from karui.recipes.budget.blocks import Block, structure
 from karui.recipes.budget.cache import SURE, Measured, TimingCache, typical
-from karui.recipes.budget.recorder import head_to_head, profiled
+from karui.recipes.budget.narrow import narrowed
+from karui.recipes.budget.recorder import Timed, head_to_head, profiled
 
 LOT = 24
 """Blocks that are timed in turns."""
@@ -43,16 +44,18 @@ class Stopwatch:
         batch, threads: how they are run.
         cache: what is known already.
         progress: whether a bar is shown.
+        narrow: whether blocks are timed in 8 bits; whole files are what they are.
     """
 
     batch: int = 1
     threads: int = 1
     cache: TimingCache = field(default_factory=TimingCache)
     progress: bool = False
+    narrow: bool = False
 
     def blocks(self, blocks: Sequence[Block]) -> list[Measured]:
         """Seconds of each block."""
-        keys = [self._key(block.key) for block in blocks]
+        keys = [self._key(self._told(block.key)) for block in blocks]
         unknown = {key: block for key, block in zip(keys, blocks, strict=True) if key not in self.cache.found}
         lots = [list(unknown.items())[start : start + LOT] for start in range(0, len(unknown), LOT)]
         with bar("time of layers", len(lots), self.progress and bool(lots)) as step:
@@ -63,11 +66,18 @@ class Stopwatch:
 
     def named(self, name: str, make: Callable[[], Block]) -> Measured:
         """Seconds of a block that is made only where the time under this name is not known."""
-        return self._once(name, lambda: self.blocks([make()])[0])
+        return self._once(self._told(name), lambda: self.blocks([make()])[0])
 
     def against(self, name: str, make: Callable[[], Block], old: Block) -> Measured:
         """A block's time as a share of another's, timed head to head; it is made only where that is not known."""
-        return self._once(f"{name} / {old.key}", lambda: head_to_head(make(), old, self.threads))
+        told = self._told(f"{name} / {old.key}")
+        return self._once(told, lambda: head_to_head(self._form(make()), self._form(old), self.threads))
+
+    def _told(self, name: str) -> str:
+        return f"{name} in 8 bits" if self.narrow else name
+
+    def _form(self, block: Block) -> Timed:
+        return narrowed(block) if self.narrow else block
 
     def multiple(self) -> int:
         """The widths that the engine rewards: the largest step up to which rounding a width up costs nothing."""
@@ -113,7 +123,7 @@ class Stopwatch:
         """
 
         def measure() -> Measured:
-            known = self.blocks([_reference()])[0].value
+            known = replace(self, narrow=False).blocks([_reference()])[0].value
             share = _until_near(lambda: self._beside_reference(dense, data))
             return Measured(known * share.value, known * share.error)
 
@@ -166,7 +176,9 @@ class Stopwatch:
 
     def _measure(self, lot: dict[str, Block]) -> None:
         """Time a lot of blocks in turns, beside the reference."""
-        found = profiled({**lot, REFERENCE: _reference()}, self.threads)
+        found = profiled(
+            {**{key: self._form(block) for key, block in lot.items()}, REFERENCE: _reference()}, self.threads
+        )
         now = found.pop(REFERENCE)
         drift = self._once(REFERENCE, lambda: now).value / now.value
         unsure = now.error / now.value  # of the reference is unsure of every block that is held against it
@@ -213,5 +225,5 @@ def _convolution(inputs: int, outputs: int) -> Block:
     from onnx import helper
 
     weight = np.full((outputs, inputs, 3, 3), 0.01, dtype=np.float32)
-    node = helper.make_node("Conv", ["x", "w"], ["y"], kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    node = helper.make_node("Conv", ["x", "w"], ["y"], name="conv", kernel_shape=[3, 3], pads=[1, 1, 1, 1])
     return Block((node,), {"w": weight}, {"x": ((1, inputs, 16, 16), onnx.TensorProto.FLOAT)}, "y", 18)

@@ -14,7 +14,7 @@ from karui.measuring import onnx_form
 from karui.measuring.values import from_json, to_json
 from karui.model import Model
 from karui.recipes.budget.choice import cheapest, choose
-from karui.recipes.budget.deployments import Forms
+from karui.recipes.budget.deployments import NARROW, Forms
 from karui.recipes.budget.front import Point
 from karui.recipes.budget.menu import Menu, menu
 from karui.recipes.budget.recover import rate_for, recover
@@ -184,6 +184,7 @@ class Visitor:
             parent=parent.number,
             target=target,
             predicted=predicted,
+            foreseen=parent.form.name if parent.form.told == NARROW else parent.fp32.name,
             epochs=parent.epochs + epochs,
             chosen=chosen,
         )
@@ -192,7 +193,7 @@ class Visitor:
     def _menu_of(self, parent: Point, model: Model) -> Menu:
         if self._menu is None or self._menu[0] != parent.number:
             self._menu = None
-            made = menu(model, self.bench, self.watch)
+            made = menu(model, self.bench, replace(self.watch, narrow=parent.form.told == NARROW))
             self._menu = (parent.number, made)
             self.notes += [note for note in made.notes if note not in self.notes]
             count = sum(map(len, made.offers.values()))
@@ -203,9 +204,10 @@ class Visitor:
         self, parent: Point, offers: Menu, target: Mapping[str, float]
     ) -> tuple[Model, dict[str, str], dict[str, float]] | None:
         """Choose, carry out and measure, until the measured model is at the target or as light as the menu can."""
-        factors = {"time": parent.form.time / parent.fp32.time, "bytes": parent.form.bytes / parent.fp32.bytes}
-        # Of the model that the menu is for, in seconds and bytes of its fp32 form.
-        now = {"time": parent.fp32.time * self.seconds, "bytes": parent.fp32.bytes * len(self.data)}
+        # Time is that of the form that counts where the menu is timed in it, else of fp32; bytes are those of fp32.
+        timed = parent.form if parent.form.told == NARROW else parent.fp32
+        factors = {"time": parent.form.time / timed.time, "bytes": parent.form.bytes / parent.fp32.bytes}
+        now = {"time": timed.time * self.seconds, "bytes": parent.fp32.bytes * len(self.data)}
         whole = {"time": self.seconds, "bytes": len(self.data)}
         wanted = {q: share / factors[q] for q, share in target.items()}
         aim = dict(wanted)
@@ -215,7 +217,7 @@ class Visitor:
             chosen = choose(offers.problem(limits))
             exhausted = chosen is None
             if chosen is None:
-                chosen = self._farthest(offers, limits)
+                chosen = self._farthest(offers, limits, now)
             problem = offers.problem(limits)
             predicted = {q: (now[q] + problem.total(chosen, q)) / whole[q] for q in whole}
             if not any(chosen.values()):
@@ -225,9 +227,8 @@ class Visitor:
             except SurgeryError as error:
                 self.notes.append(f"left out after a cut was refused: {', '.join(sorted(offers.failed))}. {error}")
                 continue
-            data = onnx_form(light).data
-            time = self.watch.ratio(self.dense, data, self.data).value
-            measured = {"time": time, "bytes": len(data) / len(self.data)}
+            time = self.watch.ratio(self.dense, self.forms.file(light, timed), self.data).value
+            measured = {"time": time, "bytes": len(onnx_form(light).data) / len(self.data)}
             told = {place: offer.candidate.text for place, offer in offers.taken(chosen).items()}
             best = (light, told, predicted)
             missed = {q: measured[q] / wanted[q] for q in wanted if measured[q] > wanted[q] * (1 + NEAR)}
@@ -236,10 +237,10 @@ class Visitor:
             aim = {q: aim[q] / missed.get(q, 1.0) for q in aim}
         return best
 
-    def _farthest(self, offers: Menu, limits: Mapping[str, float]) -> dict[str, int]:
+    def _farthest(self, offers: Menu, limits: Mapping[str, float], now: Mapping[str, float]) -> dict[str, int]:
         """Where no choice keeps all limits: the one nearest to them, along the way that is possible."""
         ends = {q: offers.problem({}).total(cheapest(offers.problem({}), q), q) for q in limits}
-        self.reach = {q: (self._now(offers, q) + ends[q]) for q in ends}
+        self.reach = {q: now[q] + ends[q] for q in ends}
         low, high, found = 0.0, 1.0, dict.fromkeys(offers.offers, 0)
         for _ in range(6):
             middle = (low + high) / 2
@@ -249,12 +250,6 @@ class Visitor:
             else:
                 low, found = middle, tried
         return found
-
-    def _now(self, offers: Menu, quantity: str) -> float:
-        data = onnx_form(offers.model).data
-        if quantity == "bytes":
-            return float(len(data))
-        return self.watch.ratio(self.dense, data, self.data).value * self.seconds
 
 
 def _told(target: Mapping[str, float]) -> str:
