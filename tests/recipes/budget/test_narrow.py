@@ -1,0 +1,71 @@
+"""Blocks in 8 bits: integers go in and come out, shapes are the block's, and the cache keeps precisions apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from karui.measuring.engines import onnx_session
+from karui.model import Model
+from karui.recipes.budget import timing
+from karui.recipes.budget.blocks import Block, blocks_of
+from karui.recipes.budget.cache import Measured, TimingCache
+from karui.recipes.budget.narrow import Narrow, narrowed
+from karui.recipes.budget.recorder import Timed
+from karui.recipes.budget.timing import Stopwatch
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(torch.relu(x + self.inner(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def blocks() -> Mapping[str, tuple[Block, ...]]:
+    torch.manual_seed(0)
+    return blocks_of(Model(Residual().eval(), example=(torch.randn(2, 3, 8, 8),)), batch=2).blocks
+
+
+def test_a_block_takes_and_gives_integers(blocks: Mapping[str, tuple[Block, ...]]):
+    """Nothing is narrowed or widened within the block, also where its input is read twice."""
+    for path, inputs in (("stem", 1), ("inner", 1), ("head", 1)):
+        [block] = blocks[path]
+        made = narrowed(block)
+        assert isinstance(made, Narrow)
+        graph = onnx.load_model_from_string(made.data()).graph
+        kinds = [put.type.tensor_type.elem_type for put in (*graph.input, *graph.output)]
+        assert kinds == [onnx.TensorProto.UINT8] * (inputs + 1), path
+        [given] = onnx_session(made.data(), 1).run(None, made.feed())
+        [plain] = onnx_session(block.data(), 1).run(None, block.feed())
+        assert given.shape == plain.shape
+
+
+def test_what_has_no_integer_form_is_timed_as_it_is(blocks: Mapping[str, tuple[Block, ...]]):
+    [block] = blocks["stem"]
+    damaged = replace(block, weights={name: array * float("nan") for name, array in block.weights.items()})
+    assert narrowed(damaged) is damaged
+
+
+def test_times_in_both_precisions_are_kept_apart(
+    blocks: Mapping[str, tuple[Block, ...]], monkeypatch: pytest.MonkeyPatch
+):
+    def profiled(found: Mapping[str, Timed], threads: int) -> dict[str, Measured]:
+        del threads
+        return {name: Measured(1e-6 if isinstance(each, Narrow) else 4e-6) for name, each in found.items()}
+
+    monkeypatch.setattr(timing, "profiled", profiled)
+    watch = Stopwatch(cache=TimingCache())
+    for _ in range(2):
+        assert [m.value for m in replace(watch, narrow=True).blocks(blocks["inner"])] == [1e-6]
+        assert [m.value for m in watch.blocks(blocks["inner"])] == [4e-6]

@@ -1,0 +1,78 @@
+"""The way to a budget, on networks that are only numbers: what is visited, and where the epochs go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from karui.recipes.budget.front import Form, Point
+from karui.recipes.budget.stages import Plan, travel
+
+
+def at(number: int, time: float, lost: float, epochs: int = 0) -> Point:
+    return Point(number=number, forms=(Form(name="", told="", time=time, bytes=time, lost=lost),), epochs=epochs)
+
+
+@dataclass
+class Law:
+    """Networks that lose by a law of their time and of the epochs that they were trained for."""
+
+    loses: Callable[[float, int], float]
+    start: float = 1.0
+    points: list[Point] = field(default_factory=list)
+    spent: int = 0
+
+    def dense(self) -> Point:
+        self.points.append(at(0, self.start, 0.0))
+        return self.points[0]
+
+    def lighten(self, parent: Point, target: Mapping[str, float], epochs: int) -> Point:
+        return self._visited(at(len(self.points), target["time"], 0.0, parent.epochs + epochs), epochs)
+
+    def polish(self, parent: Point, epochs: int) -> Point:
+        return self._visited(replace(parent, number=len(self.points), epochs=parent.epochs + epochs), epochs)
+
+    def _visited(self, point: Point, epochs: int) -> Point:
+        self.spent += epochs
+        time = point.form.time
+        point = at(point.number, time, self.loses(time, point.epochs), point.epochs)
+        self.points.append(point)
+        return point
+
+
+FAR = Plan(goal={"time": 0.2}, stated=False, max_drop=1.0, epochs=8)
+
+
+def test_a_point_that_training_saves_is_the_result():
+    """It breaks the floor after the training of a visit; the epochs that are kept show that it need not."""
+    visits = Law(loses=lambda time, epochs: 0.0 if time > 0.5 else 1.8 if epochs < 4 else 0.9)
+    point = travel(visits, visits.dense(), FAR)
+    assert point.form.time < 0.5
+    assert FAR.holds(point)
+    assert visits.spent <= FAR.epochs
+
+
+def test_one_that_it_does_not_save_is_given_up():
+    visits = Law(loses=lambda time, _: 0.2 if time > 0.5 else 1.8)
+    point = travel(visits, visits.dense(), FAR)
+    assert 0.5 < point.form.time < 0.6
+    assert FAR.holds(point)
+    assert visits.spent == FAR.epochs
+
+
+def test_without_epochs_nothing_is_trained_on():
+    visits = Law(loses=lambda time, _: 3 * (1 - time))
+    plan = replace(FAR, epochs=0)
+    point = travel(visits, visits.dense(), plan)
+    assert visits.spent == 0
+    assert point.form.lost == pytest.approx(1.0, abs=0.2)
+
+
+def test_the_way_goes_on_from_where_the_dense_network_stands():
+    """Its form in 8 bits is at 0.6 already: no visit aims at what is reached, and bisection starts from there."""
+    visits = Law(loses=lambda time, _: 0.0 if time > 0.5 else 9.0, start=0.6)
+    travel(visits, visits.dense(), FAR)
+    assert all(point.form.time < 0.6 for point in visits.points[1:])
+    assert [round(point.form.time, 2) for point in visits.points[1:3]] == [0.45, 0.52]
