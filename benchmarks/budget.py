@@ -282,7 +282,10 @@ def _bar(values: Mapping[str, Any]) -> str:
                     f"{bytes_text(row['bytes'])}; best peer here ({best['case']}) "
                     f"{best['times'][batch]['ratio']:.2f}x, {bytes_text(best['bytes'])}: {ahead:.2f} times; {word}{bar}"
                 )
-        pairs = [p for points in told["predictions"].values() for p in points]
+        # Budgets that begin alike visit the same networks: each counts once.
+        pairs = list(
+            {(p["form"], p["predicted"]): p for points in told["predictions"].values() for p in points}.values()
+        )
         if pairs:
             within = sum(abs(_off(p)) <= APART for p in pairs)
             lines.append(f"- {told['network']}, predicted times: {within} of {len(pairs)} within {APART:.0%}")
