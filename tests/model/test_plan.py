@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from karui.model import Model, plan_surgery
+from karui.errors import SurgeryError
+from karui.model import Model, plan_surgery, remove_provable
 
 
 class Mixed(nn.Module):
@@ -35,18 +37,45 @@ def test_plan_names_groups_forms_and_reasons() -> None:
     assert json.loads(json.dumps(plan.to_json()))["groups"][1]["name"] == "frozen"
 
 
+class Silent(nn.Module):
+    """Two branches, of which one never shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(3, 5), nn.Linear(5, 2), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(torch.tanh(self.c(x))) + 0 * self.b(self.a(x))
+
+
 def test_plan_of_a_blind_group_refuses_it_and_keeps_the_others() -> None:
-    class Silent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c, self.d = nn.Linear(3, 5), nn.Linear(5, 2), nn.Linear(3, 4), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.d(torch.tanh(self.c(x))) + 0 * self.b(self.a(x))
-
     plan = plan_surgery(Model(Silent(), example=(torch.randn(2, 3),)))
     assert [g.name for g in plan.groups] == ["c"]
     assert "do not show" in next(r.reason for r in plan.refused if r.name == "a")
+    confirmed = plan.confirmed
+    assert confirmed is not None
+    assert [g.name for g in confirmed.groups] == ["c"]
+    assert {"a", "d"} <= {lock.name for lock in confirmed.locked}
+
+
+def test_what_can_be_cut_is_cut_and_the_rest_is_told() -> None:
+    model = Model(Silent().eval(), example=(torch.randn(2, 3),))
+    light, whole = remove_provable(model, {"a": torch.tensor([1, 2]), "c": torch.tensor([0])})
+    assert list(whole) == ["a"]
+    assert "do not show" in whole["a"]
+    assert light.module.get_submodule("a").out_features == 5
+    assert light.module.get_submodule("c").out_features == 3
+    with pytest.raises(SurgeryError, match="do not show"):
+        remove_provable(model, {"a": torch.tensor([1, 2])})
+
+
+def test_weights_divided_by_their_norm_are_refused_with_that_reason() -> None:
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
+    plan = plan_surgery(Model(net.eval(), example=(torch.randn(2, 3),)))
+    assert not plan.groups
+    (reason,) = [r.reason for r in plan.refused if r.name != "2"]
+    assert "divided by their norm" in reason
+    assert "Cut of" not in reason
 
 
 def test_plan_says_what_is_lost_without_a_capture() -> None:

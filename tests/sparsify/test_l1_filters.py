@@ -225,6 +225,30 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], word: str) 
         L1Filters(**settings)
 
 
+class Pooled(nn.Module):
+    """A branch that is computed and not used, as a pooler's often is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.pooler, self.over, self.head = (nn.Linear(n, m) for n, m in ((4, 8), (8, 6), (6, 3), (8, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.body(x))
+        self.over(torch.tanh(self.pooler(x)))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("iterative", [False, True])
+def test_what_cannot_be_proved_stays_whole_and_the_rest_is_cut(iterative: bool) -> None:
+    model = Model(Pooled().eval(), example=(torch.randn(2, 4),))
+    light = L1Filters(ratio=0.5, epochs=0, iterative=iterative).apply(model, Bench())
+    assert light.module.get_submodule("body").out_features == 4
+    assert light.module.get_submodule("pooler").out_features == 6
+    (note,) = [edit for edit in light.lineage if isinstance(edit, Note) and "left_whole" in edit.settings]
+    assert "pooler" in note.settings["left_whole"]
+    assert "left whole" in note.text
+
+
 def test_a_layer_that_is_not_there_is_refused_with_the_closest() -> None:
     with pytest.raises(SettingError, match=r"ratios: layer '22'"):
         cut(plain(), ratios={"22": 0.5})

@@ -24,6 +24,7 @@ from karui.model.plan import Cuttable as Cuttable
 from karui.model.plan import Plan as Plan
 from karui.model.plan import Refused as Refused
 from karui.model.plan import plan_surgery as plan_surgery
+from karui.model.plan import remove_provable as remove_provable
 from karui.model.proof import BlindError as BlindError
 from karui.model.proof import Candidate as Candidate
 from karui.model.proof import Proof as Proof

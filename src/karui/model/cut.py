@@ -163,7 +163,8 @@ def remove_units(
         programs = capture_programs(model.module, model.example, analysis.trace)
         return cut_graph(model, analysis, chosen, programs, prove=prove)
     except (SurgeryError, CaptureError) as refused:
-        raise type(refused)(f"{own.message} {refused.message}", refused.hint) from own
+        both = own.message if refused.message == own.message else f"{own.message} {refused.message}"
+        raise type(refused)(both, refused.hint) from own
 
 
 def cut_own(model: Model, analysis: Analysis, chosen: Mapping[str, Tensor], *, prove: bool = True) -> Model:

@@ -9,6 +9,7 @@ see `karui.model.sight`. Images are proved on corners where those tell as much, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -291,6 +292,13 @@ def _compared(
                 found = measure(program, candidate, double(pair), whole, training=training)
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError) as error:
         raise SurgeryError(f"{candidate}: the model does not run afterwards: {brief(error)}.") from error
+    require(
+        math.isfinite(found.difference),
+        f"{candidate}: the masked model's output is not finite, as where weights are divided by their norm, or "
+        "of another shape than the cut one's.",
+        "Leave the group whole.",
+        SurgeryError,
+    )
     require(
         found.holds,
         f"{candidate}: the cut model differs from the masked one by {found.difference:.2g}, "

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from karui.errors import CaptureError, KaruiError, NeedError
 from karui.measuring import count
-from karui.model import Analysis, coupled_groups
+from karui.model import Analysis, Note, coupled_groups, plan_surgery
 from karui.recipes.recipe import Recipe, slug_of
 from karui.technique import card_of, lacking
 from karui.technique.protocol import needs_of
+from karui.technique.pruning.schedule import WHOLE
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -116,7 +117,7 @@ def plan_recipe(model: Model, recipe: Recipe | None, bench: Bench) -> Preflight:
     """
     surgery, uncaptured = None, ""
     try:
-        surgery = coupled_groups(model)
+        surgery = plan_surgery(model, analysis=coupled_groups(model)).confirmed
     except CaptureError as error:
         uncaptured = error.message
     counts = count(model)
@@ -148,6 +149,7 @@ def _look(step: Technique, model: Model, bench: Bench, uncaptured: str) -> tuple
         tried = trial.apply(model, dataclasses.replace(bench, progress=False, checkpoints=None))
     except KaruiError as error:
         return StepPlan(technique=slug, refusals=((f"'{slug}': {error.message}", error.hint),)), model
+    remarks = (*remarks, *_left_whole(model, tried))
     counts, before = count(tried), count(model)
     if (counts.parameters, counts.macs) == (before.parameters, before.macs) and {"parameters", "macs"} & set(
         card.reduces
@@ -160,6 +162,16 @@ def _remarks(step: Technique, model: Model) -> tuple[str, ...]:
     """What the technique itself has to say of this model; one need not have anything to say."""
     own = getattr(step, "remarks", None)
     return () if own is None else tuple(own(model))
+
+
+def _left_whole(model: Model, tried: Model) -> tuple[str, ...]:
+    """What a trial could not cut, and why."""
+    notes = [edit for edit in tried.lineage[len(model.lineage) :] if isinstance(edit, Note)]
+    return tuple(
+        f"{name}: left whole, as its cut cannot be proved: {reason}"
+        for note in notes
+        for name, reason in note.settings.get(WHOLE, {}).items()
+    )
 
 
 def _without_training(step: Technique) -> Technique:

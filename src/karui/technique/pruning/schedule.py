@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from karui.model import Note, coupled_groups, remove_units
+from karui.errors import SurgeryError
+from karui.model import Note, coupled_groups, remove_provable
 from karui.technique.pruning.masking import silence
 from karui.technique.pruning.plan import named
 from karui.technique.pruning.selection import weakest
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from karui.model import Group, Model
     from karui.technique.bench import Bench
     from karui.technique.pruning.criteria import Criterion
+
+WHOLE = "left_whole"
+"""In the settings of a note: the groups that stay whole because no cut of them can be proved, with the reason."""
 
 
 def select(
@@ -77,16 +81,24 @@ def cut_once(
 ) -> Model:
     """The model with `counts` units fewer in each group, cut at once and not retrained.
 
+    A group whose cut cannot be proved stays whole; the lineage tells why.
+
     Raises:
-        SurgeryError: a group cannot be cut, or the proof fails.
+        SurgeryError: no group can be cut.
     """
     analysis, groups = named(model, counts)
     units, told = select(model, bench, criterion, groups, counts, greedy=greedy)
-    light = remove_units(model, units, allow_normalisation=allow_normalisation, analysis=analysis)
-    total = sum(counts.values())
+    light, whole = remove_provable(model, units, allow_normalisation=allow_normalisation, analysis=analysis)
+    cut = {name: count for name, count in counts.items() if name not in whole}
     note = Note(
-        f"{label}: {total} units of {len(counts)} groups chosen {'greedily' if greedy else 'independently'}",
-        {"criterion": label, "greedy": greedy, "groups": told},
+        f"{label}: {sum(cut.values())} units of {len(cut)} groups chosen "
+        f"{'greedily' if greedy else 'independently'}{_told_whole(whole)}",
+        {
+            "criterion": label,
+            "greedy": greedy,
+            "groups": {name: told[name] for name in cut},
+            **({WHOLE: whole} if whole else {}),
+        },
     )
     return light.evolve(light.module, note)
 
@@ -104,6 +116,8 @@ def cut_layer_by_layer(
 ) -> Model:
     """Cut one group, train, cut the next, from the input on: each is scored on the network as it then is.
 
+    A group whose cut cannot be proved stays whole; the lineage tells why.
+
     Args:
         model: what is cut; left as it is.
         bench: data and training; every layer trains with the same seed and data order, whatever the criterion.
@@ -113,17 +127,32 @@ def cut_layer_by_layer(
         epochs: passes over the training data after each layer; 0 trains nothing.
         allow_normalisation: whether groups that a normalisation mixes may be cut.
         after: told each group's name and the model after its training.
+
+    Raises:
+        SurgeryError: no group can be cut.
     """
     order = [group.name for group in coupled_groups(model).groups if group.name in counts]
+    whole: dict[str, str] = {}
     for number, name in enumerate(order, start=1):
         step = {name: counts[name]}
-        model = cut_once(model, bench, criterion, step, label=label, allow_normalisation=allow_normalisation)
+        try:
+            model = cut_once(model, bench, criterion, step, label=label, allow_normalisation=allow_normalisation)
+        except SurgeryError as refused:
+            whole[name] = refused.message
+            if len(whole) == len(order):
+                raise
+            continue
         if epochs:
             model = bench.fit(model, epochs=epochs, label=f"{label}: {name} ({number} of {len(order)})")
         if after is not None:
             after(name, model)
+    cut = [name for name in order if name not in whole]
     note = Note(
-        f"{label}: layer by layer, {epochs} epochs after each of {len(order)} groups",
-        {"criterion": label, "order": order, "epochs_each": epochs},
+        f"{label}: layer by layer, {epochs} epochs after each of {len(cut)} groups{_told_whole(whole)}",
+        {"criterion": label, "order": cut, "epochs_each": epochs, **({WHOLE: whole} if whole else {})},
     )
     return model.evolve(model.module, note)
+
+
+def _told_whole(whole: Mapping[str, str]) -> str:
+    return f"; left whole, as no cut of them can be proved: {', '.join(whole)}" if whole else ""
