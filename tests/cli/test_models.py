@@ -187,7 +187,7 @@ def test_weights_of_another_kind_or_spoilt():
     good = {"weight": torch.zeros(1, 2), "bias": torch.zeros(1)}
     with pytest.raises(UsageError, match="weight holds int64 there and float32 in the model"):
         put_weights(net, {**good, "weight": torch.zeros(1, 2, dtype=torch.long)}, "w")
-    with pytest.raises(UsageError, match=r"w: bias and 0 other tensors hold values that are no numbers \(NaN\)"):
+    with pytest.raises(UsageError, match=r"w: bias holds values that are no numbers \(NaN\)"):
         put_weights(net, {**good, "bias": torch.tensor([float("nan")])}, "w")
     assert torch.equal(net.weight, before)
     put_weights(net, {name: value.half() for name, value in good.items()}, "w")

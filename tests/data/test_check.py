@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from karui.data import Splits, check
 from karui.errors import DataError
@@ -77,6 +77,9 @@ def test_good_data_passes() -> None:
         ({"train": Listed(sample(), sample(4))}, "sample 1 is (4,) float32, the first one (3,) float32."),
         ({"train": Listed(sample(), OSError("disk"))}, "train split: sample 1 cannot be read: OSError: disk."),
         ({"train": Listed(("picture", 0))}, "the input of sample 0 is a str, not a tensor."),
+        # A split taken out of a larger set names the sample as that set does.
+        ({"train": Subset(poisoned("input"), [1, 2, 4])}, "the input of sample 4 holds values that are not finite."),
+        ({"train": Subset(Listed(sample(), sample(label=1), OSError("disk")), [0, 2])}, "sample 2 cannot be read"),
     ],
 )
 def test_each_fault_is_told(change: dict[str, object], words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -90,3 +91,21 @@ def test_plan_says_what_is_lost_without_a_capture() -> None:
     plan = plan_surgery(Model(Branching(), example=(torch.randn(2, 3),)))
     assert not plan.groups
     assert "techniques that work layer by layer still can" in plan.lost
+
+
+def test_outputs_in_which_no_tensor_is_found_are_told() -> None:
+    @dataclass
+    class Out:
+        logits: Tensor
+
+    class Wrapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Out:
+            return Out(self.b(self.a(x)))
+
+    plan = plan_surgery(Model(Wrapping(), example=(torch.randn(2, 3),)))
+    assert not plan.groups
+    assert "The model gives a Out, in which no tensor is found" in plan.lost

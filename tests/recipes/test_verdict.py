@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+from torch import nn
+
 from karui.measuring import Change, Comparison, Counts, Measurement, Ratio, Score
-from karui.recipes.verdict import verdict
+from karui.model import Classification, Model, Regression
+from karui.recipes.verdict import untaught, verdict
 
 
 def measurement(parameters: int, stored: int, accuracy: float | None = None) -> Measurement:
@@ -68,3 +72,13 @@ def test_quality():
     assert verdict(both(accuracy=0.9, change=worse))[0].endswith("WORSE, by more than chance.")
     error = dataclasses.replace(worse, higher_is_better=False)
     assert verdict(both(accuracy=0.9, change=error))[0].endswith("better, by more than chance.")
+
+
+def test_a_dense_model_no_better_than_chance_is_warned_of():
+    model = Model(nn.Linear(3, 10), example=(torch.zeros(2, 3),), task=Classification())
+    (told,) = untaught(model, measurement(1, 1, 0.105).score)
+    assert "10.5%" in told
+    assert "--weights" in told
+    assert untaught(model, measurement(1, 1, 0.15).score) == ()
+    assert untaught(model, None) == ()
+    assert untaught(dataclasses.replace(model, task=Regression()), measurement(1, 1, 0.05).score) == ()

@@ -112,8 +112,9 @@ def put_weights(module: nn.Module, weights: Mapping[str, Tensor], where: str) ->
 def _check_finite(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], where: str) -> None:
     """Refuse tensors with values that are no numbers; infinities may be meant, as in the mask of an attention."""
     spoilt = [name for name in own if name in weights and _is_real(weights[name]) and weights[name].isnan().any()]
-    told = f"{where}: {spoilt[0] if spoilt else ''} and {len(spoilt) - 1} other tensors hold values that are no numbers"
     hint = "The training that wrote them went wrong, or the file is damaged; give weights of an earlier epoch."
+    others = f" and {len(spoilt) - 1} more of its tensors" if len(spoilt) > 1 else ""
+    told = f"{where}: {spoilt[0] if spoilt else ''}{others} {'hold' if others else 'holds'} values that are no numbers"
     require(not spoilt, f"{told} (NaN).", hint, UsageError)
 
 

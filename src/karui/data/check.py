@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from rich.progress import track
 from torch import Tensor
+from torch.utils.data import Subset
 
 from karui.data.batches import Batches, split_sample, targets_of, tensors_of
 from karui.data.splits import Splits
@@ -59,21 +60,25 @@ def _check_part(name: str, part: Any, splits: Splits, progress: bool) -> list[tu
     """Check one split; the shape and type of its inputs."""
     first: list[tuple[tuple[int, ...], str]] | None = None
     seen: set[int] = set()
+
+    def own(number: int) -> int:
+        return _own_number(part, number)
+
     for start, inputs, targets in _read(name, part, splits.name, progress):
         form = [(tuple(x.shape[1:]), str(x.dtype).removeprefix("torch.")) for x in inputs]
         first = first or form
         where = f"'{splits.name}', {name} split"
         require(
             form == first,
-            f"{where}: sample {start} is {_told(form)}, the first one {_told(first)}.",
+            f"{where}: sample {own(start)} is {_told(form)}, the first one {_told(first)}.",
             "Bring all to one shape and type.",
             DataError,
         )
         for value, what in [*((x, "input") for x in inputs), (targets, "target")]:
-            _check_finite(value, f"{where}: the {what} of sample", start)
+            _check_finite(value, f"{where}: the {what} of sample", lambda place, start=start: own(start + place))
         require(
             isinstance(targets, Tensor),
-            f"{where}: sample {start} has no target.",
+            f"{where}: sample {own(start)} has no target.",
             "Give each sample as (input, target).",
             DataError,
         )
@@ -98,25 +103,34 @@ def _read(name: str, part: Any, source: str, progress: bool = False) -> Iterator
             raise
         except Exception as error:
             raise DataError(
-                f"'{source}', {name} split: sample {number} cannot be read: {type(error).__name__}: {error}.",
+                f"'{source}', {name} split: sample {_own_number(part, number)} cannot be read: "
+                f"{type(error).__name__}: {error}.",
                 "Repair or leave out that sample.",
             ) from error
         require(
             all(isinstance(x, Tensor) for x in inputs),
-            f"'{source}', {name} split: the input of sample {number} is a {type(inputs[0]).__name__}, not a tensor.",
+            f"'{source}', {name} split: the input of sample {_own_number(part, number)} is a "
+            f"{type(inputs[0]).__name__}, not a tensor.",
             "Convert it in the data set, for example with torchvision.transforms.v2.",
             DataError,
         )
         yield number, tuple(x[None] for x in inputs), None if target is None else torch.as_tensor(target)[None]
 
 
-def _check_finite(value: Any, what: str, start: int) -> None:
+def _own_number(part: Any, number: int) -> int:
+    """A sample's number in the data set that it was given in, which a part of was taken as this split."""
+    while isinstance(part, Subset):
+        part, number = part.dataset, int(part.indices[number])
+    return number
+
+
+def _check_finite(value: Any, what: str, own: Callable[[int], int]) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return
     bad = (~value.isfinite()).flatten(1).any(1) if value.ndim > 1 else ~value.isfinite()
     require(
         not bool(bad.any()),
-        f"{what} {start + int(bad.nonzero()[0]) if bool(bad.any()) else start} holds values that are not finite.",
+        f"{what} {own(int(bad.nonzero()[0]) if bool(bad.any()) else 0)} holds values that are not finite.",
         "Repair or leave out such samples.",
         DataError,
     )

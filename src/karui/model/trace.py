@@ -20,7 +20,7 @@ from torch._export.utils import _compiling_state_context
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from karui.errors import CaptureError, KaruiError
+from karui.errors import CaptureError, KaruiError, require, told
 from karui.model.escapes import DataDependentError, Reads, refuse, sized_by
 from karui.model.labels import SINGLE, Dims, Labels
 from karui.model.rules import Call, known_of, tensors_in, unknown
@@ -312,10 +312,17 @@ def run_traced(
         ) from error
     finally:
         torch.random.set_rng_state(kept)
-    for t in tree_leaves(outputs):
-        if isinstance(t, Tensor):
-            for d in tracer.value(t).dims:
-                trace.labels.lock(d, OUTPUT)
+    leaves = tree_leaves(outputs)
+    made = [t for t in leaves if isinstance(t, Tensor)]
+    require(
+        bool(made),
+        f"The model gives {told(leaves[0] if leaves else outputs)}, in which no tensor is found.",
+        "Wrap the network so that it gives tensors, in tuples, lists or dicts.",
+        CaptureError,
+    )
+    for t in made:
+        for d in tracer.value(t).dims:
+            trace.labels.lock(d, OUTPUT)
     return outputs
 
 

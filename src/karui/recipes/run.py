@@ -42,7 +42,7 @@ from karui.recipes.layers import layer_rows
 from karui.recipes.planned import plan_recipe
 from karui.recipes.recipe import Recipe
 from karui.recipes.values import settings
-from karui.recipes.verdict import verdict
+from karui.recipes.verdict import untaught, verdict
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -229,7 +229,7 @@ def _finish(dense: Model, light: Model, recipe: Recipe, bench: Bench, out: Path)
         "example": example_rows(light),
         "lineage": [{"kind": edit.kind, "text": edit.describe()} for edit in light.lineage],
         "verification": verification,
-        "warnings": list(saved.warnings),
+        "warnings": [*untaught(dense, both.dense.score), *saved.warnings],
         "files": {path.name: path.stat().st_size for path in sorted(out.glob("model.*"))},
         "verdict": verdict(both),
     }

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from karui.measuring.inference import inference, tensors_of
 from karui.measuring.values import bytes_text
+from karui.model import Classification
 
 if TYPE_CHECKING:
     from karui.measuring import Change, Comparison, Ratio, Score
+    from karui.model import Model
 
 HEADLINE = ("onnxruntime", "torch")
 
@@ -16,6 +19,20 @@ def verdict(both: Comparison) -> list[str]:
     """Size, work, time and quality, a sentence each; what was not measured is not told."""
     told = [_size(both), _work(both), *_times(both), _quality(both)]
     return [sentence for sentence in told if sentence]
+
+
+def untaught(model: Model, score: Score | None) -> tuple[str, ...]:
+    """A warning where a classifier that was given as trained is no better than chance."""
+    if score is None or not isinstance(model.task, Classification):
+        return ()
+    with inference(model.module) as module:
+        outputs = tensors_of(module(*model.example))
+    chance = 1 / outputs[0].shape[1] if outputs and outputs[0].ndim > 1 else 0.0
+    if score.metric != "accuracy" or score.low > chance:
+        return ()
+    return (
+        f"the dense model, {score.value:.1%}, is no better than chance: were its trained weights given (--weights)?",
+    )
 
 
 def _size(both: Comparison) -> str:

@@ -44,7 +44,7 @@ from karui.recipes.keeping import (
 from karui.recipes.layers import layer_rows
 from karui.recipes.run import Asked, Run, example_rows, read_run, trained_first, with_bytes
 from karui.recipes.values import settings
-from karui.recipes.verdict import verdict
+from karui.recipes.verdict import untaught, verdict
 
 if TYPE_CHECKING:
     from karui.deployment import Deployment
@@ -257,7 +257,7 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
         "example": example_rows(light),
         "lineage": [{"kind": edit.kind, "text": edit.describe()} for edit in light.lineage],
         "verification": None if saved.verification is None else saved.verification.to_json(),
-        "warnings": list(saved.warnings),
+        "warnings": [*untaught(dense, both.dense.score), *saved.warnings],
         "files": {path.name: path.stat().st_size for path in sorted(visitor.out.glob("model.*"))},
         "verdict": list(filter(None, [words, deployed(forms, len(visitor.data)), *verdict(both)])),
         "budget": {
