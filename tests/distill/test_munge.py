@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
+from sklearn.svm import SVC
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -13,11 +16,12 @@ from karui.architectures.perceptron import perceptron
 from karui.data import Splits, hold_out
 from karui.data.splits import take
 from karui.distill.logits import LogitRegression
-from karui.distill.munge import ModelCompression, labelled, mimic_loss, number_loss
+from karui.distill.munge import ModelCompression, chosen_ensemble, labelled, mimic_loss, number_loss
 from karui.errors import DataError, NeedError, SettingError
+from karui.measuring import evaluate
 from karui.model import Classification, Model, Regression
 from karui.technique import Bench, Then, lacking
-from karui.train import Adam, Constant, Influence, Moment, Together, Training, fit
+from karui.train import Adam, Constant, Cosine, Influence, Moment, Together, Training, fit
 from karui.train.best_epoch import BestEpoch
 from karui.train.pseudo import Pseudo, inputs_of
 from karui.train.teaching import Teachers
@@ -151,6 +155,22 @@ def test_a_regression_is_taught_numbers() -> None:
     )
 
 
+def test_an_ensemble_is_chosen_of_a_library_by_validation_data(digits: Splits) -> None:
+    bench = bench_of(digits, 300, 12)
+    good = [bench.fit(mlp(16, seed=seed)) for seed in (1, 2)]
+    library = (*good, mlp(16, seed=3), wrong)
+    chosen = chosen_ensemble(library, mlp(8), bench, rounds=8)
+    assert 1 <= len(chosen) <= 8
+    assert set(map(id, chosen)) <= {id(one) for one in good}, "what has learned nothing stays out"
+    ModelCompression(teacher=chosen, copies=1, epochs=1).apply(mlp(8), bench)
+    with pytest.raises(NeedError, match="labels"):
+        chosen_ensemble(good, mlp(8), replace(bench, validation=TensorDataset(inputs_of(digits.validation))))
+
+
+def wrong(x: torch.Tensor) -> torch.Tensor:
+    return 9 * torch.eye(10)[torch.zeros(len(x), dtype=torch.long)]
+
+
 def test_which_samples_are_taught_on(digits: Splits) -> None:
     bench, base = bench_of(digits, 50), ModelCompression(teacher=mlp(8, seed=1), copies=4, held=0.25)
     sizes = {}
@@ -228,3 +248,31 @@ def test_a_killed_training_goes_on(digits: Splits, tmp_path: object) -> None:
     assert same(first, technique.apply(mlp(8), replace(bench, checkpoints=None)))
     few, _ = hold_out(digits.train, 0.5, 0)
     assert not same(first, technique.apply(mlp(8), replace(bench, train=few)))
+
+
+@pytest.mark.effect
+@pytest.mark.slow
+def test_pseudo_data_of_an_ensemble_teach_better_than_the_labels_and_than_independent_draws(digits: Splits) -> None:
+    """MARGINS"""
+    found: dict[str, list[float]] = {"labels": [], "munge": [], "alone": [], "random": []}
+    for seed in range(2):
+        order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(seed))
+        few = take(digits.train, order[:100])
+        x, y = few.tensors[0].flatten(1).double().numpy(), few.tensors[1].numpy()
+        machine = CalibratedClassifierCV(SVC(C=10), ensemble=False).fit(x, y)
+        forests = [kind(60, random_state=seed).fit(x, y) for kind in (RandomForestClassifier, ExtraTreesClassifier)]
+        settings = Training(epochs=400, batch_size=64, optimizer=Adam(lr=1e-2), schedule=Cosine())
+        bench, student = replace(bench_of(digits, seed=seed), train=few, training=settings), mlp(32, seed=seed)
+        munge = ModelCompression(teacher=(machine, *forests), epochs=50)
+        alone = replace(munge, originals=False)
+        made = {
+            "labels": bench.fit(student),
+            "munge": munge.apply(student, bench),
+            "alone": alone.apply(student, bench),
+            "random": replace(alone, generator="random").apply(student, bench),
+        }
+        for name, model in made.items():
+            found[name].append(100 * evaluate(model, digits.test).value)
+    mean = {name: sum(values) / 2 for name, values in found.items()}
+    assert mean["munge"] >= mean["labels"] + 0.7, found
+    assert mean["alone"] >= mean["random"] + 2, found

@@ -11,7 +11,7 @@ time as the square of the number of samples: 4,000 of 50 attributes take about a
 minute.
 
 Paper -> here: T -> the training inputs, k -> copies, p -> swap, s -> tightness, MUNGE, RANDOM and NBE -> `generator`
-(`karui.train.pseudo`), ensemble selection -> `karui.numerics.ensemble_selection`, the small net -> `hidden`, or any
+(`karui.train.pseudo`), ensemble selection -> `chosen_ensemble`, the small net -> `hidden`, or any
 network that is given.
 
 DEPARTURE: hidden units are ReLUs and outputs a softmax, where the paper has a sigmoid for each of its two-class
@@ -25,20 +25,23 @@ DEPARTURE: NBE finds its number of clusters by doubling it while the likelihood 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from karui.data import Batches, hold_out
+from karui.data import Batches, hold_out, targets_of
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
 from karui.distill.shallow import hidden_layer_student
 from karui.errors import NeedError, require, told
 from karui.measuring.bar import bar
 from karui.model import Model, Note, Regression
+from karui.numerics.ensemble_selection import select_ensemble
 from karui.numerics.munge import Neighbours
 from karui.numerics.soft_targets import arithmetic
 from karui.technique import Card, require_passes, technique
@@ -93,6 +96,35 @@ def labelled(
             said.append(arithmetic(answers, 1.0) if classes else answers.mean(0))
             advance(len(part))
     return TensorDataset(inputs, torch.cat(said))
+
+
+def chosen_ensemble(
+    library: Sequence[Teacher], student: Model, bench: Bench, *, rounds: int = 20
+) -> tuple[Teacher, ...]:
+    """Of a library of teachers those whose mean is best on validation data, as often as they count (section 2.1).
+
+    The result is what `teacher` takes. One that is in it several times is asked as often.
+
+    Args:
+        library: what may teach, each fitted or trained on other data than the bench's validation data.
+        student: whose task they have.
+        bench: with validation data.
+        rounds: how often one is added.
+
+    Raises:
+        NeedError: the validation data have no targets.
+    """
+    inputs, targets = inputs_of(bench.validation), targets_of(bench.validation)
+    require(targets is not None, "An ensemble is chosen by labels.", "Give labelled validation data.", NeedError)
+    assert targets is not None  # noqa: S101  (just required; for the type checker)
+    classes = not isinstance(student.task, Regression)
+    said = []
+    for one in library:
+        teachers = Teachers(teachers_of("munge_compression", one, student, bench), classes=classes)
+        said.append(labelled(teachers, inputs, classes=classes).tensors[1].double().numpy())
+    counts = select_ensemble(np.stack(said), targets.numpy(), rounds=rounds)
+    counts = counts // np.gcd.reduce(counts)
+    return tuple(one for one, count in zip(library, counts.tolist(), strict=True) for _ in range(count))
 
 
 @dataclass(frozen=True, eq=False)
