@@ -51,8 +51,8 @@ def offered(resnet8: Model, bench: Bench) -> dict[str, list[Candidate]]:
     found: dict[str, list[Candidate]] = {}
     for candidate in collect(resnet8, bench, 8)[0]:
         card = card_of(candidate.technique)
-        assert card is not None
-        found.setdefault(card.slug, []).append(candidate)
+        if card is not None:  # what leaves a part out is no technique of a paper
+            found.setdefault(card.slug, []).append(candidate)
     return found
 
 

@@ -68,8 +68,8 @@ def measured(slug: str) -> tuple[Finding, ...]:
     """What was measured of a technique, as shipped with the package; empty where nothing is kept.
 
     Example:
-        >>> measured("svd_restructuring")[0].source
-        'results/svd_restructuring.md'
+        >>> measured("lottery_ticket")[0].source
+        'results/lottery_ticket.md'
     """
     text = Path(__file__).with_suffix(".json").read_text(encoding="utf-8")
     return tuple(Finding(**line) for line in json.loads(text).get(slug, ()))
