@@ -6,9 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
-from sklearn.svm import SVC
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -251,28 +249,23 @@ def test_a_killed_training_goes_on(digits: Splits, tmp_path: object) -> None:
 
 
 @pytest.mark.effect
-@pytest.mark.slow
-def test_pseudo_data_of_an_ensemble_teach_better_than_the_labels_and_than_independent_draws(digits: Splits) -> None:
-    """MARGINS"""
-    found: dict[str, list[float]] = {"labels": [], "munge": [], "alone": [], "random": []}
-    for seed in range(2):
+def test_pseudo_data_teach_better_than_independent_draws(digits: Splits) -> None:
+    """2.4 points [1.4, 3.4] over five seeds in the benchmark, so half a point over three is asked.
+
+    The gain over hard labels is half a point there and within chance: none is asserted.
+    """
+    gains = []
+    for seed in range(3):
         order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(seed))
-        few = take(digits.train, order[:100])
+        few = take(digits.train, order[:300])
         x, y = few.tensors[0].flatten(1).double().numpy(), few.tensors[1].numpy()
-        machine = CalibratedClassifierCV(SVC(C=10), ensemble=False).fit(x, y)
-        forests = [kind(60, random_state=seed).fit(x, y) for kind in (RandomForestClassifier, ExtraTreesClassifier)]
+        forests = tuple(
+            kind(60, random_state=seed).fit(x, y) for kind in (RandomForestClassifier, ExtraTreesClassifier)
+        )
         settings = Training(epochs=400, batch_size=64, optimizer=Adam(lr=1e-2), schedule=Cosine())
         bench, student = replace(bench_of(digits, seed=seed), train=few, training=settings), mlp(32, seed=seed)
-        munge = ModelCompression(teacher=(machine, *forests), epochs=50)
-        alone = replace(munge, originals=False)
-        made = {
-            "labels": bench.fit(student),
-            "munge": munge.apply(student, bench),
-            "alone": alone.apply(student, bench),
-            "random": replace(alone, generator="random").apply(student, bench),
-        }
-        for name, model in made.items():
-            found[name].append(100 * evaluate(model, digits.test).value)
-    mean = {name: sum(values) / 2 for name, values in found.items()}
-    assert mean["munge"] >= mean["labels"] + 0.7, found
-    assert mean["alone"] >= mean["random"] + 2, found
+        alone = ModelCompression(teacher=forests, epochs=15, originals=False)
+        made = [replace(alone, generator=kind).apply(student, bench) for kind in ("munge", "random")]
+        accuracy = [100 * evaluate(model, digits.test).value for model in made]
+        gains.append(accuracy[0] - accuracy[1])
+    assert sum(gains) / 3 >= 0.5, gains
