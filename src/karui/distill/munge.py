@@ -10,6 +10,9 @@ where exchanging pixels makes no pictures; nor where the teacher is no better th
 time as the square of the number of samples: 4,000 of 50 attributes take about a second a copy, 20,000 a quarter of a
 minute.
 
+Measured on the digits, five seeds, 300 training samples: 2.4 points better than independent draws; over hard labels
+half a point, which is within chance, so that the paper's gain over labels does not show here.
+
 Paper -> here: T -> the training inputs, k -> copies, p -> swap, s -> tightness, MUNGE, RANDOM and NBE -> `generator`
 (`karui.train.pseudo`), ensemble selection -> `chosen_ensemble`, the small net -> `hidden`, or any
 network that is given.

@@ -95,7 +95,7 @@ class L1Filters:
 
     Raises:
         SettingError: a share or multiple is out of range, or a layer that is named is not there or cannot be cut.
-        SurgeryError: a group cannot be cut, naming the layer that stops it.
+        SurgeryError: no group can be cut; single ones stay whole, told in the lineage.
 
     Relations: `RandomChannels` (69) is the control that any criterion must beat after equal retraining.
 

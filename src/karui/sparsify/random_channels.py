@@ -79,7 +79,7 @@ class RandomChannels:
 
     Raises:
         SettingError: a share, multiple or draw is out of range, or a layer named is not there or cannot be cut.
-        SurgeryError: a group cannot be cut, naming the layer that stops it.
+        SurgeryError: no group can be cut; single ones stay whole, told in the lineage.
         DataError: a class has no sample.
 
     Relations: `L1Filters` (62) chooses by weights; `karui.technique.pruning.harness` compares both and others.
