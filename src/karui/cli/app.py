@@ -6,15 +6,48 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
-from karui.cli import benching, compressing, listing, planning, profiling, screen
+from karui.cli import screen
+from karui.cli.lazy import Command, LazyGroup
 from karui.errors import KaruiError
+
+
+class Commands(LazyGroup):
+    """What karui can do, in the order of the help."""
+
+    COMMANDS: ClassVar[dict[str, Command]] = {
+        "list": Command("karui.cli.listing:list_", "The 80 papers of the survey and their techniques.", plain=True),
+        "show": Command(
+            "karui.cli.listing:show",
+            "One card: the paper, when it pays and when not, what was measured, its settings.",
+            plain=True,
+        ),
+        "profile": Command(
+            "karui.cli.profiling:profile",
+            "Parameters, MACs, bytes, time and memory of a model; a line for each layer.",
+        ),
+        "plan": Command(
+            "karui.cli.planning:plan",
+            "Look before anything runs: what can be cut, what cannot and why, what a recipe would gain.",
+        ),
+        "compress": Command(
+            "karui.cli.compressing:compress",
+            "Make a trained network lighter, by a recipe or to a budget; measure, verify and save it.",
+        ),
+        "report": Command("karui.cli.compressing:report", "Write the HTML page of a run, and say where it is."),
+        "bench": Command(
+            "karui.cli.benching:bench",
+            "Compare recipes on one model and data, each over several seeds, against the dense model.",
+        ),
+    }
+
 
 app = typer.Typer(
     name="karui",
+    cls=Commands,
     help="Make trained neural networks smaller and, by measurement, faster.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -46,10 +79,6 @@ def start(
     if context.invoked_subcommand is None:
         screen.out(context.get_help())
         raise screen.MisuseError("No command was given.", "Start with: karui list")
-
-
-for group in (listing, profiling, planning, compressing, benching):
-    group.register(app)
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from karui.recipes import Recipe
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command()(bench)
-
-
 def bench(
     model: options.MODEL,
     *,
@@ -37,7 +32,7 @@ def bench(
     epochs: options.EPOCHS = None,
     json: options.JSON = False,
 ) -> None:
-    """Compare recipes on one model and data: each is run with several seeds and measured against the dense model."""
+    """Compare recipes on one model and data, each over several seeds, against the dense model."""
     import tempfile
 
     from karui.recipes import recipe_from

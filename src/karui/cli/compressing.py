@@ -22,12 +22,6 @@ if TYPE_CHECKING:
 OUT = Annotated[Path, typer.Option("--out", "-o", help="Folder for the result.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command()(compress)
-    app.command()(report)
-
-
 def compress(
     model: options.MODEL,
     *,
@@ -48,7 +42,7 @@ def compress(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     json: options.JSON = False,
 ) -> None:
-    """Make a trained network lighter, by a recipe or to a budget; measure it against the dense one, verify, save.
+    """Make a trained network lighter, by a recipe or to a budget; measure, verify and save it.
 
     Without --recipe, --budget and --max-drop, the best compromise that is found is taken.
     """

@@ -16,12 +16,6 @@ if TYPE_CHECKING:
     from karui.index import Entry
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command("list")(list_)
-    app.command()(show)
-
-
 def list_(
     chapter: Annotated[
         str | None,

@@ -15,11 +15,6 @@ SHOWN = 40
 """Rows of a long list that are printed; `--all` prints the others, and `--json` always tells all."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command()(plan)
-
-
 def plan(
     model: options.MODEL,
     *,

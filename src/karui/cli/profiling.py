@@ -13,11 +13,6 @@ if TYPE_CHECKING:
     from karui.model import Model
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command()(profile)
-
-
 def profile(
     model: options.MODEL,
     *,
