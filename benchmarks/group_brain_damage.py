@@ -16,7 +16,7 @@ from _common import CACHE, Ledger, claims_table, publish, table, unseen
 from karui.layers.group_sparse import group_sparse_layer
 from karui.measuring import Clock, OnnxRuntime, Torch, time_ratio
 from karui.model import Model
-from karui.numerics.columns import has_kernel
+from karui.numerics.kernels import has_numba
 
 CASES = ((256, 14, 0.1), (256, 14, 0.2), (256, 14, 0.5), (64, 56, 0.1), (64, 56, 0.2), (64, 56, 0.5))
 """Channels (and filters), side of the map, density; kernels of 3x3."""
@@ -81,7 +81,7 @@ def main() -> None:
             "x faster" in one["gathered, torch: verdict"] for name, one in times.items() if name.endswith("0.5")
         ),
     }
-    kernel = "with the numba kernel" if has_kernel() else "without numba"
+    kernel = "with the numba kernel" if has_numba() else "without numba"
     names = [name for name in fifth if "ratio" not in name and name not in ("best dense", "against all columns")]
     rows = [[name, *(one[key] for key in names)] for name, one in times.items()]
     text = f"""# Group-wise brain damage (26)

@@ -20,8 +20,8 @@ from karui.layers.product_quantized import quantized_layer
 from karui.lowrank import ProductQuantization
 from karui.measuring import Clock, OnnxRuntime, Torch, time_ratio
 from karui.model import Classification, Model
+from karui.numerics.kernels import has_numba
 from karui.numerics.product_codes import ProductCode
-from karui.numerics.row_sums import has_kernel
 from karui.technique import Bench
 from karui.train import Adam, Cosine, Training
 
@@ -125,7 +125,7 @@ def main() -> None:
             "x faster" in one["verdict"] for name, one in times.items() if " 16 codewords" in name
         ),
     }
-    kernel = "with the numba kernel" if has_kernel() else "in plain torch (numba is not installed)"
+    kernel = "with the numba kernel" if has_numba() else "in plain torch (numba is not installed)"
     lines = [[n, shown(runs[n]["accuracy"]), f"{runs[n]['error']['mean']:.3f}"] for n in names]
     rows = [[n, one["torch"], one["ONNX Runtime"], one["tables"], one["verdict"]] for n, one in times.items()]
     text = f"""# Product quantisation (19)

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from karui.layers.group_sparse import GroupSparseConv
 from karui.numerics import columns as module
-from karui.numerics.columns import Geometry, compiled, has_kernel, patch_rows, plain_patch_rows
+from karui.numerics import kernels as numba_kernels
+from karui.numerics.columns import Geometry, compiled, patch_rows, plain_patch_rows
+from karui.numerics.kernels import has_numba
 
 pytestmark = pytest.mark.paper(26)
 
-needs_numba = pytest.mark.skipif(not has_kernel(), reason="numba is not installed: pip install '.[fast]'")
+needs_numba = pytest.mark.skipif(not has_numba(), reason="numba is not installed: pip install '.[fast]'")
 
 CASES = [
     ((3, 11), Geometry((3,), (2,), (2,))),
@@ -75,7 +77,7 @@ def test_without_numba_and_where_gradients_are_wanted_it_is_plain_torch(monkeypa
     layer(x).sum().backward()
     assert x.grad is not None
     wanted = layer(x.detach())
-    monkeypatch.setattr(module, "has_kernel", lambda: False)
+    monkeypatch.setattr(numba_kernels, "has_numba", lambda: False)
 
     def refused() -> None:
         raise AssertionError("the kernel was asked for")

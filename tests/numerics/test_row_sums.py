@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from karui.layers.product_quantized import QuantizedLinear
+from karui.numerics import kernels as numba_kernels
 from karui.numerics import row_sums as module
-from karui.numerics.row_sums import has_kernel, kernels, plain_row_sums, row_sums
+from karui.numerics.kernels import has_numba
+from karui.numerics.row_sums import kernels, plain_row_sums, row_sums
 
 pytestmark = pytest.mark.paper(19)
 
-needs_numba = pytest.mark.skipif(not has_kernel(), reason="numba is not installed: pip install '.[fast]'")
+needs_numba = pytest.mark.skipif(not has_numba(), reason="numba is not installed: pip install '.[fast]'")
 
 
 @needs_numba
@@ -51,7 +53,7 @@ def test_without_numba_and_where_gradients_are_wanted_it_is_plain_torch(monkeypa
     row_sums(tables, codes).sum().backward()
     assert tables.grad is not None
     wanted = row_sums(tables.detach(), codes)
-    monkeypatch.setattr(module, "has_kernel", lambda: False)
+    monkeypatch.setattr(numba_kernels, "has_numba", lambda: False)
 
     def refused() -> None:
         raise AssertionError("the kernel was asked for")

@@ -4,6 +4,9 @@ Bagherinezhad, Rastegari, Farhadi 2017, "LCNN: Lookup-based Convolutional Neural
 
 Paper -> here: `D` -> dictionary, `k` -> size, `P` -> the weight of `mixture`, `S = X * D` -> the dictionary's maps,
 `I`, `C` -> index, coefficient of a `Table`, `s` -> lookups.
+
+A sparse mixture leaves out its zeros where the kernel of `karui.layers.sparse_conv` serves; in exported files zeros are
+multiplied.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from karui.errors import require
 from karui.layers.factored import CONVOLUTIONS, conv_settings
+from karui.layers.sparse_conv import SPARSE_CONVOLUTIONS
 from karui.layers.windows import Windows
 
 _NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -87,7 +91,7 @@ class LookupConv(nn.Module):
         conv: Any = CONVOLUTIONS[dims]
         self.size = size
         self.dictionary = conv(in_channels, groups * size, 1, groups=groups, bias=False)
-        self.mixture = conv(
+        self.mixture = SPARSE_CONVOLUTIONS[dims](
             groups * size, out_channels, tuple(kernel_size), groups=groups, bias=bias and not norm, **space
         )
         self.norm = _NORMS[dims](out_channels) if norm else None

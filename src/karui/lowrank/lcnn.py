@@ -6,8 +6,9 @@ The input meets the dictionary once, and the filters look its maps up. Trained f
 tensor that a penalty and a hard threshold make sparse, and what has been zero once stays zero.
 
 It pays in counted multiplications and in bytes, and where a trained dictionary meets few examples or few iterations:
-then only mixtures are learnt. It does not pay in time without a kernel for sparse mixtures: an engine that multiplies
-zeros does more work than the dense layer where the dictionary is as large as the input. Without batch normalisation it
+then only mixtures are learnt. It pays in time where zeros are left out: in torch with the kernel of
+`karui.layers.sparse_conv` (`karui[fast]`), on large maps. An engine that multiplies zeros, as those of exported files
+do, does more work than the dense layer where the dictionary is as large as the input. Without batch normalisation it
 hardly trains.
 
 Paper -> here: see `karui.layers.lookup`; `lambda` -> strength, `epsilon` -> the threshold.
@@ -114,7 +115,8 @@ def multiplications(model: Model) -> dict[str, int]:
         quick={"size": 8, "linear_size": 16, "epochs": 1},
         arxiv="1611.06473",
         pays="counted multiplications and bytes of a network that is trained from scratch; few examples of new classes",
-        costs="time, in engines that multiply zeros; small networks, short trainings (they need a larger strength)",
+        costs="time in exported files, whose zeros are multiplied; small networks, short trainings (they need a larger "
+        "strength)",
     )
 )
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 Convention: a multiply-accumulate (MAC) is one multiplication with its addition. Counted are convolutions, linear layers
 and matrix products, those of attention and of recurrent layers included, and whatever reaches them by a function call,
 for **one** sample. Not counted: normalisation, biases, activations, pooling, element-wise arithmetic. Zeros count as
-any other weight does: a dense engine multiplies them; `nonzero` tells how many there are.
+any other weight does: a dense engine multiplies them; `nonzero` tells how many there are. Layers with a kernel of their
+own are counted in their plain form.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from karui.measuring import values
 from karui.measuring.inference import batch_of, inference, tensors_of
 from karui.measuring.values import count_text
 from karui.model import Model
+from karui.numerics.kernels import plain
 
 _aten = torch.ops.aten
 
@@ -77,7 +79,7 @@ def count(model: Model) -> Counts:
     """
     module = model.module
     ledger = _Ledger(module)
-    with inference(module), _plain_attention(), ledger.watching(), ledger:
+    with inference(module), plain(), _plain_attention(), ledger.watching(), ledger:
         module(*batch_of(model.example, 1))
     layers, seen = [], set()
     for path, part in module.named_modules():

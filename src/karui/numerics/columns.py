@@ -8,7 +8,6 @@ row in one pass over the map.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -17,6 +16,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from karui.numerics.kernels import serves
 
 _LIBRARY = torch.library.Library("karui", "FRAGMENT")
 _LIBRARY.define(
@@ -51,9 +52,7 @@ def patch_rows(
         >>> patch_rows(x, torch.tensor([0, 0]), (1, 0, 1), Geometry((3,), (1,), (1,))).tolist()
         [[[0.0, 1.0], [2.0, 3.0]]]
     """
-    serves = padded.device.type == "cpu" and padded.dtype == torch.float32
-    learns = torch.is_grad_enabled() and padded.requires_grad
-    if not serves or learns or torch.compiler.is_exporting() or not has_kernel():
+    if not serves(padded):
         return plain_patch_rows(padded, channels, counts, geometry)
     return torch.ops.karui.patch_rows(padded, channels, list(counts), *map(list, geometry))
 
@@ -95,12 +94,6 @@ def window(
         start, step = place * dilation[dim], stride[dim]
         slices.append(slice(start, start + step * (sizes[dim] - 1) + 1, step))
     return tuple(slices[::-1])
-
-
-@cache
-def has_kernel() -> bool:
-    """Whether numba is installed."""
-    return importlib.util.find_spec("numba") is not None
 
 
 def _on_the_cpu(  # noqa: PLR0917  (as the operator has them)

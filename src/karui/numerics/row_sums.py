@@ -7,13 +7,14 @@ them are added at a time, as wide as the processor's registers are.
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from typing import Any
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
+
+from karui.numerics.kernels import serves
 
 _LIBRARY = torch.library.Library("karui", "FRAGMENT")
 _LIBRARY.define("row_sums(Tensor tables, Tensor codes) -> Tensor")
@@ -29,9 +30,7 @@ def row_sums(
         >>> row_sums(tables, torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8)).tolist()
         [[21.0], [12.0]]
     """
-    serves = tables.device.type == "cpu" and tables.dtype == torch.float32 and codes.dtype == torch.uint8
-    learns = torch.is_grad_enabled() and tables.requires_grad
-    if not serves or learns or torch.compiler.is_exporting() or not has_kernel():
+    if codes.dtype != torch.uint8 or not serves(tables):
         return plain_row_sums(tables, codes)
     return torch.ops.karui.row_sums(tables, codes)
 
@@ -43,12 +42,6 @@ def plain_row_sums(
     parts, words = tables.shape[:2]
     places = codes.long() + words * torch.arange(parts, device=codes.device)
     return tables.flatten(0, 1)[places.flatten()].unflatten(0, places.shape).sum(1)
-
-
-@cache
-def has_kernel() -> bool:
-    """Whether numba is installed."""
-    return importlib.util.find_spec("numba") is not None
 
 
 def _on_the_cpu(tables: Tensor, codes: Tensor) -> Tensor:
