@@ -1,11 +1,12 @@
-"""Public models with random weights, about 30 % of the channels cut by L1 and proved: how many, how fast, and what not.
+"""Public models with random weights, 30 % of the channels cut by L1 and proved: how many, how fast, and what not.
 
 `public_models.json` lists the smallest member, by parameters, of each family of torchvision 0.29 (27) and timm 1.0
 (105): torchvision's classifiers by the paper that they come from, three networks for segmentation and one for video; of
 timm one for each of its 98 modules, and seven families that share a module with another. The input is one sample of the
 size that the model was made for.
 
-Each model runs in a process of its own with a limit of 90 seconds of processor time and 12 GB of memory. Groups that a
+Of each group goes the largest number of units that is no more than that share, so that of a pair nothing goes. Each
+model runs in a process of its own with a limit of 90 seconds of processor time and 12 GB of memory. Groups that a
 normalisation across channels mixes are cut too, and told apart ("up to normalisation"). Beside the proof, every model
 that is exact throughout is run once more as a user would, masked and cut, on an input that the proof did not see: a
 relative difference above 0.001 counts as wrong. Needs torchvision and timm (the extra `vision`); nothing is downloaded.
@@ -47,6 +48,7 @@ def one(listed: dict[str, Any]) -> dict[str, Any]:
 
     from karui.model import Model, coupled_groups, remove_units, resolve
     from karui.model.graphform import GraphForm
+    from karui.technique.pruning.selection import removed_count
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -60,7 +62,7 @@ def one(listed: dict[str, Any]) -> dict[str, Any]:
         analysis = coupled_groups(model)
         removed, inexact = {}, 0
         for group in analysis.groups:
-            units = round(SHARE * group.size)
+            units = removed_count(group.size, SHARE)
             if group.sources and units:
                 scores = torch.stack([group.rows(net, source).abs().sum(1) for source in group.sources]).sum(0)
                 removed[group.name] = scores.argsort()[:units]

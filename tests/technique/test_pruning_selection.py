@@ -12,10 +12,19 @@ from karui.technique.pruning.selection import removed_count, weakest
 
 
 @given(size=st.integers(1, 600), ratio=st.floats(0, 0.999))
-def test_without_a_multiple_the_ratio_is_exact_to_half_a_unit(size: int, ratio: float) -> None:
+def test_never_more_goes_than_was_asked_and_less_than_a_unit_stays(size: int, ratio: float) -> None:
     removed = removed_count(size, ratio)
-    assert abs(removed - size * ratio) <= 0.5 or removed == size - 1
+    assert size * ratio - 1 < removed <= size * ratio + 1e-9
     assert 0 <= removed < size
+
+
+@pytest.mark.parametrize("size", [2, 3, 10, 100])
+def test_a_share_that_is_a_whole_number_of_units_is_that_number(size: int) -> None:
+    assert [removed_count(size, units / size) for units in range(size)] == list(range(size))
+
+
+def test_of_a_pair_a_third_is_nobody() -> None:
+    assert [removed_count(2, ratio) for ratio in (0.3, 0.49, 0.5, 0.99)] == [0, 0, 1, 1]
 
 
 @given(size=st.integers(1, 600), ratio=st.floats(0, 0.999), multiple=st.integers(1, 32))

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from karui.model.escapes import Reads, reads_number, sized_by
+from karui.model.standins import StandIns
 from karui.model.trace import mode_of, plain_attention
 from karui.model.walking import layers, lent, named_buffers, named_parameters
 
@@ -86,6 +87,8 @@ class Recorder(ProxyTorchDispatchMode):
         self.enter_stack = []
         self.made = Recording()
         self.held = {id(t): (t, Ref(name)) for name, t in named.items()}
+        self.stand_ins = StandIns()
+        self.fed: list[bool] = []
         self.path: list[str] = []
 
     @classmethod
@@ -119,6 +122,10 @@ class Recorder(ProxyTorchDispatchMode):
         else:
             tensor._karui_ref = (self, ref)  # pyright: ignore[reportAttributeAccessIssue]  # noqa: SLF001  (ours)
 
+    def feeds(self, ref: Ref) -> bool:
+        """Whether a tensor depends on the model's inputs; nobody reads what does."""
+        return self.fed[ref.number] if ref.number >= 0 else ref.name.startswith("input ")
+
     def depends(self, tensor: Tensor) -> bool:
         """Whether Python may not read a tensor: any that the run made."""
         owner, _ = getattr(tensor, "_karui_ref", (None, None))
@@ -135,7 +142,8 @@ class Recorder(ProxyTorchDispatchMode):
             leaves: list[Any] = []
             spec = flattened((args, kwargs), leaves)
             leaves = [self.ref(a) if isinstance(a, Tensor) else a for a in leaves]
-            result = func(*args, **kwargs)
+            self.fed.append(any(isinstance(a, Ref) and self.feeds(a) for a in leaves))
+            result = self.stand_ins.compute(func, args, kwargs) if self.fed[-1] else func(*args, **kwargs)
         number = len(self.made.ran)
         self.made.ran.append(Ran(func, leaves, spec, self.path[-1] if self.path else ""))
         if isinstance(result, Tensor):

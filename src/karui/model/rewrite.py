@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from karui.model.copying import copied
 from karui.model.graphform import graph_form
 from karui.model.groups import analyse
 from karui.model.program import Program
+from karui.model.standins import StandIns, watched
 from karui.model.trace import INPUT, Step, Trace, Tracer, Value, brief, mode_of
 
 Rewrite = list[Any]
@@ -221,12 +223,20 @@ def interpret(
     program: Program, module: nn.Module, example: tuple[Any, ...], *, training: bool
 ) -> tuple[dict[fx.Node, Any], dict[fx.Node, list[Step]], Trace]:
     """Run a program over a module's parameters, and label the result of every node."""
-    trace = Trace()
     form = graph_form(copied(module), program, program)
+    run = partial(_interpreted, program, form, example, training=training)
+    return watched(run, lambda found: found[2].sized)
+
+
+def _interpreted(
+    program: Program, form: nn.Module, example: tuple[Any, ...], stand_ins: StandIns | None, *, training: bool
+) -> tuple[dict[fx.Node, Any], dict[fx.Node, list[Step]], Trace]:
+    """The same over its graph form, with stand-ins for its arithmetic or without."""
+    trace = Trace()
     names = {
         id(t): name for name, t in [*form.named_parameters(), *form.named_buffers()] if name not in program.constants
     }
-    tracer = Tracer(trace, names)
+    tracer = Tracer(trace, names, stand_ins)
     flat, _ = tree_flatten((tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, example), {}))
     for t in flat:
         if isinstance(t, Tensor):

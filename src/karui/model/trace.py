@@ -8,9 +8,10 @@ changes: buffers that a training-mode run would move are swapped for copies.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,11 @@ from karui.errors import CaptureError, KaruiError, require, told
 from karui.model.escapes import DataDependentError, Reads, refuse, sized_by
 from karui.model.labels import SINGLE, Dims, Labels
 from karui.model.rules import Call, known_of, tensors_in, unknown
+from karui.model.standins import StandIns, watched
 from karui.model.walking import layers, lent, named_buffers, named_parameters
 
 INPUT = "the model's input keeps its size"
 OUTPUT = "the model's output keeps its size"
-Compute = Callable[[int, Any, Any, Any], Any]
 
 UNKNOWN = (None, None)
 OUTSIDE = "it meets a tensor that is neither a parameter nor a buffer"
@@ -92,12 +93,12 @@ class Trace:
 
 
 class Tracer(TorchDispatchMode):
-    """Labels the outputs of each operator that runs under it."""
+    """Labels the outputs of each operator that runs under it; `stand_ins` spare the arithmetic of the input's."""
 
-    def __init__(self, trace: Trace, names: dict[int, str], compute: Compute | None = None) -> None:
+    def __init__(self, trace: Trace, names: dict[int, str], stand_ins: StandIns | None = None) -> None:
         super().__init__()
         self.trace = trace
-        self.compute = compute
+        self.stand_ins = stand_ins
         self.labels = trace.labels
         self.names = names
         self.known: dict[int, tuple[Tensor, Value]] = {}
@@ -168,8 +169,8 @@ class Tracer(TorchDispatchMode):
             refuse()
         if data and known.sized:
             self.trace.sized |= any(self.value(t).data for t in sized_by(func, args))
-        number = len(self.trace.steps)
-        result = func(*args, **kwargs) if self.compute is None else self.compute(number, func, args, kwargs)
+        spare = self.stand_ins if data else None
+        result = func(*args, **kwargs) if spare is None else spare.compute(func, args, kwargs)
         outputs = tensors_in(result)
         call = Call(func, args, kwargs, result)
         try:
@@ -267,16 +268,16 @@ def first(example: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def run_traced(
-    module: nn.Module, example: tuple[Any, ...], trace: Trace, *, training: bool, compute: Compute | None = None
-) -> Any:
-    """Run `module` once on `example`, adding to `trace`; returns the outputs.
+    module: nn.Module, example: tuple[Any, ...], trace: Trace, *, training: bool, stand_ins: StandIns | None = None
+) -> None:
+    """Run `module` once on `example`, adding to `trace`.
 
     Args:
         module: what to run; left as it is.
         example: its inputs.
         trace: what is added to.
         training: whether it runs in training mode.
-        compute: how an operator is computed, given its number, itself and its arguments; None computes it as it is.
+        stand_ins: what spares the arithmetic; None computes all.
 
     Raises:
         CaptureError: the run fails, or control flow depends on the data.
@@ -285,7 +286,7 @@ def run_traced(
     buffers = {id(b): b.clone() for b in own.values()}
     names: dict[int, str] = {id(p): name for name, p in named_parameters(module).items()}
     names |= {id(buffers[id(b)]): name for name, b in own.items()}
-    tracer = Tracer(trace, names, compute)
+    tracer = Tracer(trace, names, stand_ins)
     inputs = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, example)
     for t in tree_leaves(inputs):
         if isinstance(t, Tensor):
@@ -323,7 +324,6 @@ def run_traced(
     for t in made:
         for d in tracer.value(t).dims:
             trace.labels.lock(d, OUTPUT)
-    return outputs
 
 
 def brief(error: BaseException) -> str:
@@ -351,21 +351,26 @@ def capture(module: nn.Module, example: tuple[Any, ...]) -> Trace:
     Raises:
         CaptureError: the model does not run on its example, or control flow depends on the data.
     """
+    return watched(lambda stand_ins: _captured(module, example, stand_ins), lambda trace: trace.sized)
+
+
+def _captured(module: nn.Module, example: tuple[Any, ...], stand_ins: StandIns | None) -> Trace:
+    """The same, with stand-ins for its arithmetic or without."""
     try:
-        trace = traced(module, first(example), training=False)
+        trace = _traced(module, first(example), stand_ins, training=False)
     except DataDependentError:
         raise
     except CaptureError:
-        trace = traced(module, example, training=False)
+        trace = _traced(module, example, stand_ins, training=False)
     if minds_training(module):
         trace.evaluated = len(trace.steps)
         try:
-            run_traced(module, first(example), trace, training=True)
+            run_traced(module, first(example), trace, training=True, stand_ins=stand_ins)
         except DataDependentError:
             raise
         except CaptureError:  # a batch normalisation of one value in each channel; what ran before it stays true
             del trace.steps[trace.evaluated :]
-            run_traced(module, widen(example), trace, training=True)
+            run_traced(module, widen(example), trace, training=True, stand_ins=stand_ins)
     return trace
 
 
@@ -386,8 +391,16 @@ def traced(module: nn.Module, example: tuple[Any, ...], *, training: bool) -> Tr
     Raises:
         CaptureError: the model does not run on its example, or its path depends on the data even when exported.
     """
+    run = partial(_traced, module, example, training=training)
+    return watched(run, lambda trace: trace.sized)
+
+
+def _traced(module: nn.Module, example: tuple[Any, ...], stand_ins: StandIns | None, *, training: bool) -> Trace:
+    """The same, with stand-ins for its arithmetic or without."""
+    trace = Trace(example=example)
     try:
-        run_traced(module, example, trace := Trace(example=example), training=training)
+        run_traced(module, example, trace, training=training, stand_ins=stand_ins)
     except DataDependentError:
-        run_traced(module, example, trace := Trace(example=example, exported=True), training=training)
+        trace = Trace(example=example, exported=True)
+        run_traced(module, example, trace, training=training, stand_ins=stand_ins)
     return trace

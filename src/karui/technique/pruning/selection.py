@@ -14,18 +14,18 @@ from karui.errors import require
 def removed_count(size: int, ratio: float, multiple: int = 1) -> int:
     """How many of `size` units to remove for a share of `ratio`, so that what is kept is a multiple of `multiple`.
 
-    The share is rounded to the nearest unit (halves up), at least one unit stays, and rounding to a multiple keeps more
-    than was asked, never less.
+    Never more goes than was asked: a part of a unit stays, and so does what a multiple asks for. Rounded to the nearest
+    unit, 30 % would take half of every pair, and networks have many (heads, groups).
 
     Example:
-        >>> removed_count(16, 0.5), removed_count(10, 0.25), removed_count(4, 0.99)
-        (8, 3, 3)
+        >>> removed_count(16, 0.5), removed_count(10, 0.25), removed_count(2, 0.3)
+        (8, 2, 0)
         >>> removed_count(64, 0.3, multiple=8)
         16
     """
     require(0 <= ratio < 1, f"ratio is {ratio}; give a share in [0, 1), for example 0.3")
     require(multiple >= 1, f"multiple is {multiple}; give a whole number of units, 1 or more")
-    kept = max(1, size - math.floor(size * ratio + 0.5))
+    kept = max(1, size - math.floor(size * ratio + 1e-9))  # 0.29 * 100 is a little less than 29
     return size - min(size, math.ceil(kept / multiple) * multiple)
 
 
