@@ -5,8 +5,8 @@
 timm one for each of its 98 modules, and seven families that share a module with another. The input is one sample of the
 size that the model was made for.
 
-Of each group goes the largest number of units that is no more than that share, so that of a pair nothing goes. Each
-model runs in a process of its own with a limit of 90 seconds of processor time and 12 GB of memory. Groups that a
+Counts are rounded as those of all techniques that cut: to the nearest unit, but of a pair nothing goes. Each model
+runs in a process of its own with a limit of 90 seconds of processor time and 12 GB of memory. Groups that a
 normalisation across channels mixes are cut too, and told apart ("up to normalisation"). Beside the proof, every model
 that is exact throughout is run once more as a user would, masked and cut, on an input that the proof did not see: a
 relative difference above 0.001 counts as wrong. Needs torchvision and timm (the extra `vision`); nothing is downloaded.
