@@ -9,6 +9,7 @@ from evaluation. Where training computes something else, a second program holds 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -36,16 +37,32 @@ class GraphForm(nn.Module):
         for name, value in {**evaluation.constants, **training.constants}.items():
             wide = dtype is not None and value.dtype is torch.float32
             self.register_buffer(name, value.to(dtype) if wide else value, persistent=False)
-        run = evaluation.compiled(dtype)
+        own = _kind(self)
+        self.captured = (evaluation, training, torch.float32 if dtype is not None else own)
+        self.compile_for(dtype or own)
+        self.train(state.training)
+
+    def compile_for(self, dtype: torch.dtype) -> None:
+        """Write the programs for parameters of this type."""
+        evaluation, training, before = self.captured
+        run = evaluation.compiled(before, dtype)
         self.programs = {
             False: (run, evaluation.outputs),
-            True: (run if training is evaluation else training.compiled(dtype), training.outputs),
+            True: (run if training is evaluation else training.compiled(before, dtype), training.outputs),
         }
-        self.train(state.training)
+        self.written_for = dtype
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GraphForm:
+        """What `double`, `half` and `to` call: a program says the type of what it makes (a first state), so it follows."""
+        super()._apply(fn, recurse)
+        if _kind(self) != self.written_for:
+            self.compile_for(_kind(self))
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphForm:
         """A copy with layers and parameters of its own; the programs never change, and are shared."""
-        memo[id(self.programs)] = self.programs  # also, torch's tree specs warn when they are copied
+        for shared in (self.programs, self.captured):  # also, torch's tree specs warn when they are copied
+            memo[id(shared)] = shared
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
         vars(copied).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
@@ -56,6 +73,12 @@ class GraphForm(nn.Module):
         run, outputs = self.programs[self.training]
         flat, _ = tree_flatten((inputs, {}))
         return tree_unflatten(run(self, *flat), outputs)
+
+
+def _kind(module: nn.Module) -> torch.dtype:
+    """The type of a module's numbers: of its first parameter or buffer that has any."""
+    held = (*module.parameters(), *module.buffers())
+    return next((t.dtype for t in held if t.is_floating_point()), torch.float32)
 
 
 @cache

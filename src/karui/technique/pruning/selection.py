@@ -11,20 +11,20 @@ from torch import Tensor
 from karui.errors import require
 
 # The part of a group that rounding may take beyond what was asked.
-MORE = 1 / 32
+MORE = 1 / 16
 
 
 def removed_count(size: int, ratio: float, multiple: int = 1) -> int:
     """How many of `size` units to remove for a share of `ratio`, so that what is kept is a multiple of `multiple`.
 
     The share is rounded to the nearest unit (halves up), as the papers do whose counts are known: a tenth of 16 filters
-    is two. But rounding takes no more than a thirty-second part of the units beyond what was asked, and in groups of
-    fewer than 16 it is down where it would: 30 % of a pair is nobody, not half. At least one unit stays, and rounding
+    is two. But rounding takes no more than a sixteenth part of the units beyond what was asked, and in groups of
+    fewer than 8 it is down where it would: 30 % of a pair is nobody, not half. At least one unit stays, and rounding
     to a multiple keeps more than was asked, never less.
 
     Example:
         >>> removed_count(16, 0.5), removed_count(16, 0.1), removed_count(10, 0.25), removed_count(2, 0.3)
-        (8, 2, 2, 0)
+        (8, 2, 3, 0)
         >>> removed_count(64, 0.3, multiple=8)
         16
     """
