@@ -153,3 +153,33 @@ def test_a_batch_normalisation_that_is_no_layer_of_torch_trains_too() -> None:
     expected = module.b(module.bn(module.a(x)).flatten(1))
     torch.testing.assert_close(one, expected)
     assert not torch.allclose(module.eval()(x), one)
+
+
+class Projecting(nn.Module):
+    """An LSTM whose outputs are projected: cut, it takes its graph form, which makes the first state itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 12, 2, batch_first=True, proj_size=6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_a_graph_form_follows_a_change_of_precision() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 4)
+    dense = Model(Projecting().eval(), (x[:1],))
+    form = remove_units(dense, {"rnn": torch.tensor([0, 5]), "rnn#2": torch.tensor([1])}).module
+    assert isinstance(form, GraphForm)
+    with torch.no_grad():
+        single, wide = form(x), copy.deepcopy(form).double()
+        assert wide(x.double()).dtype is torch.float64
+        assert torch.allclose(wide(x.double()), single.double(), atol=1e-6)
+        assert torch.equal(wide.float()(x), single)
+        assert wide.bfloat16()(x.bfloat16()).dtype is torch.bfloat16
+        assert torch.equal(form(x), single)  # the copy's programs are its own
+    groups = coupled_groups(Model(form, (x[:1],)))
+    again = remove_units(Model(form, (x[:1],)), {g.name: torch.tensor([0]) for g in groups}, analysis=groups)
+    assert again.parameters < sum(p.numel() for p in form.parameters())

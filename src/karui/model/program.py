@@ -34,8 +34,6 @@ WHOLE: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Dropout2d: ("feature_dropout",),
     nn.Dropout3d: ("feature_dropout",),
 }
-# Operators that make tensors out of nothing: of the type of the network's numbers.
-MAKING = frozenset({"zeros", "ones", "full", "empty", "rand", "randn", "arange", "scalar_tensor"})
 NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -62,17 +60,16 @@ class Program:
     def compiled(self, before: torch.dtype = torch.float32, dtype: torch.dtype | None = None) -> Callable[..., Any]:
         """A function of the module that holds the parameters, and the flat inputs; type `before` may be another one.
 
-        In double precision all numbers are; in half, what is cast to single for the sake of its sums still is.
+        It is so everywhere, also where the module asked for single precision by name: a program cannot tell that from
+        the type of an input.
         """
         graph = self.graph
         if dtype is not None and dtype is not before:
-            everywhere = torch.finfo(dtype).bits > torch.finfo(before).bits
             graph = fx.Graph()
             graph.output(graph.graph_copy(self.graph, {}))
             for node in graph.nodes:
-                if everywhere or packet(node) in MAKING:
-                    swapped = tree_map(lambda a: dtype if a is before else a, (list(node.args), dict(node.kwargs)))
-                    node.args, node.kwargs = tuple(swapped[0]), swapped[1]
+                swapped = tree_map(lambda a: dtype if a is before else a, (list(node.args), dict(node.kwargs)))
+                node.args, node.kwargs = tuple(swapped[0]), swapped[1]
         code = graph.python_code("self")
         space = dict(code.globals)
         exec(code.src, space)  # noqa: S102  (the code is that of the graph, written by torch.fx)
