@@ -53,7 +53,7 @@ class GraphForm(nn.Module):
         self.written_for = dtype
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GraphForm:
-        """What `double`, `half` and `to` call: a program says the type of what it makes (a first state), so it follows."""
+        """What `double`, `half` and `to` call; a program says of what type a first state is, so it follows."""
         super()._apply(fn, recurse)
         if _kind(self) != self.written_for:
             self.compile_for(_kind(self))
