@@ -21,14 +21,15 @@ import copy
 import hashlib
 import importlib.util
 import json
-import os
+import multiprocessing
 import resource
 import signal
-import subprocess
-import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -129,21 +130,35 @@ def state() -> str:
     return f"{versions}, code {code.hexdigest()[:12]}"
 
 
-def limited(listed: dict[str, Any]) -> dict[str, Any]:
+def limited(listed: dict[str, Any], server: ForkServerContext) -> dict[str, Any]:
     """The row of one model, from a process with limits."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, "--one", json.dumps(listed)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
-    )  # fmt: skip
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return json.loads(lines[-1])
-    told = done.stderr.strip().splitlines()
-    out_of_time = done.returncode == -signal.SIGXCPU
-    reason = f"no result within {CPU_SECONDS} s of processor time" if out_of_time else (told or ["no output"])[-1]
+    receiver, sender = server.Pipe(duplex=False)
+    process = server.Process(target=apart, args=(listed, sender))
+    process.start()
+    sender.close()
+    try:
+        row = receiver.recv()
+    except EOFError:
+        row = None
+    process.join()
+    if row is not None:
+        return row
+    out_of_time = process.exitcode == -signal.SIGXCPU
+    reason = f"no result within {CPU_SECONDS} s of processor time" if out_of_time else f"exit code {process.exitcode}"
     told_by = {"library": listed["library"], "model": listed["model"], "before": listed["parameters"]}
     return told_by | {"outcome": "out of time" if out_of_time else "crashed", "reason": reason}
+
+
+def apart(listed: dict[str, Any], sender: Connection) -> None:
+    """Cut one model within the limits, and send its row; whatever is raised is told as a crash."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    warnings.simplefilter("ignore")
+    try:
+        row = one(listed)
+    except Exception as error:  # noqa: BLE001  (a row tells of it)
+        told_by = {"library": listed["library"], "model": listed["model"], "before": listed["parameters"]}
+        row = told_by | {"outcome": "crashed", "reason": f"{type(error).__name__}: {error}"}
+    sender.send(row)
 
 
 def summary(rows: list[dict[str, Any]], listed: int) -> str:
@@ -201,14 +216,10 @@ def kept(now: str) -> dict[tuple[str, str], dict[str, Any]]:
 def main() -> None:
     """Run the list, and keep the results."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--one", metavar="JSON", help="cut one model of the list and print its row")
     options.add_argument("--only", nargs="+", metavar="NAME", help="models of these names; keeps nothing")
     options.add_argument("--jobs", type=int, default=1, help="models at a time")
     options.add_argument("--resume", action="store_true", help="keep the rows that this state of the code has made")
     asked = options.parse_args()
-    if asked.one:
-        print(json.dumps(one(json.loads(asked.one))))
-        return
     if any(importlib.util.find_spec(package) is None for package in ("torchvision", "timm")):
         print('skipped: torchvision and timm are not installed; pip install ".[vision]"')
         return
@@ -217,8 +228,10 @@ def main() -> None:
     rows = kept(now) if asked.resume else {}
     chosen = [row for row in listed if asked.only is None or row["model"] in asked.only]
     waiting = [row for row in chosen if asked.only or (row["library"], row["model"]) not in rows]
+    server = multiprocessing.get_context("forkserver")  # that imports once what each process needs
+    server.set_forkserver_preload(["torch", "torchvision", "timm", "karui.model"])
     with ThreadPoolExecutor(asked.jobs) as pool:
-        for done in as_completed([pool.submit(limited, row) for row in waiting]):
+        for done in as_completed([pool.submit(limited, row, server) for row in waiting]):
             row = done.result() | {"state": now}
             rows[row["library"], row["model"]] = row
             print(f"{len(rows)}/{len(chosen)} {json.dumps(row)}", flush=True)
