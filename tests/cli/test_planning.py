@@ -62,3 +62,23 @@ def test_a_model_that_cannot_be_captured(folder: Path, capsys: pytest.CaptureFix
 def test_a_typo_is_told_before_the_model_is_opened(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert run(["plan", "nowhere.py:net", "--recipe", "l1_filter_prunning"]) == 2
     assert "Did you mean l1_filter_pruning" in capsys.readouterr().err
+
+
+def test_what_a_step_leaves_whole_is_told_once_and_what_is_for_one_size_is_marked(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = ["plan", "net.py:grouped", "--input", "1x8x8", "-r", "l1_filter_pruning:ratio=0.5,tied=true,epochs=0"]
+    assert run([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    (step,) = told["steps"]
+    names = [remark.partition(": ")[0] for remark in step["remarks"]]
+    assert len(names) == len(set(names))
+    whole = [remark for remark in step["remarks"] if "cannot be proved" in remark]
+    assert whole
+    assert not any("cut " in remark.partition("left whole")[0] for remark in whole)
+    confirmed = {group["name"]: group["graph_form"] for group in told["groups"]}
+    cut = {remark.partition(": ")[0] for remark in step["remarks"] if " units, cut " in remark}
+    assert cut <= set(confirmed)
+    assert any(confirmed.values())
+    assert run(command) == 0
+    assert "only for inputs of this size" in capsys.readouterr().out

@@ -183,3 +183,26 @@ def test_a_graph_form_follows_a_change_of_precision() -> None:
     groups = coupled_groups(Model(form, (x[:1],)))
     again = remove_units(Model(form, (x[:1],)), {g.name: torch.tensor([0]) for g in groups}, analysis=groups)
     assert again.parameters < sum(p.numel() for p in form.parameters())
+
+
+class LastStep(nn.Module):
+    """Reads the last step forwards and the first one backwards: numbers that hang on the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.GRU(8, 12, bidirectional=True, batch_first=True), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.rnn(x)
+        return self.out(torch.cat([y[:, -1, :12], y[:, 0, 12:]], 1))
+
+
+def test_another_size_than_the_examples_is_refused_and_not_computed_wrongly() -> None:
+    torch.manual_seed(0)
+    light = remove_units(Model(LastStep().eval(), example=(torch.randn(2, 5, 8),)), {"rnn": torch.tensor([0])})
+    assert isinstance(light.module, GraphForm)
+    assert light.module(torch.randn(4, 5, 8)).shape == (4, 3)
+    for module in (light.module, copy.deepcopy(light.module)):
+        for length in (4, 7):
+            with pytest.raises(SurgeryError, match=rf"inputs of 5x8 beside the batch, and was given {length}x8"):
+                module(torch.randn(4, length, 8))

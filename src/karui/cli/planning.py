@@ -54,10 +54,16 @@ def show_plan(found: Preflight, limit: int | None) -> None:
     if groups:
         made = screen.table("can be cut", "units", "tensors", "exact", right=("units", "tensors"), wrap=("exact",))
         for group in groups[:limit]:
-            exact = "yes" if group.get("exact", True) else f"up to normalisation: {group.get('reason', '')}"
-            made.add_row(group["name"], str(group["size"]), str(len(group.get("members", []))), exact)
+            exact = "yes" if group["exact"] else f"up to normalisation: {group['reason']}"
+            mark = "*" if group["graph_form"] else ""
+            made.add_row(f"{group['name']}{mark}", str(group["size"]), str(len(group["members"])), exact)
         screen.show(made)
         _more(len(groups), limit)
+        if found.formed:
+            screen.out(
+                "* The network's own code cannot run after this cut, as sizes are written in it;\n"
+                "  the result is a program for any batch, but only for inputs of this size.\n"
+            )
     if locked:
         made = screen.table("cannot be cut", "units", "because", right=("units",), wrap=("because",))
         for row in locked[:limit]:

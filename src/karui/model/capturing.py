@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from karui.errors import SurgeryError
 from karui.model.copying import copied
@@ -56,11 +56,18 @@ def capture_programs(
     twin = copied(module)
     if recorded is not False:
         try:
-            return _programs(twin, example, seen, record_program)
+            return _sized(_programs(twin, example, seen, record_program), example)
         except UnrecordedError as error:
             if recorded:
                 raise SurgeryError(f"The model has no graph form: it cannot be recorded, for {error}.") from error
-    return _programs(twin, example, seen, export_program)
+    return _sized(_programs(twin, example, seen, export_program), example)
+
+
+def _sized(programs: tuple[Program, Program], example: tuple[Any, ...]) -> tuple[Program, Program]:
+    """The programs with the sizes that their numbers were computed from, which are the ones they hold for."""
+    sizes = tuple(tuple(t.shape[1:]) if isinstance(t, Tensor) and t.ndim else None for t in tree_leaves(example))
+    evaluation = replace(programs[0], sizes=sizes)
+    return evaluation, evaluation if programs[1] is programs[0] else replace(programs[1], sizes=sizes)
 
 
 def record_program(module: nn.Module, example: tuple[Any, ...], *, training: bool) -> Program:

@@ -4,6 +4,9 @@ A forward that reshapes to numbers frozen in Python (heads, groups, a padding) b
 captured by `karui.model.program`, has those numbers as arguments, and `karui.model.rewrite` changes them. The program
 calls the standard layers as modules, so that they keep their names, can be tapped and replaced, and know training
 from evaluation. Where training computes something else, a second program holds it, over the same layers.
+
+The batch is free; every other size of the inputs is that of the example, since numbers that the forward computed from
+it (the last step of a sequence) are in the program. Inputs of another size are refused.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from karui.errors import SurgeryError
 from karui.model.program import Program
 
 
@@ -27,6 +31,7 @@ class GraphForm(nn.Module):
         self, state: nn.Module, evaluation: Program, training: Program, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
+        self.sizes = evaluation.sizes
         for name, child in state.named_children():
             self.add_module(name, child)
         for name, parameter in state.named_parameters(recurse=False):
@@ -72,6 +77,11 @@ class GraphForm(nn.Module):
         """The program of the current mode."""
         run, outputs = self.programs[self.training]
         flat, _ = tree_flatten((inputs, {}))
+        for given, size in zip(flat, self.sizes, strict=False):
+            if size is not None and tuple(given.shape[1:]) != size:
+                told = f"inputs of {_told(size)} beside the batch, and was given {_told(given.shape[1:])}"
+                hint = "Its program holds for that size: cut the dense model with an example of the size it is to take."
+                raise SurgeryError(f"This network was cut for {told}.", hint)
         return tree_unflatten(run(self, *flat), outputs)
 
 
@@ -79,6 +89,11 @@ def _kind(module: nn.Module) -> torch.dtype:
     """The type of a module's numbers: of its first parameter or buffer that has any."""
     held = (*module.parameters(), *module.buffers())
     return next((t.dtype for t in held if t.is_floating_point()), torch.float32)
+
+
+def _told(size: tuple[int, ...]) -> str:
+    """A size in words."""
+    return "x".join(map(str, size)) or "single numbers"
 
 
 @cache

@@ -48,6 +48,7 @@ class Program:
         constants: tensors that it made once, by name.
         twin: the program that it is but for statistics of the batch, so that sizes stand where they do there.
         recorded: whether it was recorded (`karui.model.recording`), not exported.
+        sizes: the size of each tensor that goes in, without the batch; None where it has none (numbers).
     """
 
     graph: fx.Graph
@@ -56,6 +57,7 @@ class Program:
     constants: dict[str, Tensor] = field(default_factory=dict)
     twin: Program | None = None
     recorded: bool = False
+    sizes: tuple[tuple[int, ...] | None, ...] = ()
 
     def compiled(self, before: torch.dtype = torch.float32, dtype: torch.dtype | None = None) -> Callable[..., Any]:
         """A function of the module that holds the parameters, and the flat inputs; type `before` may be another one.

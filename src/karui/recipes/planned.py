@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ class Preflight:
         steps: one plan for each step.
         surgery: what can be cut, and what cannot and why; None where the model cannot be captured.
         uncaptured: why it cannot; empty where it can.
+        formed: the groups whose cut makes the model take its graph form.
     """
 
     parameters: int
@@ -56,6 +58,7 @@ class Preflight:
     steps: tuple[StepPlan, ...] = ()
     surgery: Analysis | None = None
     uncaptured: str = ""
+    formed: tuple[str, ...] = ()
 
     @property
     def refusals(self) -> tuple[tuple[str, str], ...]:
@@ -81,7 +84,7 @@ class Preflight:
         """As JSON values."""
         remarks = [f"{step.technique}: {remark}" for step in self.steps for remark in step.remarks]
         return {
-            **_surgery_json(self.surgery),
+            **_surgery_json(self.surgery, self.formed),
             "parameters": self.parameters,
             "macs": self.macs,
             "steps": [dataclasses.asdict(step) for step in self.steps],
@@ -89,7 +92,7 @@ class Preflight:
         }
 
 
-def _surgery_json(analysis: Analysis | None) -> dict[str, Any]:
+def _surgery_json(analysis: Analysis | None, formed: tuple[str, ...]) -> dict[str, Any]:
     if analysis is None:
         return {"groups": [], "locked": []}
     return {
@@ -99,6 +102,7 @@ def _surgery_json(analysis: Analysis | None) -> dict[str, Any]:
                 "size": group.size,
                 "exact": group.exact,
                 "reason": group.reason,
+                "graph_form": group.name in formed,
                 "members": [{"tensor": m.tensor, "dim": m.dim, "role": m.role} for m in group.members],
             }
             for group in analysis.groups
@@ -115,19 +119,25 @@ def plan_recipe(model: Model, recipe: Recipe | None, bench: Bench) -> Preflight:
         recipe: its steps are looked at in order; None looks at the model only.
         bench: what the recipe would run with.
     """
-    surgery, uncaptured = None, ""
+    surgery, uncaptured, formed = None, "", ()
     try:
-        surgery = plan_surgery(model, analysis=coupled_groups(model)).confirmed
+        plan = plan_surgery(model, analysis=coupled_groups(model))
+        surgery, formed = plan.confirmed, tuple(group.name for group in plan.groups if group.graph_form)
     except CaptureError as error:
         uncaptured = error.message
     counts = count(model)
     plans, current = [], model
     for step in recipe.steps if recipe else ():
-        plan, current = _look(step, current, bench, uncaptured)
-        plans.append(plan)
+        told, current = _look(step, current, bench, uncaptured)
+        plans.append(told)
         bench = dataclasses.replace(bench, dense=model)
     return Preflight(
-        parameters=counts.parameters, macs=counts.macs, steps=tuple(plans), surgery=surgery, uncaptured=uncaptured
+        parameters=counts.parameters,
+        macs=counts.macs,
+        steps=tuple(plans),
+        surgery=surgery,
+        uncaptured=uncaptured,
+        formed=formed,
     )
 
 
@@ -149,7 +159,7 @@ def _look(step: Technique, model: Model, bench: Bench, uncaptured: str) -> tuple
         tried = trial.apply(model, dataclasses.replace(bench, progress=False, checkpoints=None))
     except KaruiError as error:
         return StepPlan(technique=slug, refusals=((f"'{slug}': {error.message}", error.hint),)), model
-    remarks = (*remarks, *_left_whole(model, tried))
+    remarks = _with_what_stays(remarks, _left_whole(model, tried))
     counts, before = count(tried), count(model)
     if (counts.parameters, counts.macs) == (before.parameters, before.macs) and {"parameters", "macs"} & set(
         card.reduces
@@ -164,14 +174,21 @@ def _remarks(step: Technique, model: Model) -> tuple[str, ...]:
     return () if own is None else tuple(own(model))
 
 
-def _left_whole(model: Model, tried: Model) -> tuple[str, ...]:
+def _left_whole(model: Model, tried: Model) -> dict[str, str]:
     """What a trial could not cut, and why."""
     notes = [edit for edit in tried.lineage[len(model.lineage) :] if isinstance(edit, Note)]
-    return tuple(
-        f"{name}: left whole, as its cut cannot be proved: {reason}"
-        for note in notes
-        for name, reason in note.settings.get(WHOLE, {}).items()
-    )
+    return {name: reason for note in notes for name, reason in note.settings.get(WHOLE, {}).items()}
+
+
+def _with_what_stays(remarks: tuple[str, ...], whole: Mapping[str, str]) -> tuple[str, ...]:
+    """A technique tells what it would cut from the graph alone; where the trial could not, the line says so instead."""
+    told = {name: f"left whole, as its cut cannot be proved: {reason}" for name, reason in whole.items()}
+    lines = []
+    for remark in remarks:
+        name, _, rest = remark.partition(": ")
+        reason = told.pop(name, None)
+        lines.append(remark if reason is None else f"{name}: {rest.partition(',')[0]}, {reason}")
+    return (*lines, *(f"{name}: {reason}" for name, reason in told.items()))
 
 
 def _without_training(step: Technique) -> Technique:
