@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from karui.errors import SurgeryError
-from karui.model import Model, plan_surgery, remove_provable
+from karui.model import Model, plan_surgery, remove_provable, remove_units
 
 
 class Mixed(nn.Module):
@@ -75,8 +76,36 @@ def test_weights_divided_by_their_norm_are_refused_with_that_reason() -> None:
     plan = plan_surgery(Model(net.eval(), example=(torch.randn(2, 3),)))
     assert not plan.groups
     (reason,) = [r.reason for r in plan.refused if r.name != "2"]
-    assert "divided by their norm" in reason
+    assert "weight normalisation divides the weight of 0 by its norm" in reason
     assert "Cut of" not in reason
+    nn.utils.parametrize.remove_parametrizations(net[0], "weight")
+    folded = Model(net, example=(torch.randn(2, 3),))
+    assert [group.name for group in plan_surgery(folded).groups] == ["0"]
+    assert remove_units(folded, {"0": torch.tensor([1])}).module.get_submodule("0").out_features == 3
+
+
+@pytest.mark.parametrize(
+    ("normalise", "told", "groups"),
+    [
+        (nn.utils.parametrizations.weight_norm, "the norm that a weight is divided by", {"0"}),
+        (nn.utils.parametrizations.spectral_norm, "the spectral norm that a weight is divided by", {"0", "2"}),
+    ],
+)
+def test_what_the_norm_of_a_weight_counts_is_cut_on_demand_only(
+    normalise: Callable[[nn.Module], nn.Module], told: str, groups: set[str]
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), normalise(nn.Linear(6, 4)), nn.ReLU(), nn.Linear(4, 2)).eval()
+    model = Model(net, example=(torch.randn(2, 3),))
+    found = {group.name.removesuffix(".parametrizations.weight"): group for group in plan_surgery(model).groups}
+    assert set(found) == groups
+    for group in found.values():
+        assert not group.exact
+        assert told in group.note
+        with pytest.raises(SurgeryError, match="normalisation"):
+            remove_units(model, {group.name: torch.tensor([1])})
+        light = remove_units(model, {group.name: torch.tensor([1])}, allow_normalisation=True)
+        assert light.parameters < model.parameters
 
 
 def test_plan_says_what_is_lost_without_a_capture() -> None:

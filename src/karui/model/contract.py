@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from karui.model.rules import Call, broadcast, rule, tensors_in
 
+SPECTRAL = "the spectral norm that a weight is divided by counts it"
 SHARED = "several query heads share one of keys and values"
 
 if TYPE_CHECKING:
@@ -50,10 +51,21 @@ def product(tracer: Tracer, one: Tensor, other: Tensor, result: Tensor) -> None:
     tracer.set(result, (*lead, *a.dims[-2:-1], *(b.dims[-1:] if other.ndim > 1 else ())))
 
 
-@rule("mm bmm mv dot vdot")
+@rule("mm bmm")
 def matmul(tracer: Tracer, call: Call) -> None:
     """Plain matrix products."""
     product(tracer, call.args[0], call.args[1], call.result)
+
+
+@rule("mv dot vdot")
+def vector(tracer: Tracer, call: Call) -> None:
+    """Products with a vector. Of weights with a buffer they make a spectral norm: what is left has another one."""
+    one, other = call.args[0], call.args[1]
+    values = [tracer.value(one), tracer.value(other)]
+    buffer = any(v.origin and not isinstance(t, nn.Parameter) for v, t in zip(values, (one, other), strict=True))
+    if buffer and not any(value.data for value in values):
+        tracer.labels.normalised(values[0].dims[-1], SPECTRAL)
+    product(tracer, one, other, call.result)
 
 
 @rule("addmm baddbmm addmv addbmm_")

@@ -10,6 +10,7 @@ see `karui.model.sight`. Images are proved on corners where those tell as much, 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
 
 
 Pair = tuple[tuple[Any, ...], tuple[Any, ...]]
+
+
+# What both kinds of weight normalisation call the direction of a weight: of torch.nn.utils.parametrizations, and older.
+WEIGHT_NORMED = re.compile(r"(?:(.*?)\.)?(?:parametrizations\.\w+\.original1|\w+_v)")
 
 
 class BlindError(SurgeryError):
@@ -264,6 +269,24 @@ def prove(
     )
 
 
+def _infinite(candidate: Candidate) -> str:
+    """Why a masked model's output is not finite, where its cut one's is."""
+    members = [member for name in candidate.removed for member in candidate.analysis[name].members]
+    owners = (WEIGHT_NORMED.fullmatch(member.tensor) for member in members)
+    normed = dict.fromkeys(owner[1] or "the model" for owner in owners if owner)
+    if normed:
+        return (
+            f"weight normalisation divides the weight of {', '.join(normed)} by its norm, so its units cannot be "
+            "switched off for the proof; fold it into the weight first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or remove_weight_norm(layer) where "
+            "the older weight_norm made it."
+        )
+    return (
+        "the masked model's output is not finite, as where something is divided by the norm of the units, or is of "
+        "another shape than the cut one's."
+    )
+
+
 def _compared(
     drawn: nn.Module,
     candidate: Candidate,
@@ -293,11 +316,7 @@ def _compared(
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError) as error:
         raise SurgeryError(f"{candidate}: the model does not run afterwards: {brief(error)}.") from error
     require(
-        math.isfinite(found.difference),
-        f"{candidate}: the masked model's output is not finite, as where weights are divided by their norm, or "
-        "of another shape than the cut one's.",
-        "Leave the group whole.",
-        SurgeryError,
+        math.isfinite(found.difference), f"{candidate}: {_infinite(candidate)}", "Leave the group whole.", SurgeryError
     )
     require(
         found.holds,

@@ -13,6 +13,8 @@ from karui.model.rules import Call, pointwise, rule, tensors_in
 if TYPE_CHECKING:
     from karui.model.trace import Tracer
 
+WEIGHT_NORM = "the norm that a weight is divided by counts it"
+
 
 def axes_of(dim: Any, ndim: int) -> list[int]:
     """A dimension argument as a list of non-negative dimensions; none given means all."""
@@ -39,8 +41,11 @@ def reduced(tracer: Tracer, call: Call, say: Callable[[np.ndarray], None]) -> No
 
 @rule("sum linalg_vector_norm norm nansum")
 def total(tracer: Tracer, call: Call) -> None:
-    """A sum: an index that is zero may as well not be there."""
-    reduced(tracer, call, lambda _: None)
+    """A sum: an index that is zero may as well not be there. But what is left of a weight has another norm."""
+    if "norm" in call.name and not tracer.value(call.args[0]).data:
+        reduced(tracer, call, lambda d: tracer.labels.normalised(d, WEIGHT_NORM))
+    else:
+        reduced(tracer, call, lambda _: None)
 
 
 @rule("mean var std var_mean std_mean")
