@@ -71,6 +71,14 @@ def test_the_best_form(  # noqa: PLR0917
     assert forms(dense, bench, cache, **given).best([PLAIN, *others]) == best
 
 
+def test_where_32_bits_break_the_floor_too_8_are_not_at_fault(dense: Model, bench: Bench, cache: Path):
+    """A point that is looked at on the way may be trained on; what it costs then is what its lightest form costs."""
+    maker = forms(dense, bench, cache, max_drop=1.0)
+    plain = form("fp32", 1.0, 1.0, 3.0)
+    assert maker.best([plain, form("int8", 0.6, 0.3, 3.3)]) == 1
+    assert maker.best([plain, form("int8", 0.6, 0.3, 3.6)]) == 0
+
+
 def test_forms_are_timed_judged_and_made_anew(dense: Model, bench: Bench, cache: Path):
     maker = forms(dense, bench, cache)
     found, _ = maker.of(dense, None)

@@ -42,24 +42,47 @@ class Law:
         return point
 
 
-FAR = Plan(goal={"time": 0.2}, stated=False, max_drop=1.0, epochs=8)
+FAR = Plan(goal={"time": 0.2}, stated=False, max_drop=1.0, epochs=16)
 
 
-def test_a_point_that_training_saves_is_the_result():
-    """It breaks the floor after the training of a visit; the epochs that are kept show that it need not."""
-    visits = Law(loses=lambda time, epochs: 0.0 if time > 0.5 else 1.8 if epochs < 4 else 0.9)
+def recovering(share: float) -> Callable[[float, int], float]:
+    """What is lost grows with the time that is saved, and falls with the root of the passes."""
+    return lambda time, epochs: share * (1 - time) / max(epochs, 1) ** 0.5
+
+
+def test_points_are_judged_by_what_is_foreseen_of_them():
+    """After one pass all that is worth having breaks the floor; nearly all epochs go to one point, which keeps it."""
+    visits = Law(loses=recovering(5.0), start=0.6)
     point = travel(visits, visits.dense(), FAR)
-    assert point.form.time < 0.5
     assert FAR.holds(point)
-    assert visits.spent <= FAR.epochs
+    assert point.form.time < 0.46, "a visit's loss after one pass was taken for the final one"
+    assert visits.spent == FAR.epochs
+    assert point.epochs >= FAR.epochs / 2
 
 
-def test_one_that_it_does_not_save_is_given_up():
+def test_a_point_that_training_does_not_save_is_given_up():
     visits = Law(loses=lambda time, _: 0.2 if time > 0.5 else 1.8)
     point = travel(visits, visits.dense(), FAR)
-    assert 0.5 < point.form.time < 0.6
+    assert 0.5 < point.form.time < 0.65
     assert FAR.holds(point)
     assert visits.spent == FAR.epochs
+
+
+def test_a_stated_goal_is_kept_to_and_the_rest_trains_it():
+    visits = Law(loses=recovering(2.0))
+    plan = replace(FAR, goal={"time": 0.5}, stated=True)
+    point = travel(visits, visits.dense(), plan)
+    assert plan.met(point)
+    assert point.form.time == pytest.approx(0.5)
+    assert visits.spent == plan.epochs
+
+
+def test_without_a_floor_every_stage_has_its_share():
+    visits = Law(loses=recovering(9.0))
+    plan = replace(FAR, goal={"time": 0.4}, stated=True, max_drop=None)
+    point = travel(visits, visits.dense(), plan)
+    assert point.form.time == pytest.approx(0.4)
+    assert visits.spent == plan.epochs
 
 
 def test_without_epochs_nothing_is_trained_on():
@@ -75,4 +98,5 @@ def test_the_way_goes_on_from_where_the_dense_network_stands():
     visits = Law(loses=lambda time, _: 0.0 if time > 0.5 else 9.0, start=0.6)
     travel(visits, visits.dense(), FAR)
     assert all(point.form.time < 0.6 for point in visits.points[1:])
-    assert [round(point.form.time, 2) for point in visits.points[1:3]] == [0.45, 0.52]
+    assert round(visits.points[1].form.time, 2) == 0.45
+    assert 0.45 < visits.points[2].form.time < 0.55

@@ -106,8 +106,11 @@ class Forms:
 
     def best(self, forms: Sequence[Form]) -> int:
         """The lightest form that pays and keeps the floor; without a floor, of those that lose little more."""
-        allowed = max(self._allowed(forms[0]), forms[0].lost + ROUNDING)
-        within = [k for k, form in enumerate(forms) if form.lost <= allowed and (k == 0 or self._pays(form, forms[0]))]
+        # Where the floor is broken in 32 bits too, a lower precision is not at fault: the point may yet be trained on.
+        plain = forms[0]
+        allowed = self._allowed(plain)
+        allowed = allowed if plain.lost <= allowed else plain.lost + SLACK
+        within = [k for k, form in enumerate(forms) if form.lost <= allowed and (k == 0 or self._pays(form, plain))]
         return min(within, key=lambda k: (_weight(forms[k], self.wanted), k))
 
     def made(self, model: Model, forms: Sequence[Form]) -> list[Deployment]:

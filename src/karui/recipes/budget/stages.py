@@ -1,31 +1,39 @@
-"""The way to a budget: part of the way, recover, measure, choose again; back by bisection where the floor breaks."""
+"""The way to a budget: part of the way, recover, measure, choose again; then nearly all epochs for one point.
+
+A visit trains for a share of the epochs, which is enough to say how far its network will come with the rest (see
+`karui.recipes.budget.epochs`), and too little to keep a floor. So a point is judged by what is foreseen of it. Where
+even that breaks the floor, the way goes back by bisection. In the end the lightest point that is thought to hold gets
+most of what is left, and the result is the lightest that does hold.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from karui.recipes.budget.epochs import HALVINGS, Curve, Purse
 from karui.recipes.budget.front import Point, cost, front, knee
 
 STEP = 0.65
 """The most that a stage shrinks a quantity by: beyond, what candidates do alone tells little about them together."""
 FAR = 0.2
 """How far to go where no budget says: a fifth of the dense model's time."""
-PROMISING = 2.0
-"""Times the floor that a point may lose after the short training of a visit and still be thought to keep it in the end;
-the epochs that are kept for the final point show it."""
-HALVINGS = 3
-"""Bisections between a point that keeps the floor and a target that breaks it."""
 CLOSE = 1.08
 """A bisection ends where what is left between the two is less than this factor."""
+LIGHTER = 1.03
+"""By how much a point must be lighter than another to be worth a training."""
 STUCK = 0.97
 """Two stages in a row that leave more than this of what they were to shrink have come to the end of the menu."""
 MORE = 2
 """Stages that are added where the last one was measured short of the goal."""
-POLISH = 0.4
-"""Share of the epochs that is kept for training the final point on."""
+ASIDE = (0.3, 0.7)
+"""How near to its ends a bisection may cut."""
+SAFE = 0.9
+"""Share of the floor that may be foreseen of a point that gets the epochs: what is foreseen is not certain."""
+ROOM, PUSH = 0.6, 0.92
+"""A final point that loses less than this share of the floor is made lighter once more, to this share of its cost."""
 
 
 class Visits(Protocol):
@@ -82,105 +90,142 @@ class Plan:
         """Whether it keeps the floor and every limit, as far as the clock can tell."""
         return self.holds(point) and not point.beyond(self.goal)
 
+    def order(self, point: Point) -> tuple[int, float]:
+        """What makes a point better: to reach the goal, and then to lose less; else to be lighter."""
+        return (1, cost(point, list(self.goal))) if point.beyond(self.goal) else (0, point.form.lost)
+
 
 def travel(visits: Visits, dense: Point, plan: Plan) -> Point:
     """Go as far as plan and floor allow; the point where the journey ends, trained on with the epochs that are left."""
-    purse = Purse(plan)
-    good, reached, broken, slow = dense, 0.0, None, False
-    for stage in range(1, plan.stages + MORE + 1):
-        part = min(1.0, stage / plan.stages)
-        target = plan.target(part)
-        near = 1.0 if part == 1 else CLOSE  # on the way, what is left of a step goes into the next
-        if all(good.share(q) <= near * share for q, share in target.items()) or (part == 1 and not good.beyond(target)):
-            reached = max(part, plan.part(good))
-            continue
-        point = visits.lighten(good, target, purse.take())
-        if point is None:
-            break
-        if not plan.holds(point):
-            broken = part
-            break
-        gains = [point.share(q) / good.share(q) for q in point.beyond(target)]
-        if gains and min(gains) >= 1:
-            break  # no lighter in anything that is missed
-        small = bool(gains) and min(gains) > STUCK
-        good, reached = point, max(part, plan.part(point))
-        if small and slow:
-            break
-        slow = small
+    way = _Way(visits, plan)
+    good, broken = way.stages(dense)
     if broken is not None:
-        good = _bisect(visits, good, plan, purse, (reached, broken))
-    if not plan.stated and plan.max_drop is None:
+        way.bisect(good, broken)
+    if plan.max_drop is not None:
+        return way.settled()
+    if not plan.stated:
         good = knee(front(visits.points))
-    return _trained_on(visits, good, plan, purse)
+    return way.polished(good)
 
 
-class Purse:
-    """The epochs: equal shares for the stages and bisections that may come, the rest for the final point."""
+class _Way:
+    """A journey: its points, the epochs that are left, and what was learnt of their worth."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.left = plan.epochs
-        visits = plan.stages + (HALVINGS if plan.max_drop is not None else 0)
-        self.share = max(1, int(plan.epochs * (1 - POLISH) / visits)) if plan.epochs else 0
+    def __init__(self, visits: Visits, plan: Plan) -> None:
+        self.visits, self.plan, self.purse, self.curve = visits, plan, Purse(plan), Curve()
 
-    def take(self, wanted: int | None = None) -> int:
-        """So many epochs, by default a share of a visit; or what is left."""
-        taken = min(self.share if wanted is None else wanted, self.left)
-        self.left -= taken
-        return taken
-
-    def rest(self) -> int:
-        """All that is left."""
-        taken, self.left = self.left, 0
-        return taken
-
-
-def _trained_on(visits: Visits, good: Point, plan: Plan, purse: Purse) -> Point:
-    """The final point, trained with the epochs that are left.
-
-    First, with all but a share of them, a lighter point that breaks the floor by little: it was judged after a share.
-    """
-    point = _promising(visits.points, good, plan)
-    if point is not None and purse.left > purse.share:
-        polished = visits.polish(point, purse.take(purse.left - purse.share))
-        good = polished if plan.holds(polished) else good
-    left = purse.rest()
-    if left and good.number:
-        polished = visits.polish(good, left)
-        good = polished if polished.form.lost <= good.form.lost else good
-    return good
-
-
-def _promising(points: Sequence[Point], good: Point, plan: Plan) -> Point | None:
-    """The lightest point that breaks the floor by so little that more training may save it."""
-    if plan.max_drop is None:
-        return None
-    quantities = list(plan.goal)
-    near = [
-        point
-        for point in points
-        if plan.max_drop < point.form.lost <= PROMISING * plan.max_drop
-        and cost(point, quantities) < cost(good, quantities) / CLOSE
-    ]
-    return min(near, key=lambda point: cost(point, quantities), default=None)
-
-
-def _bisect(visits: Visits, good: Point, plan: Plan, purse: Purse, parts: tuple[float, float]) -> Point:
-    """The lightest point between one that holds and a part of the way that does not."""
-    low, high = parts
-    for _ in range(HALVINGS):
-        if min(plan.goal.values()) ** (low - high) < CLOSE or (plan.epochs and not purse.left):
-            break
-        middle = (low + high) / 2
-        target = plan.target(middle)
-        if all(good.share(q) <= share for q, share in target.items()):
-            low = middle  # a point went farther than it was asked to
-            continue
-        point = visits.lighten(good, target, purse.take())
+    def lighten(self, parent: Point, target: Mapping[str, float], epochs: int | None = None) -> Point | None:
+        taken = self.purse.take(epochs)
+        point = self.visits.lighten(parent, target, taken)
         if point is None:
-            break
-        if plan.holds(point):
-            good, low = point, max(middle, plan.part(point))
-        else:
-            high = middle
-    return good
+            self.purse.left += taken
+        return point
+
+    def polish(self, point: Point, epochs: int) -> Point:
+        """A point trained on."""
+        more = self.purse.take(epochs)
+        made = self.visits.polish(point, more)
+        self.curve.learn(point.form.lost, point.epochs, made.form.lost, more)
+        return made
+
+    def foreseen(self, point: Point) -> float:
+        """What it would lose with most of the epochs that are left."""
+        return self.curve.after(point.form.lost, point.epochs, self.purse.large)
+
+    def hopeful(self, point: Point) -> bool:
+        """Whether it keeps the floor, or would after more training."""
+        floor = self.plan.max_drop
+        return floor is None or self.plan.holds(point) or self.foreseen(point) <= SAFE * floor
+
+    def stages(self, dense: Point) -> tuple[Point, Point | None]:
+        """The last point on the way whose floor holds, or is thought to; and the one after it, where it is not."""
+        plan, good, slow = self.plan, dense, False
+        for stage in range(1, plan.stages + MORE + 1):
+            part = min(1.0, stage / plan.stages)
+            target = plan.target(part)
+            near = 1.0 if part == 1 else CLOSE  # on the way, what is left of a step goes into the next
+            reached = all(good.share(q) <= near * share for q, share in target.items())
+            if reached or (part == 1 and not good.beyond(target)):
+                continue
+            point = self.lighten(good, target)
+            if point is None:
+                break
+            if not self.hopeful(point):
+                return good, point
+            gains = [point.share(q) / good.share(q) for q in point.beyond(target)]
+            if gains and min(gains) >= 1:
+                break  # no lighter in anything that is missed
+            small = bool(gains) and min(gains) > STUCK
+            good = point
+            if small and slow:
+                break
+            slow = small
+        return good, None
+
+    def bisect(self, good: Point, broken: Point) -> None:
+        """Points between one that holds and one that does not, where the floor is thought to lie between them."""
+        plan, low, high = self.plan, self.plan.part(good), max(self.plan.part(broken), self.plan.part(good))
+        for _ in range(HALVINGS):
+            spent = bool(plan.epochs) and not self.purse.left
+            if min(plan.goal.values()) ** (low - high) < CLOSE or spent or (self.purse.explored and good.number):
+                break
+            point = self.lighten(good, plan.target(low + (high - low) * self._where(good, broken)))
+            if point is None or plan.part(point) <= low:
+                break
+            if self.hopeful(point):
+                good, low = point, plan.part(point)
+            else:
+                broken, high = point, min(high, plan.part(point))
+
+    def _where(self, good: Point, broken: Point) -> float:
+        """How far between two points the floor is met, as a straight line has it."""
+        assert self.plan.max_drop is not None  # noqa: S101  (what breaks has a floor)
+        ends = self.foreseen(good), self.foreseen(broken)
+        share = (SAFE * self.plan.max_drop - ends[0]) / (ends[1] - ends[0]) if ends[1] > ends[0] else 0.5
+        return min(max(share, ASIDE[0]), ASIDE[1])
+
+    def settled(self) -> Point:
+        """The lightest point that holds, after most epochs went to the lightest that was thought to."""
+        best = min((p for p in self.visits.points if self.plan.holds(p)), key=self.plan.order)
+        while self.purse.left:
+            point = self._promising(best)
+            if point is not None:
+                made: Point | None = self.polish(point, self.purse.large)
+            elif self._roomy(best):
+                made = self.lighten(best, self._onward(best), self.purse.left)
+            else:
+                break
+            if made is None:
+                break
+            if self.plan.holds(made) and self.plan.order(made) < self.plan.order(best):
+                best = made
+        return self.polished(best)
+
+    def _promising(self, best: Point) -> Point | None:
+        """The lightest point that breaks the floor by so little that more training may save it."""
+        if self.plan.order(best)[0] == 0:
+            return None
+        quantities = list(self.plan.goal)
+        lighter = cost(best, quantities) / LIGHTER
+        hopeful = [p for p in self.visits.points if cost(p, quantities) < lighter and self.hopeful(p)]
+        return min((p for p in hopeful if not self.plan.holds(p)), key=self.plan.order, default=None)
+
+    def _roomy(self, best: Point) -> bool:
+        """Whether the best point loses so little that a lighter one may hold."""
+        floor = self.plan.max_drop
+        return floor is not None and self.plan.order(best)[0] == 1 and best.form.lost < ROOM * floor
+
+    def _onward(self, best: Point) -> dict[str, float]:
+        """A little lighter than the best point, and not as light as one that broke the floor."""
+        quantities = list(self.plan.goal)
+        now = cost(best, quantities)
+        broken = [cost(p, quantities) / now for p in self.visits.points if not self.plan.holds(p)]
+        nearest = max((share for share in broken if share < 1), default=0.0)
+        return {q: max(share, max(PUSH, nearest**0.5) * best.share(q)) for q, share in self.plan.goal.items()}
+
+    def polished(self, good: Point) -> Point:
+        """The final point with the epochs that are left; as it was where they make it worse."""
+        if not self.purse.left or not good.number:
+            return good
+        made = self.polish(good, self.purse.left)
+        return made if made.form.lost <= good.form.lost and self.plan.holds(made) else good

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from karui.errors import SurgeryError
 from karui.measuring import onnx_form
 from karui.measuring.values import from_json, to_json
 from karui.model import Model
+from karui.recipes.budget.aims import Aims, Scale
 from karui.recipes.budget.choice import cheapest, choose
 from karui.recipes.budget.deployments import NARROW, Forms
 from karui.recipes.budget.front import Point
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
 POINT = "point.json"
 TRIES = 4
 """Choices that are made for one target: where the measured model misses it, another with the correction."""
-NEAR = 0.01
-"""How far above its target a point may be measured: what the clock cannot tell apart."""
 
 
 @dataclass(kw_only=True)
@@ -107,7 +107,7 @@ class Visitor:
 
         def work() -> Point | None:
             self.tell(f"point {self.count - 1}: training point {parent.number} for {epochs} more epochs")
-            model = self._recovered(self.model_of(parent), epochs)
+            model = self._recovered(self.model_of(parent), epochs, before=parent.epochs)
             made = replace(parent, number=self.count - 1, parent=parent.number, epochs=parent.epochs + epochs)
             return self._finished(model, replace(made, chosen={}))
 
@@ -159,16 +159,19 @@ class Visitor:
         self.tell(f"point {point.number}: {form.told}, time {form.time:.2f} and bytes {form.bytes:.2f} of dense{score}")
         return point
 
-    def _recovered(self, model: Model, epochs: int) -> Model:
+    def _recovered(self, model: Model, epochs: int, before: int = 0) -> Model:
+        """The model trained; with smaller steps where it has been trained before, as large ones would undo that."""
         if not epochs:
             return model
         if self.find_rate and self.rate is None:
             self.rate = rate_for(model, self.dense, self.bench)
             if self.rate is not None:
                 self.tell(f"  learning rate {self.rate:.2g}, by a range test")
-        bench = self.bench
-        if self.rate is not None:
-            bench = replace(bench, training=with_rate(bench.training, self.rate))
+        bench, rate = self.bench, self.rate
+        if rate is not None or before:
+            rate = bench.training.optimizer.lr if rate is None else rate
+            smaller = rate * math.sqrt(epochs / (epochs + before))
+            bench = replace(bench, training=with_rate(bench.training, smaller))
         return recover(model, self.dense, bench, epochs, f"recover {self.count - 1}")
 
     def _lightened(self, parent: Point, target: dict[str, float], epochs: int) -> Point | None:
@@ -204,38 +207,34 @@ class Visitor:
         self, parent: Point, offers: Menu, target: Mapping[str, float]
     ) -> tuple[Model, dict[str, str], dict[str, float]] | None:
         """Choose, carry out and measure, until the measured model is at the target or as light as the menu can."""
-        # Time is that of the form that counts where the menu is timed in it, else of fp32; bytes are those of fp32.
-        timed = parent.form if parent.form.told == NARROW else parent.fp32
-        factors = {"time": parent.form.time / timed.time, "bytes": parent.form.bytes / parent.fp32.bytes}
-        now = {"time": timed.time * self.seconds, "bytes": parent.fp32.bytes * len(self.data)}
-        whole = {"time": self.seconds, "bytes": len(self.data)}
-        wanted = {q: share / factors[q] for q, share in target.items()}
-        aim = dict(wanted)
-        best: tuple[Model, dict[str, str], dict[str, float]] | None = None
+        scale = Scale.of(parent, self.seconds, len(self.data))
+        wanted = {q: share / scale.factors[q] for q, share in target.items()}
+        aims = Aims(wanted)
+        found: list[tuple[Model, dict[str, str], dict[str, float]]] = []
         for _ in range(TRIES):
-            limits = {q: share * whole[q] - now[q] for q, share in aim.items()}
+            limits = {q: share * scale.whole[q] - scale.now[q] for q, share in aims.next.items()}
             chosen = choose(offers.problem(limits))
             exhausted = chosen is None
             if chosen is None:
-                chosen = self._farthest(offers, limits, now)
+                chosen = self._farthest(offers, limits, scale.now)
             problem = offers.problem(limits)
-            predicted = {q: (now[q] + problem.total(chosen, q)) / whole[q] for q in whole}
+            predicted = {q: (scale.now[q] + problem.total(chosen, q)) / scale.whole[q] for q in scale.whole}
             if not any(chosen.values()):
-                return best
+                break
+            told = {place: offer.candidate.text for place, offer in offers.taken(chosen).items()}
+            if any(told == before for _, before, _ in found):
+                break
             try:
                 light = offers.carry_out(chosen)
             except SurgeryError as error:
                 self.notes.append(f"left out after a cut was refused: {', '.join(sorted(offers.failed))}. {error}")
                 continue
-            time = self.watch.ratio(self.dense, self.forms.file(light, timed), self.data).value
-            measured = {"time": time, "bytes": len(onnx_form(light).data) / len(self.data)}
-            told = {place: offer.candidate.text for place, offer in offers.taken(chosen).items()}
-            best = (light, told, predicted)
-            missed = {q: measured[q] / wanted[q] for q in wanted if measured[q] > wanted[q] * (1 + NEAR)}
-            if exhausted or not missed:
+            time = self.watch.ratio(self.dense, self.forms.file(light, scale.timed), self.data).value
+            found.append((light, told, predicted))
+            aims.see(predicted, {"time": time, "bytes": len(onnx_form(light).data) / len(self.data)})
+            if exhausted or aims.met:
                 break
-            aim = {q: aim[q] / missed.get(q, 1.0) for q in aim}
-        return best
+        return found[aims.nearest] if found else None
 
     def _farthest(self, offers: Menu, limits: Mapping[str, float], now: Mapping[str, float]) -> dict[str, int]:
         """Where no choice keeps all limits: the one nearest to them, along the way that is possible."""
