@@ -156,18 +156,33 @@ def predictions(told: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def run(
-    network: str, data: Splits, folder: Path, epochs: int, drops: Sequence[float], *, ratios: Sequence[float] = RATIOS
+    network: str,
+    data: Splits,
+    folder: Path,
+    passes: tuple[int, int],
+    drops: Sequence[float],
+    *,
+    ratios: Sequence[float] = RATIOS,
 ) -> Iterator[dict[str, Any]]:
-    """All rows of a network: first those of the peers, then with each budget's."""
+    """All rows of a network: first those of the peers, then with each budget's.
+
+    Args:
+        network: its name.
+        data: the pictures.
+        folder: where finished parts are kept.
+        passes: over the training pictures, of each peer and of each search.
+        drops: the floors.
+        ratios: of Torch-Pruning.
+    """
     dense, ledger = published(network), Ledger(folder / f"{network}.json")
     bench = make_bench(data, folder)
     bench = replace(bench, training=with_rate(bench.training, RATE))
-    forms = peers(dense, bench, epochs, folder / network, ratios)
+    forms = peers(dense, bench, passes[0], folder / network, ratios)
     runs: dict[float, dict[str, Any]] = {}
     yield {"network": network, **rows(forms, runs, dense, data, ledger)}
     for drop in drops:
-        out = folder / f"{network}-{drop:g}"
-        runs[drop] = under_budget(dense, bench, drop, epochs, out)
+        out = folder / f"{network}-{drop:g}-{passes[1]}"
+        runs[drop] = under_budget(dense, bench, drop, passes[1], out)
         forms[f"karui, at most {drop:g} lost"] = deployed(runs[drop], out)
         yield {"network": network, **rows(forms, runs, dense, data, ledger)}
 
@@ -297,6 +312,7 @@ def main() -> None:
     options.add_argument("--smoke", action="store_true", help="a few pictures; keeps nothing")
     options.add_argument("--network", default="resnet20", choices=("resnet20", "resnet56"))
     options.add_argument("--epochs", type=int, default=8, help="passes of recovery for each row")
+    options.add_argument("--search", type=int, default=16, help="passes of recovery for each search of karui")
     options.add_argument("--pictures", type=int, default=13_500, help="training pictures")
     options.add_argument("--only", type=float, choices=DROPS, help="one budget")
     options.add_argument("--ratio", type=float, choices=RATIOS, action="append", help="of Torch-Pruning; all if none")
@@ -308,12 +324,12 @@ def main() -> None:
         small = {name: Subset(getattr(data, name), range(256)) for name in ("train", "validation", "test")}
         few = replace(data, **small)
         with tempfile.TemporaryDirectory() as scratch:
-            *_, told = run(asked.network, few, Path(scratch), 1, drops)
+            *_, told = run(asked.network, few, Path(scratch), (1, 2), drops)
         print(report({"epochs": 1, "pictures": 256, "networks": [told]}))
         return
     folder = CACHE / "budget" / f"{asked.pictures}-{asked.epochs}"
     ledger = Ledger(folder / "networks.json")
-    for told in run(asked.network, data, folder, asked.epochs, drops, ratios=asked.ratio or RATIOS):
+    for told in run(asked.network, data, folder, (asked.epochs, asked.search), drops, ratios=asked.ratio or RATIOS):
         ledger.keep(asked.network, told)
         values = {"epochs": asked.epochs, "pictures": len(data.train), "networks": list(ledger.parts.values())}
         publish("budget", values, report(values))

@@ -69,7 +69,8 @@ def test_weights_are_integers_in_the_file_and_its_bytes_fall_accordingly(case):
             weights = weight_of(proto, node)
             assert all(w.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) for w in weights), node.name
             checked += weights
-    saved = sum(3 * int(np.prod(size)) for size in {w.name: w.dims for w in checked}.values())
+    # Shortcuts that became convolutions have weights that the form in 32 bits had not.
+    saved = sum(3 * int(np.prod(size)) for size in {w.name: w.dims for w in checked if "pad" not in w.name}.values())
     assert saved > 2 * sum(len(t.raw_data) for t in before.graph.initializer) / 3
     held, holds = (sum(len(t.raw_data) for t in p.graph.initializer) for p in (before, proto))
     scales = sum(4 * int(np.prod(t.dims)) for t in proto.graph.initializer if "scale" in t.name)

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from karui.deployment.layers import INTEGER, Layers, integer_layers, layers_of, parsed, with_added
+from karui.deployment.shortcuts import channels_of, integer_shortcuts
 from karui.deployment.stored import store_weights
 from karui.errors import DataError, UsageError, require
 from karui.measuring import OnnxForm
@@ -216,7 +217,7 @@ def _with_integers(
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-    told = proto.producer_name, proto.producer_version
+    told, channels = (proto.producer_name, proto.producer_version), channels_of(proto)
     with _quiet():
         try:
             quantiser = QDQQuantizer(
@@ -237,6 +238,7 @@ def _with_integers(
                 f"The ONNX form cannot be quantised: {_line(error)}", "Leave layers in 32 bits: Int8(leave=...)."
             ) from error
     made = quantiser.model.model
+    integer_shortcuts(made, channels)
     made.producer_name, made.producer_version = told
     del made.metadata_props[:]
     return made
