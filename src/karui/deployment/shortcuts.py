@@ -158,8 +158,9 @@ class _Graph:
             graph.initializer.append(numpy_helper.from_array(np.asarray(values), f"{name}_{part}"))
         inputs, wide = [f"{name}_{part}" for part in parts], f"{name}_weight"
         widened = helper.make_node("DequantizeLinear", inputs, [wide], name=f"{name}_widened")
-        settings = {"kernel_shape": [1, 1], "strides": list(way.strides)}
-        made = helper.make_node("Conv", [way.start, wide], way.pad.output, name=name, **settings)
+        made = helper.make_node(
+            "Conv", [way.start, wide], way.pad.output, name=name, kernel_shape=[1, 1], strides=list(way.strides)
+        )
         place = list(graph.node).index(way.pad)
         graph.node.insert(place, made)
         graph.node.insert(place, widened)
