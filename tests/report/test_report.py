@@ -15,7 +15,7 @@ from karui.artifact.files import sealed
 from karui.errors import ArtifactError, UsageError
 from karui.measuring import Comparison, Counts, LayerCount, Measurement, Ratio, Score, Timing
 from karui.report import read_run, view, write_report
-from karui.report.front import front_plot
+from karui.report.front import front_plot, point_rows
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -261,3 +261,10 @@ def test_the_points_of_a_budget_are_a_plot():
     assert lines[-1] == pytest.approx(95.0)  # the floor: 2 points under dense
     assert "point 1 the result" in plot.caption
     assert front_plot(None) is None
+
+
+def test_each_point_of_a_budget_is_a_row_with_its_folder():
+    rows = point_rows(budget())
+    assert [row["folder"] for row in rows] == ["points/01", "points/02"]
+    assert (rows[0]["time"], rows[0]["lost"]) == ("0.50", "1.00")
+    assert point_rows(None) == []

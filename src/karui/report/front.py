@@ -60,6 +60,26 @@ def _told(point: Mapping[str, Any], form: Mapping[str, Any]) -> str:
     return "<br>".join(lines)
 
 
+def point_rows(budget: Mapping[str, Any] | None) -> list[dict[str, str]]:
+    """The points that were made, each with the folder that its model lies in, relative to the page."""
+    rows = []
+    for point in [] if budget is None else budget["points"]:
+        form = point["forms"][point["best"]]
+        if point["folder"]:
+            rows.append(
+                {
+                    "number": str(point["number"]),
+                    "folder": point["folder"],
+                    "form": form["told"],
+                    "time": f"{form['time']:.2f}",
+                    "bytes": f"{form['bytes']:.2f}",
+                    "lost": "not judged" if form["score"] is None else f"{form['lost']:.2f}",
+                    "epochs": str(point["epochs"]),
+                }
+            )
+    return rows
+
+
 def _lines(figure: Any, budget: Mapping[str, Any], first: Mapping[str, Any], unit: int) -> None:
     """The limits that were asked for."""
     dash = {"dash": "dot", "color": DENSE}

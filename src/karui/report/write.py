@@ -11,7 +11,7 @@ from karui.errors import ArtifactError, KaruiError, UsageError
 from karui.measuring import Comparison
 from karui.measuring.values import bytes_text
 from karui.report import view
-from karui.report.front import front_plot
+from karui.report.front import front_plot, point_rows
 from karui.report.plots import plots
 
 RECORD, PAGE = "run.json", "report.html"
@@ -97,6 +97,7 @@ def _page(run: dict[str, Any], folder: Path) -> dict[str, Any]:
         "machine": view.measured(both),
         "notes": view.notes(both),
         "plots": [*filter(None, [front_plot(run.get("budget"))]), *plots(both, run.get("layers") or {})],
+        "points": point_rows(run.get("budget")),
         "cuts": view.cuts(plan),
         "refused": view.refused(plan),
         "remarks": plan.get("remarks") or [],

@@ -210,7 +210,8 @@ class Visitor:
         scale = Scale.of(parent, self.seconds, len(self.data))
         wanted = {q: share / scale.factors[q] for q, share in target.items()}
         aims = Aims(wanted)
-        found: list[tuple[Model, dict[str, str], dict[str, float]]] = []
+        best: tuple[Model, dict[str, str], dict[str, float]] | None = None  # one model at a time: they may be large
+        tried: list[dict[str, str]] = []
         for _ in range(TRIES):
             limits = {q: share * scale.whole[q] - scale.now[q] for q, share in aims.next.items()}
             chosen = choose(offers.problem(limits))
@@ -222,7 +223,7 @@ class Visitor:
             if not any(chosen.values()):
                 break
             told = {place: offer.candidate.text for place, offer in offers.taken(chosen).items()}
-            if any(told == before for _, before, _ in found):
+            if told in tried:
                 break
             try:
                 light = offers.carry_out(chosen)
@@ -230,11 +231,14 @@ class Visitor:
                 self.notes.append(f"left out after a cut was refused: {', '.join(sorted(offers.failed))}. {error}")
                 continue
             time = self.watch.ratio(self.dense, self.forms.file(light, scale.timed), self.data).value
-            found.append((light, told, predicted))
+            tried.append(told)
             aims.see(predicted, {"time": time, "bytes": len(onnx_form(light).data) / len(self.data)})
+            if aims.nearest == len(tried) - 1:
+                best = (light, told, predicted)
+            del light
             if exhausted or aims.met:
                 break
-        return found[aims.nearest] if found else None
+        return best
 
     def _farthest(self, offers: Menu, limits: Mapping[str, float], now: Mapping[str, float]) -> dict[str, int]:
         """Where no choice keeps all limits: the one nearest to them, along the way that is possible."""
