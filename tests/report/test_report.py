@@ -113,6 +113,18 @@ def test_the_page_says_what_the_record_says(tmp_path: Path) -> None:
         assert told in text, told
 
 
+def test_warnings_of_the_run_are_told_and_memory_has_no_ratio(tmp_path: Path) -> None:
+    run = record() | {"warnings": ["the dense model is no better than chance"]}
+    for which, size in (("dense", 1_000_000), ("light", 1_001_000)):
+        run[which]["memory"] = [{"engine": "onnxruntime", "batch": 1, "bytes": size}]
+    text = without_scripts(write(tmp_path, run))
+    assert "Warning: the dense model is no better than chance" in text
+    (row,) = re.findall(r"<tr>(?:(?!</tr>).)*Peak memory.*?</tr>", text, re.DOTALL)
+    assert row.count("1 MB") == 2
+    assert "x larger" not in row
+    assert "x smaller" not in row
+
+
 def test_a_slower_model_is_called_slower(tmp_path: Path) -> None:
     text = without_scripts(write(tmp_path, record(speed=0.5)))
     assert "2.00x slower" in text
@@ -180,7 +192,7 @@ addEventListener("error", event => errors.push(event.message));
 addEventListener("load", () => setTimeout(() => {
   const told = {
     overflow: document.documentElement.scrollWidth - window.innerWidth,
-    hidden: Array.from(document.querySelectorAll("table.stack, .plot .main-svg"), shown => Math.max(
+    hidden: Array.from(document.querySelectorAll("table.stack, .plot .main-svg, select.choice"), shown => Math.max(
       shown.getBoundingClientRect().right - shown.closest("section").getBoundingClientRect().right,
       shown.parentElement.scrollWidth - shown.parentElement.clientWidth)),
     plots: document.querySelectorAll(".plot .main-svg").length,

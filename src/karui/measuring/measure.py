@@ -83,9 +83,13 @@ class Measurement:
         lines += [str(self.score)] if self.score else []
         lines += [f"time ({t.where}): {t}" for t in self.times]
         lines += [str(m) for m in self.memory]
-        lines += [f"against the dense model: {ratio}" for ratio in self.ratios]
+        lines += [f"against the dense model: {ratio}" for ratio in self.ratios if ratio.quantity not in WITHOUT_SPREAD]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+WITHOUT_SPREAD = ("memory",)
+"""Quantities that are measured once: their values are told, and no ratio, which would have no spread."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +144,9 @@ class Comparison:
         return values.from_json(cls, saved)
 
     def __str__(self) -> str:
-        lines = [str(ratio) for ratio in self.ratios]
+        lines = [str(ratio) for ratio in self.ratios if ratio.quantity not in WITHOUT_SPREAD]
         for which, measured in (("dense", self.dense), ("light", self.light)):
+            lines += [f"{which}: {peak}" for peak in measured.memory]
             lines += [f"{which}: {measured.score}"] if measured.score else []
         lines += [self.change.verdict] if self.change else []
         lines += [f"note: {note}" for note in dict.fromkeys((*self.dense.notes, *self.light.notes))]

@@ -17,11 +17,16 @@ MAX_LAYERS = 60
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with its title, what to read off it, and the figure as JSON."""
+    """A figure with its title, what to read off it, and the figure as JSON.
+
+    `choices` are the entries of a menu, and `traces` how many traces of the figure, in a row, each of them shows.
+    """
 
     title: str
     caption: str
     figure: str
+    choices: tuple[str, ...] = ()
+    traces: int = 0
 
 
 def plots(both: Comparison, layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plot]:
@@ -43,26 +48,22 @@ def accuracy_against_time(both: Comparison) -> Plot | None:
     for number, where in enumerate(shared):
         for name, color, measured in (("dense", DENSE, both.dense), ("compressed", LIGHT, both.light)):
             figure.add_trace(_point(name, color, measured, where, visible=number == 0))
-    buttons = [
-        {
-            "label": f"{engine}, batch {batch}, {threads} thread{'s' if threads > 1 else ''}",
-            "method": "update",
-            "args": [{"visible": [i // 2 == number for i in range(2 * len(shared))]}],
-        }
-        for number, (engine, batch, threads) in enumerate(shared)
+    choices = [
+        f"{engine}, batch {batch}, {threads} thread{'s' if threads > 1 else ''}" for engine, batch, threads in shared
     ]
     metric = both.light.score.metric
     unit = ", %" if metric == "accuracy" else ""
     figure.update_layout(
         xaxis={"title": "milliseconds of one call", "rangemode": "tozero"},
         yaxis={"title": f"{metric} on test data{unit}"},
-        updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.18, "yanchor": "top"}],
     )
     better = "up" if both.light.score.higher_is_better else "down"
     return Plot(
         f"{metric.capitalize()} against time",
         f"Left and {better} is better. Bars: spread of the times, 95 % interval of the {metric}.",
         as_json(figure),
+        choices=tuple(choices) if len(choices) > 1 else (),
+        traces=2,
     )
 
 
@@ -129,7 +130,7 @@ def _per_layer(
         barmode="group",
         xaxis={"title": unit},
         yaxis={"autorange": "reversed", "automargin": True, "tickfont": {"size": 11}},
-        legend={"orientation": "h", "y": 1.06},
+        legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
         height=max(350, 26 * len(paths) + 120),
     )
     return Plot(title, caption, as_json(figure))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from karui.measuring import Comparison, Measurement, Ratio, Score
+from karui.measuring.measure import WITHOUT_SPREAD
 from karui.measuring.values import bytes_text, count_text
 
 HEADLINE = ("onnxruntime", 1, 1)
@@ -121,7 +122,9 @@ def sizes(both: Comparison) -> list[Row]:
 def _row(label: str, quantity: str, dense: int | None, light: int | None, text: Any) -> Row | None:
     if dense is None and light is None:
         return None
-    ratio = None if dense is None or light is None else _share(quantity, dense, light)
+    ratio = None
+    if dense is not None and light is not None and quantity not in WITHOUT_SPREAD:
+        ratio = _share(quantity, dense, light)
     before, after = ("–" if value is None else text(value) for value in (dense, light))
     return Row((label,), before, after, ratio.verdict if ratio else "", tone(ratio) if ratio else "")
 

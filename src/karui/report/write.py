@@ -91,6 +91,7 @@ def _page(run: dict[str, Any], folder: Path) -> dict[str, Any]:
         "subtitle": "A trained network compressed, verified, and measured against the original.",
         "cards": view.cards(both),
         "verdict": run.get("verdict") or [],
+        "warnings": list(dict.fromkeys(run.get("warnings") or [])),
         "asked": view.asked(run),
         "sizes": view.sizes(both),
         "times": view.times(both),
