@@ -84,6 +84,18 @@ def test_layouts_are_kept_as_they_are() -> None:
     assert again.data_ptr() != stand_ins.compute(func, given, {}).data_ptr()
 
 
+def test_a_batch_normalisation_that_trains_is_computed() -> None:
+    stand_ins, func = StandIns(), torch.ops.aten.native_batch_norm.default
+    x, one, mean, var = torch.randn(4, 3), torch.ones(3), torch.zeros(3), torch.ones(3)
+    for training in (False, True):
+        made = [
+            stand_ins.compute(func, (x, one, mean, mean.clone(), var.clone(), training, 0.1, 1e-5), {})[0]
+            for _ in range(2)
+        ]
+        assert made[0].any()
+        assert bool(made[1].any()) is training
+
+
 def test_no_heavy_operator_writes_into_what_it_is_given_or_is_a_view() -> None:
     for name in HEAVY:
         packet = getattr(torch.ops.aten, name)

@@ -73,7 +73,7 @@ def stateless(module: nn.Module) -> bool:
     Such a network can run in another precision without a copy, as its attributes are set back afterwards.
     """
     return all(
-        type(value) in ATOMS or name in STANDARD or isinstance(value, (*PLAIN, Tensor)) or _plain_tuple(value)
+        name in STANDARD or type(value) in ATOMS or isinstance(value, (*PLAIN, Tensor)) or _plain_tuple(value)
         for layer in layers(module).values()
         for name, value in vars(layer).items()
     )

@@ -24,6 +24,7 @@ from karui.model.rewrite import apply_rewrites, rewrites
 from karui.model.running import outputs
 from karui.model.sizes import new_sizes
 from karui.model.trace import brief, first, minds_training, trains_alike, widen
+from karui.model.walking import layers, named_buffers, named_parameters
 
 if TYPE_CHECKING:
     from karui.model.value import Model
@@ -61,8 +62,9 @@ class Cut:
     def shrunk(self, module: nn.Module) -> nn.Module:
         """A copy of `module` with smaller tensors, and the attributes that say so."""
         module = copied(module, smaller(module, self.kept))
-        for path, name, value in self.sizes:
-            setattr(module.get_submodule(path), name, tuple(value) if isinstance(value, list) else value)
+        owners = layers(module)
+        for path, name, value in self.sizes:  # plain values: not what `nn.Module` looks for when it is assigned to
+            object.__setattr__(owners[path], name, tuple(value) if isinstance(value, list) else value)
         return module
 
     def form(self, module: nn.Module, programs: tuple[Program, Program], dtype: torch.dtype | None = None) -> GraphForm:
@@ -87,7 +89,7 @@ def smaller(module: nn.Module, kept: list[Any]) -> dict[int, Any]:
         wanted.setdefault(name, []).append((dim, indices))
     memo: dict[int, Any] = {}
     indexes: dict[tuple[int, ...], Tensor] = {}  # coupled tensors keep the same ones
-    known = dict(module.named_parameters()) | dict(module.named_buffers())
+    known: dict[str, Tensor] = {**named_parameters(module), **named_buffers(module)}
     for name, cuts in wanted.items():
         tensor = known[name]
         value = tensor.detach()

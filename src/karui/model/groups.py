@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -99,10 +100,15 @@ class Analysis:
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
 
+    @cached_property
+    def by_name(self) -> dict[str, Group]:
+        """The groups by their names."""
+        return {g.name: g for g in self.groups}
+
     def __getitem__(self, name: str) -> Group:
-        found = next((g for g in self.groups if g.name == name), None)
+        found = self.by_name.get(name)
         if found is None:
-            did_you_mean(name, [g.name for g in self.groups], "Group")
+            did_you_mean(name, list(self.by_name), "Group")
         return found
 
     def alive(self, kept: list[Any]) -> np.ndarray:

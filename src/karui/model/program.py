@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import TreeSpec, tree_map
+from torch.utils._pytree import TreeSpec
 
 # Layers that are called whole: their forward is one operator on their input, and their attributes follow a cut.
 WHOLE: dict[type[nn.Module], tuple[str, ...]] = {
@@ -69,9 +69,11 @@ class Program:
         if dtype is not None and dtype is not before:
             graph = fx.Graph()
             graph.output(graph.graph_copy(self.graph, {}))
-            for node in graph.nodes:
-                swapped = tree_map(lambda a: dtype if a is before else a, (list(node.args), dict(node.kwargs)))
-                node.args, node.kwargs = tuple(swapped[0]), swapped[1]
+            for node in graph.nodes:  # operators take a type by itself, never in a list
+                if any(a is before for a in node.args):
+                    node.args = tuple([dtype if a is before else a for a in node.args])
+                if any(a is before for a in node.kwargs.values()):
+                    node.kwargs = {name: dtype if a is before else a for name, a in node.kwargs.items()}
         code = graph.python_code("self")
         space = dict(code.globals)
         exec(code.src, space)  # noqa: S102  (the code is that of the graph, written by torch.fx)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from karui.errors import ArtifactError, CaptureError, require
 from karui.model.copying import copied
@@ -248,7 +248,8 @@ def _interpreted(
         def run_node(self, n: fx.Node) -> Any:
             start = len(trace.steps)
             result = super().run_node(n)
-            found[n] = tree_map(lambda t: tracer.value(t) if isinstance(t, Tensor) else t, result)
+            told = tracer.value(result) if isinstance(result, Tensor) else None
+            found[n] = told or tree_map(lambda t: tracer.value(t) if isinstance(t, Tensor) else t, result)
             ran[n] = trace.steps[start:]
             return result
 
@@ -286,9 +287,9 @@ def rewrites(
 
 def _touched(site: Site) -> bool:
     """Whether an input or output of an operator loses an index."""
-    values = [site.found[n] for n in site.node.all_input_nodes]
-    flat, _ = tree_flatten([*values, site.found[site.node]])
-    return any(len(site.kept(d)) < len(d) for v in flat if isinstance(v, Value) for d in v.dims)
+    values = [site.found[n] for n in (*site.node.all_input_nodes, site.node)]
+    flat = [v for value in values for v in ((value,) if isinstance(value, Value) else tree_leaves(value))]
+    return any(not site.alive[d].all() for v in flat if isinstance(v, Value) for d in v.dims)
 
 
 def _scale(site: Site) -> list[Rewrite]:

@@ -8,6 +8,7 @@ import numpy as np
 from torch import nn
 
 from karui.model.groups import Analysis, tensor_of
+from karui.model.walking import layers
 
 # Attribute -> the dimension of the module's weight that it repeats.
 SIZES: dict[str, int] = {
@@ -42,11 +43,12 @@ def new_sizes(
     for name, attribute, labels in analysis.trace.counts:
         counts.setdefault(name, {})[attribute] = labels
     sizes: list[list[Any]] = []
+    owners = layers(module)
     for path, leaves in owned.items():
-        owner = module.get_submodule(path)
+        owner = owners[path]
         known = vars(owner)
         shapes = {
-            leaf: tuple(dims.get(k, int(n)) for k, n in enumerate(getattr(owner, leaf).shape))
+            leaf: tuple([dims.get(k, int(n)) for k, n in enumerate(getattr(owner, leaf).shape)])
             for leaf, dims in leaves.items()
         }
         weight = f"{path}.weight" if path else "weight"

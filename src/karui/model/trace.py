@@ -173,14 +173,16 @@ class Tracer(TorchDispatchMode):
         result = func(*args, **kwargs) if spare is None else spare.compute(func, args, kwargs)
         outputs = tensors_in(result)
         call = Call(func, args, kwargs, result)
+        made: list[Value] = []
         try:
             known.rule(self, call)
-            fits = all(self.value(t).sizes == t.shape for t in outputs)
+            made = [self.value(t) for t in outputs]
+            fits = all(value.sizes == t.shape for value, t in zip(made, outputs, strict=True))
         except (ValueError, IndexError, TypeError, AttributeError):
             fits = False
         if not fits:
             unknown(self, call)
-        made = [self.value(t) for t in outputs]
+            made = [self.value(t) for t in outputs]
         for value in made:
             value.data = value.data or data
         self.trace.steps.append(Step(known.name, tuple(inputs), tuple(made)))

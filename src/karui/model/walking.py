@@ -69,6 +69,9 @@ def lent(module: nn.Module, others: Mapping[int, Tensor]) -> Iterator[None]:
         module: the network.
         others: what stands in for each of its tensors, by the `id` of that.
     """
+    if not others:
+        yield
+        return
     places: list[tuple[dict[str, Any], str, Tensor]] = [
         (held, name, own)
         for layer in layers(module).values()
