@@ -13,7 +13,7 @@ help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(VENV)/.base ## train, compress, verify and measure a small network; the result lies in runs/demo
-	$(BIN)/python -m karui compress resnet20 --data digits --recipe examples/demo.toml --out runs/demo
+	$(BIN)/python -m karui compress resnet20 --data digits --recipe examples/demo.toml --out runs/demo --overwrite
 
 test: $(VENV)/.dev ## everything: format, lint, types, floors, unit, property, law and effect tests, doctests
 	$(BIN)/ruff format --check src tests benchmarks

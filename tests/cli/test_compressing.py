@@ -52,6 +52,16 @@ def test_one_command_leaves_a_lighter_deployable_model(
     assert capsys.readouterr().out.strip() == str(Path("light") / "report.html")
     assert (out / "report.html").stat().st_size > 1000
 
+    before = (out / "run.json").read_bytes()
+    assert run([*COMPRESS, "--out", "light"]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == "error: light holds a finished run, which would be lost."
+    assert "--overwrite" in hint
+    assert "--resume" in hint
+    assert run([*COMPRESS, "--out", "light", "--resume"]) == 0
+    assert (out / "run.json").read_bytes() == before
+    capsys.readouterr()
+
     assert run(["profile", "light", "--quick", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"]["parameters"] == light.parameters
 

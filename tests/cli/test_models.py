@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_shapes():
     assert isinstance(read_task("regression"), Regression)
 
 
-@pytest.mark.parametrize("form", ["safetensors", "npz", "pt", "wrapped", "parallel"])
+@pytest.mark.parametrize("form", ["safetensors", "npz", "pt", "wrapped", "beside", "alone", "parallel"])
 def test_weights_of_every_form(form: str, tmp_path: Path, digits: Splits):
     net = resnet8(in_channels=1)
     weights = net.state_dict()
@@ -153,7 +154,12 @@ def test_weights_of_every_form(form: str, tmp_path: Path, digits: Splits):
         np.savez(path, **{name: value.numpy() for name, value in weights.items() if "num_batches" not in name})
     else:
         held = {f"module.{name}": value for name, value in weights.items()} if form == "parallel" else weights
-        torch.save({"epoch": 3, "state_dict": held} if form == "wrapped" else held, path)
+        wrapping = {
+            "wrapped": {"epoch": 3, "state_dict": held},
+            "beside": {"epoch": torch.tensor(3), "net": held, "optimizer": {"state": {}, "step": torch.tensor(1)}},
+            "alone": {"best": held, "epoch": 3},
+        }
+        torch.save(wrapping.get(form, held), path)
     opened = open_model("resnet8", weights=path, data=digits)
     assert not opened.untrained
     for name, value in net.named_parameters():
@@ -224,7 +230,14 @@ def test_weights_files_that_are_none(name: str, content: object, folder: Path):
     with pytest.raises(UsageError) as caught:
         read_weights(path)
     assert name in told(caught)
+    assert re.search(r"[a-z]Error\b", told(caught)) is None, "a class of Python's in place of words"
     assert not (folder / "touched").exists()
+
+
+def test_a_file_of_two_sets_of_weights_is_not_chosen_from(tmp_path: Path):
+    torch.save({"first": {"a": torch.zeros(1)}, "second": {"a": torch.zeros(1)}}, tmp_path / "two.pt")
+    with pytest.raises(UsageError, match=r"two\.pt holds 2 sets of weights: first, second\."):
+        read_weights(tmp_path / "two.pt")
 
 
 def test_no_weights_file():

@@ -40,6 +40,7 @@ def compress(
     threads: budgeting.THREADS = 1,
     int8: budgeting.INT8 = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run in the folder.")] = False,
     json: options.JSON = False,
 ) -> None:
     """Make a trained network lighter, by a recipe or to a budget; measure, verify and save it.
@@ -56,6 +57,12 @@ def compress(
         not (out / "model.json").is_file() or Path(model).resolve() != out.resolve(),
         f"--out is the folder of the model itself, {model}, which would be lost.",
         "Give a folder of its own.",
+        UsageError,
+    )
+    require(
+        resume or overwrite or not (out / "run.json").is_file(),
+        f"{out} holds a finished run, which would be lost.",
+        "Give --out another folder, --overwrite to replace it, or --resume where it is the same run.",
         UsageError,
     )
     number = options.seed_of(seed, steps)

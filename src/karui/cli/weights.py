@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _NESTED = ("state_dict", "model", "model_state_dict", "net")
-_FORMS = "Give a .safetensors file, an .npz of arrays, or a state dict that torch.load(weights_only=True) reads."
+_FORMS = "Give a .safetensors file, an .npz of arrays, or what torch.save(model.state_dict(), FILE) wrote."
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -46,26 +46,51 @@ def _npz(path: Path) -> Any:
     import torch
 
     with np.load(path, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        held = {name: arrays[name] for name in arrays.files}
+    words = [name for name, array in held.items() if array.dtype.kind not in "biufc"]
+    if words:
+        raise ValueError(f"its array '{words[0]}' holds no numbers")
+    return {name: torch.from_numpy(array) for name, array in held.items()}
 
 
 def _torch(path: Path) -> Any:
     import torch
 
+    with path.open("rb") as file:
+        begins = file.read(1)
     try:
+        if begins not in {b"P", b"\x80"}:  # an archive, or a pickle as older versions wrote
+            raise EOFError("neither an archive nor a pickle")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own message advises to load the file anyway, which would run whatever code it holds.
-        raise ValueError("it holds more than named tensors, and code is never run from it") from error
+        raise ValueError(
+            "it holds more than named tensors (a whole model, perhaps), and code is never run from it"
+        ) from error
+    except Exception as error:  # a file of another kind may make the reader raise anything
+        raise ValueError("it is damaged, or no file that torch.save wrote") from error
+
+
+def _named_tensors(held: Any) -> bool:
+    from torch import Tensor
+
+    return isinstance(held, Mapping) and bool(held) and all(isinstance(value, Tensor) for value in held.values())
 
 
 def _plain(held: Any, path: Path) -> dict[str, Tensor]:
     """The state dict itself: out of a checkpoint's usual wrapping, and without the prefix of a parallel wrapper."""
     from torch import Tensor
 
-    while isinstance(held, Mapping) and not any(isinstance(value, Tensor) for value in held.values()):
+    while isinstance(held, Mapping) and not _named_tensors(held):
         inner = next((held[name] for name in _NESTED if isinstance(held.get(name), Mapping)), None)
-        require(inner is not None, f"{path} holds no named tensors.", _FORMS, UsageError)
+        if inner is None:
+            states = [value for value in held.values() if _named_tensors(value)]
+            names = ", ".join(str(name) for name in held) or "nothing"
+            told = (
+                f"{path} holds no set of named tensors" if not states else f"{path} holds {len(states)} sets of weights"
+            )
+            require(len(states) == 1, f"{told}: {names[:80]}.", _FORMS, UsageError)
+            inner = states[0]
         held = inner
     fits = isinstance(held, Mapping) and all(isinstance(value, Tensor) for value in held.values())
     require(fits, f"{path} holds a {type(held).__name__}, no named tensors only.", _FORMS, UsageError)
