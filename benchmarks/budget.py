@@ -1,13 +1,15 @@
 """A budget on CIFAR-10 ResNets against one-line int8 and Torch-Pruning: accuracy, time and bytes of the deployed files.
 
 The published weights, one thread, ONNX Runtime. The rows: the dense network in 32 bits; its static quantisation to 8
-bits (no training); Torch-Pruning by group norms at two ratios with the same fine-tuning, in 32 and in 8 bits; and
-`karui.compress` with no limit but the floor, at 1 and at 2 points. All that is trained sees the same pictures as often,
-at the same learning rate, with the dense network as teacher. The weights have seen every training picture, so that a
-floor on some of those would mean nothing: dense they get 99.9 % right. The floor is therefore held on the first 2,000
-test pictures; accuracy is told on all 10,000 and on the 8,000 others, which no choice has seen. All files are judged in
-their engine, and timed in turns, in one run, at batch sizes 1 and 64. Where the menu of a budget predicted a time, it
-stands beside the measured one.
+bits by ONNX Runtime's own quantiser (no training); Torch-Pruning by group norms at two ratios with the same
+fine-tuning, in 32 and in 8 bits; and `karui.compress` with no limit but the floor, at 1 and at 2 points. All training
+has the same pictures and learning rate, and the dense network as teacher. Each row of Torch-Pruning has `--epochs`
+passes, and each search of karui `--search` for all its points together: by default as many as both of those rows.
+
+The weights have seen every training picture, so that a floor on some of those would mean nothing: dense they get 99.9 %
+right. The floor is therefore held on the first 2,000 test pictures; accuracy is told on all 10,000 and on the 8,000
+others, which no choice has seen. All files are judged in their engine, and timed in turns, in one run, at batch sizes 1
+and 64. Where the menu of a budget predicted a time, it stands beside the measured one.
 
 Every finished part is kept in `.cache/benchmarks/budget`, so that a killed run goes on, and the results are written
 after the peers and after each budget; `--only` leaves out the other budget; `--smoke` runs everything on a few pictures
@@ -31,11 +33,11 @@ from torch.utils.data import Subset
 
 import karui
 from _common import CACHE, Ledger, cifar10, publish, table
+from _plain_int8 import plain_int8
 from cifar_resnets import make_bench, published
 from karui.artifact.files import write_file
 from karui.data import Splits
-from karui.data.calibration import Calibration
-from karui.deployment import Deployment, calibrate, quantise
+from karui.deployment import Deployment
 from karui.measuring import Clock, Timings, known_engine, onnx_form, time_ratio
 from karui.measuring.values import bytes_text
 from karui.model import Model
@@ -65,8 +67,7 @@ PREDICTED = """Time of chosen networks at batch 1, as shares of dense in fp32: a
 made, in the form that it was timed in, and as that form was measured."""
 WHY = """Why: an integer network of these widths spends its time where no cut reaches. Half of the inner channels of
 the first stage save nothing in 8 bits, and ranks little; what saves most is leaving blocks out, which loses more in so
-few passes. Each of karui's points had one pass before it was judged, and the search as many in all as each row of
-Torch-Pruning had for itself."""
+few passes."""
 RATIOS = (0.3, 0.5)
 """Shares of the inner channels that Torch-Pruning cuts."""
 RATE = 0.02
@@ -74,9 +75,8 @@ RATE = 0.02
 
 
 def int8_of(model: Model, bench: Bench, name: str) -> Deployment:
-    """A network, quantised as `karui.deployment` does by default."""
-    form = quantise(calibrate(onnx_form(model), Calibration(bench.train, 256, 64, bench.seed)))
-    return Deployment(name=name, engine="onnxruntime", precision="int8", data=form.data)
+    """A network, quantised by ONNX Runtime itself: karui's own form does more."""
+    return Deployment(name=name, engine="onnxruntime", precision="int8", data=plain_int8(model, bench))
 
 
 def fp32_of(model: Model, name: str) -> Deployment:
@@ -224,8 +224,9 @@ def report(values: Mapping[str, Any]) -> str:
         f"""# A budget on CIFAR-10 ResNets
 
 Published weights. The floor is held on 2,000 test pictures; accuracy is told on all 10,000 and on the 8,000 that no
-choice has seen. {values["epochs"]} passes over {values["pictures"]:,} training pictures for every row that is trained,
-at most, at one learning rate ({RATE:g}). One thread, processor time, all files of a network in turns in one run; the
+choice has seen. {values["epochs"]} passes over {values["pictures"]:,} training pictures for each row of Torch-Pruning,
+{values["search"]} for each whole search of karui, all points together, at one learning rate ({RATE:g}). One thread,
+processor time, all files of a network in turns in one run; the
 ratio is dense over this, with its 95 % interval. One training each: differences of a few tenths of a point mean
 nothing. Torch-Pruning cuts inner widths of blocks alone: its result does not run where the shortcut pads with zeros."""
     ]
@@ -325,13 +326,14 @@ def main() -> None:
         few = replace(data, **small)
         with tempfile.TemporaryDirectory() as scratch:
             *_, told = run(asked.network, few, Path(scratch), (1, 2), drops)
-        print(report({"epochs": 1, "pictures": 256, "networks": [told]}))
+        print(report({"epochs": 1, "search": 2, "pictures": 256, "networks": [told]}))
         return
     folder = CACHE / "budget" / f"{asked.pictures}-{asked.epochs}"
     ledger = Ledger(folder / "networks.json")
     for told in run(asked.network, data, folder, (asked.epochs, asked.search), drops, ratios=asked.ratio or RATIOS):
         ledger.keep(asked.network, told)
-        values = {"epochs": asked.epochs, "pictures": len(data.train), "networks": list(ledger.parts.values())}
+        kept = list(ledger.parts.values())
+        values = {"epochs": asked.epochs, "search": asked.search, "pictures": len(data.train), "networks": kept}
         publish("budget", values, report(values))
 
 
