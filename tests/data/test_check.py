@@ -65,6 +65,7 @@ def test_good_data_passes() -> None:
         ({"test": part(0)}, "The test split of 'mine' is empty."),
         ({"validation": None}, "The validation split of 'mine' is empty."),
         ({"train": part(classes=1)}, "All training samples of 'mine' are of one class (0)."),
+        ({"test": part(classes=1)}, "All test samples of 'mine' are of one class (0)."),
         ({"test": part(classes=3)}, "'mine', test split: class [2] is out of range for 2 classes."),
         ({"test": TensorDataset(torch.zeros(2, 3), torch.tensor([0, -1]))}, "class [-1] is out of range"),
         (

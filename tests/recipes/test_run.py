@@ -109,6 +109,8 @@ def test_a_run_leaves_artifact_and_record(model: Model, recipe: Recipe, bench: B
     assert record["asked"]["seed"] == 3
     assert [step["technique"] for step in record["asked"]["recipe"]] == ["train_more", "shrink", "train_more"]
     assert [step["settings"].get("epochs") for step in record["steps"]] == [1, None, 2]
+    cards = json.loads((out / "model.json").read_text())["settings"]["cards"]
+    assert [card["slug"] for card in cards] == ["train_more", "shrink", "train_more"]
     for step in record["steps"]:
         assert step["seconds"] > 0
         assert 0 <= step["validation"]["value"] <= 1

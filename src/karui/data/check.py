@@ -137,12 +137,11 @@ def _check_finite(value: Any, what: str, own: Callable[[int], int]) -> None:
 
 
 def _check_classes(name: str, seen: set[int], splits: Splits) -> None:
-    if name == "train" and seen:
-        require(
-            len(seen) > 1,
-            f"All training samples of '{splits.name}' are of one class ({min(seen)}).",
+    told = {"train": "training", "test": "test"}
+    if name in told and len(seen) == 1:
+        raise DataError(
+            f"All {told[name]} samples of '{splits.name}' are of one class ({min(seen)}).",
             "Give samples of at least two classes.",
-            DataError,
         )
     if splits.classes and seen:
         outside = sorted(number for number in seen if not 0 <= number < len(splits.classes))

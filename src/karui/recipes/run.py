@@ -43,6 +43,7 @@ from karui.recipes.planned import plan_recipe
 from karui.recipes.recipe import Recipe
 from karui.recipes.values import settings
 from karui.recipes.verdict import untaught, verdict
+from karui.technique import card_of
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -215,7 +216,8 @@ def _applied(step: Technique, bench: Bench) -> Callable[[Model], Model]:
 def _finish(dense: Model, light: Model, recipe: Recipe, bench: Bench, out: Path) -> dict[str, Any]:
     """Measure both, save the light one, and say what came out."""
     both = compare(dense, light, test=bench.test, clock=bench.clock, progress=bench.progress)
-    told = {"recipe": recipe.told(), "seed": bench.seed, "training": settings(bench.training)}
+    cards = [to_json(card) for card in map(card_of, recipe.steps) if card is not None]
+    told = {"recipe": recipe.told(), "cards": cards, "seed": bench.seed, "training": settings(bench.training)}
     saved = save(light, out, measurements=both.to_json(), settings=told)
     both = with_bytes(both, stored_bytes(dense), saved.weights_bytes)
     verification = None if saved.verification is None else saved.verification.to_json()
