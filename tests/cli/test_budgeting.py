@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -56,9 +55,6 @@ def test_a_budget_that_cannot_be_met_is_exit_code_1_with_a_paragraph(folder: Pat
     assert {form["precision"] for form in told["forms"]} == {"fp32"}
     page = (folder / "light" / "report.html").read_text(encoding="utf-8")
     assert "The points visited" in page
-    links = re.findall(r'href="(points/[^"]+)"', page)
-    assert links, "the page leads to no point"
-    assert all((folder / "light" / link / "model.json").is_file() for link in links)
     assert (folder / "light" / "model.onnx").is_file()
 
 
