@@ -160,11 +160,11 @@ def acoustic() -> Net:
 class WordLstm(nn.Module):
     """The next word from ten words before it."""
 
-    def __init__(self, words: int) -> None:
+    def __init__(self, words: int, embedded: int = EMBEDDED, cells: int = CELLS) -> None:
         super().__init__()
-        self.words = nn.Embedding(words, EMBEDDED)
-        self.cells = nn.LSTM(EMBEDDED, CELLS, batch_first=True)
-        self.head = nn.Linear(CELLS, words)
+        self.words = nn.Embedding(words, embedded)
+        self.cells = nn.LSTM(embedded, cells, batch_first=True)
+        self.head = nn.Linear(cells, words)
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, context: Tensor) -> Tensor:

@@ -1,0 +1,208 @@
+"""The ways of `distillation_table`: what is done to the student of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils.data import TensorDataset
+
+from karui.data import tensors_of
+from karui.distill import (
+    AttentionTransfer,
+    BornAgain,
+    DataFree,
+    FitNets,
+    KnowledgeDistillation,
+    LogitRegression,
+    ModelCompression,
+    MutualLearning,
+    NeuronSelection,
+    TransparentDistillation,
+)
+from karui.distill._recording import record
+from karui.model import Model
+from karui.technique import Bench
+
+ALONE, SOFT = "student alone", "[30] soft targets"
+LONG = 3
+"""How many times as long the two that all others are compared with are trained, too."""
+LONGER = f", {LONG} times as long"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """An untrained student, its teacher and the data.
+
+    Settings:
+        student, teacher: the networks.
+        bench: what the student is trained on, and how.
+        pool: inputs without labels, where there are some.
+        owner: all of the teacher's data, for the record that its owner gives away.
+    """
+
+    student: Model
+    teacher: Model
+    bench: Bench
+    pool: Any = None
+    owner: Bench | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way of training the student.
+
+    Settings:
+        name: begins with the number of the paper, but for the student alone.
+        run: the trained student; its CPU time is what the arm costs.
+        before: work of somebody else, such as the data's owner, whose time does not count.
+    """
+
+    name: str
+    run: Callable[[Lesson, Any], Model]
+    before: Callable[[Lesson], Any] = lambda _: None
+
+
+def _bases(temperature: float = 4.0, *, remember: bool = True) -> tuple[Arm, ...]:
+    """The student alone and [30], each at two lengths."""
+
+    def alone(times: int) -> Callable[[Lesson, Any], Model]:
+        return lambda lesson, _: lesson.bench.fit(
+            lesson.student, epochs=times * lesson.bench.training.epochs, label=ALONE
+        )
+
+    def soft(times: int) -> Callable[[Lesson, Any], Model]:
+        def run(lesson: Lesson, _: Any) -> Model:
+            technique = KnowledgeDistillation(
+                teacher=lesson.teacher,
+                temperature=temperature,
+                epochs=times * lesson.bench.training.epochs,
+                remember=len(lesson.bench.train) if remember else 0,
+            )
+            return technique.apply(lesson.student, lesson.bench)
+
+        return run
+
+    return (
+        Arm(name=ALONE, run=alone(1)),
+        Arm(name=SOFT, run=soft(1)),
+        Arm(name=ALONE + LONGER, run=alone(LONG)),
+        Arm(name=SOFT + LONGER, run=soft(LONG)),
+    )
+
+
+def _arm(name: str, make: Callable[[Lesson], Any]) -> Arm:
+    """A technique applied to the student."""
+    return Arm(name=name, run=lambda lesson, _: make(lesson).apply(lesson.student, lesson.bench))
+
+
+def _passes(lesson: Lesson) -> int:
+    return lesson.bench.training.epochs
+
+
+def for_pictures() -> tuple[Arm, ...]:
+    """Convolutional networks: outputs, inner layers, and networks without a teacher."""
+    layers = ("layer1", "layer2", "layer3")
+
+    def again(lesson: Lesson, _: Any) -> Model:
+        first = lesson.bench.fit(lesson.student, label=ALONE)
+        return BornAgain().apply(first, lesson.bench)
+
+    def maps(soft: float) -> Callable[[Lesson], Any]:
+        return lambda one: AttentionTransfer(
+            teacher=one.teacher, layers=layers, teacher_layers=layers, soft=soft, epochs=_passes(one)
+        )
+
+    return (
+        *_bases(),
+        _arm(
+            "[33] hint, one pass before",
+            lambda one: FitNets(
+                teacher=one.teacher, layer="layer2", teacher_layer="layer2", hint_epochs=1, epochs=_passes(one)
+            ),
+        ),
+        _arm("[34] attention maps", maps(0.0)),
+        _arm("[34] attention maps and [30]", maps(0.9)),
+        Arm(name="[37] born again, one generation", run=again),
+        _arm("[39] two peers, the first kept", lambda _: MutualLearning()),
+        _arm(
+            "[34] input gradients",
+            lambda one: AttentionTransfer(teacher=one.teacher, by="gradients", epochs=_passes(one)),
+        ),
+    )
+
+
+def for_speech() -> tuple[Arm, ...]:
+    """Few labels, and more recordings without."""
+
+    def logits(pool: bool) -> Callable[[Lesson], Any]:
+        def make(lesson: Lesson) -> Any:
+            inputs = tensors_of(lesson.pool)
+            assert inputs is not None  # noqa: S101  (recordings lie in memory)
+            samples = len(lesson.bench.train) + pool * len(lesson.pool)
+            more = TensorDataset(inputs[0]) if pool else None
+            return LogitRegression(teacher=lesson.teacher, unlabelled=more, epochs=_passes(lesson), remember=samples)
+
+        return make
+
+    return (
+        *_bases(),
+        _arm("[31] logits", logits(pool=False)),
+        _arm("[31] logits, and of the other recordings", logits(pool=True)),
+    )
+
+
+def for_faces() -> tuple[Arm, ...]:
+    """Features of people that no network has seen."""
+
+    def neurons(**how: Any) -> Callable[[Lesson], Any]:
+        return lambda one: NeuronSelection(teacher=one.teacher, epochs=_passes(one), **how)
+
+    return (
+        *_bases(),
+        _arm("[32] 24 selected neurons", neurons(number=24)),
+        _arm("[32] 24 random neurons", neurons(number=24, by="random")),
+    )
+
+
+def for_words() -> tuple[Arm, ...]:
+    """Two lengths of each; answers over thousands of words are too many to keep."""
+    return _bases(temperature=2.0, remember=False)
+
+
+def for_rows() -> tuple[Arm, ...]:
+    """Pseudo data, students that a person can read, and none of the data at all."""
+
+    def without_data(lesson: Lesson, given: Any) -> Model:
+        technique = DataFree(teacher=lesson.teacher, record=given, epochs=_passes(lesson))
+        blank = replace(lesson.bench, train=_labels_only(lesson.bench.train))
+        return technique.apply(lesson.student, blank)
+
+    def given_away(lesson: Lesson) -> Any:
+        assert lesson.owner is not None  # noqa: S101  (given for this task)
+        return record(lesson.teacher, lesson.owner.train, "top")
+
+    def glass(lesson: Lesson, _: Any) -> Model:
+        return TransparentDistillation(rounds=100, bags=1).apply(lesson.teacher, lesson.bench)
+
+    return (
+        *_bases(),
+        _arm(
+            "[36] MUNGE, ten times as many",
+            lambda one: ModelCompression(teacher=one.teacher, epochs=_passes(one) // 10),
+        ),
+        _arm(
+            "[36] MUNGE, ten times as many, all passes",
+            lambda one: ModelCompression(teacher=one.teacher, epochs=_passes(one)),
+        ),
+        Arm(name="[40] additive shapes (no network)", run=glass),
+        Arm(name="[41] none of the data, top layer's record", run=without_data, before=given_away),
+    )
+
+
+def _labels_only(dataset: Any) -> Any:
+    """The data set with its inputs blanked, so that nothing can be learned from them."""
+    inputs, labels = tensors_of(dataset)
+    return TensorDataset(torch.zeros_like(inputs), labels)

@@ -1,0 +1,125 @@
+"""The page of `distillation_table`: each way beside the student alone and [30] at the same cost."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from _common import shown, table
+from _distill_arms import ALONE, LONGER, SOFT
+
+SLUGS = {
+    "[30]": "knowledge_distillation",
+    "[31]": "logit_regression",
+    "[32]": "neuron_selection_distillation",
+    "[33]": "fitnets_hint",
+    "[34]": "attention_transfer",
+    "[36]": "munge_compression",
+    "[37]": "born_again_network",
+    "[39]": "deep_mutual_learning",
+    "[40]": "transparent_distillation",
+    "[41]": "data_free_distillation",
+}
+BASES = {"alone at equal cost": ALONE, "[30] at equal cost": SOFT}
+OVER = {"alone at equal cost": "over alone", "[30] at equal cost": "over [30]"}
+
+
+def compared(name: str, runs: dict[int, Any], done: dict[str, dict[int, Any]]) -> dict[str, list[float]]:
+    """Seed by seed, what the bases reach at the way's own cost, and what the way is over that.
+
+    A base's score at a cost lies on the line between its two lengths, over the logarithm of the seconds; outside of
+    them it is that of the nearer length, as nothing is known beyond.
+    """
+    found: dict[str, list[float]] = {}
+    for told, base in BASES.items():
+        if name.startswith(base) or name.startswith(ALONE):
+            continue
+        for seed, one in runs.items():
+            short, long = done[base].get(seed), done[base + LONGER].get(seed)
+            if short and long:
+                reached = _between(one["seconds"], short, long)
+                found.setdefault(told, []).append(reached)
+                found.setdefault(OVER[told], []).append(one["score"] - reached)
+    return found
+
+
+def _between(seconds: float, short: dict[str, float], long: dict[str, float]) -> float:
+    low, high = math.log(short["seconds"]), math.log(long["seconds"])
+    share = (math.log(seconds) - low) / (high - low) if high > low else 0.0
+    share = min(1.0, max(0.0, share))
+    return short["score"] + share * (long["score"] - short["score"])
+
+
+INTRODUCTION = f"""Every way trains the same untrained student. Seconds are those of the CPU for the whole training, one
+thread: the student's steps, all that the technique does beside them, and each pass of the teacher ([30] and [31] ask it
+once for each sample and keep what it says, but for words, of which there are too many). The training of a teacher
+counts for none of the ways; [37] counts the network that its first generation learns from, [39] its peer. The student
+alone and [30] are trained {LONGER.removeprefix(", ")}, too; "at equal cost" is what lies between their two lengths, on
+a logarithmic scale of seconds, at the cost of the way in that line, seed by seed. Nothing is known beyond the longer
+length: there its own score is told. Mean and 95 % interval over the seeds where there are several, differences in pairs
+of seeds; without an interval it is one seed, which proves nothing."""
+ELSEWHERE = """Not in this table: [35] is told by its own benchmark, `results/detection_distillation.md`. Its data are
+synthetic over real: real 8x8 digits of five classes, pasted onto a cluttered canvas of 32 pixels, so that boxes are
+known exactly and a detector can be trained here in minutes; CamVid has class maps and no boxes, and its teacher would
+have had to be trained first. [38] makes networks of few bits, beside which a student of full precision is no
+comparison: see `results/guided_low_bit_training.md`."""
+
+
+def page(tasks: dict[str, Any], *, seeds: int) -> str:
+    """The whole page."""
+    least = min(row["seeds"] for task in tasks.values() for row in task["rows"])
+    whole = not any(task["missing"] for task in tasks.values())
+    state = [] if whole else [f"**Unfinished**: of {seeds} seeds at least {least} in each line that is told."]
+    parts = ["# Distillation: a student alone, taught in every way, and at equal cost", *state, INTRODUCTION]
+    parts += [f"## {name[0].upper()}{name[1:]}\n\n{_task(task)}" for name, task in tasks.items()]
+    return "\n\n".join([*parts, ELSEWHERE])
+
+
+def _task(task: dict[str, Any]) -> str:
+    head = ["way", task["unit"], "CPU seconds", "parameters", *(f"{base}" for base in BASES), "over [30]", "seeds"]
+    body = [
+        [
+            row["way"],
+            told(row["score"]),
+            f"{row['seconds']['mean']:.1f}",
+            f"{row['parameters']:,}",
+            *(told(row[base]) if base in row else "" for base in (*BASES, "over [30]")),
+            str(row["seeds"]),
+        ]
+        for row in task["rows"]
+    ]
+    about = f"{task['about'][0].upper()}{task['about'][1:]}. The teacher: {told(task['teacher'])}."
+    missing = f"\n\nNot all seeds yet: {', '.join(task['missing'])}." if task["missing"] else ""
+    return f"{about}\n\n{table(head, body)}{missing}"
+
+
+def told(score: dict[str, Any]) -> str:
+    """A score, with its interval if there is one."""
+    return shown(score) if "low" in score else f"{score['mean']:.2f}"
+
+
+def verdict(over: dict[str, Any], base: str, *, lower: bool) -> str:
+    """Whether a difference is one, in words."""
+    if "low" not in over:
+        return f"one seed, no verdict over {base}"
+    gain = (-over["high"], -over["low"]) if lower else (over["low"], over["high"])
+    if gain[0] > 0:
+        return f"better than {base} at equal cost"
+    return f"worse than {base} at equal cost" if gain[1] < 0 else f"no different from {base} at equal cost"
+
+
+def lines(values: dict[str, Any]) -> dict[str, list[str]]:
+    """By slug, a line for each task and way."""
+    found: dict[str, list[str]] = {}
+    for name, task in values["tasks"].items():
+        for row in task["rows"]:
+            base, over = ("student alone", "over alone") if row["way"].startswith("[30]") else ("[30]", "over [30]")
+            if over not in row:
+                continue
+            told_base = row["alone at equal cost" if base == "student alone" else "[30] at equal cost"]
+            slug = next(slug for start, slug in SLUGS.items() if row["way"].startswith(start))
+            found.setdefault(slug, []).append(
+                f"{name}, {row['way'].partition('] ')[2]}: {task['unit']} {told(row['score'])}, {base} at equal cost "
+                f"{told(told_base)}; {verdict(row[over], base, lower=task['unit'] == 'perplexity')}"
+            )
+    return found
