@@ -32,7 +32,7 @@ def compared(name: str, runs: dict[int, Any], done: dict[str, dict[int, Any]]) -
     """
     found: dict[str, list[float]] = {}
     for told, base in BASES.items():
-        if name.startswith(base) or name.startswith(ALONE):
+        if name.startswith((base, ALONE)):
             continue
         for seed, one in runs.items():
             short, long = done[base].get(seed), done[base + LONGER].get(seed)

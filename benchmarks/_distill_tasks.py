@@ -1,4 +1,4 @@
-"""The tasks of `distillation_table`: pictures, spoken digits, faces, words and a table of numbers, each with its arms."""
+"""The tasks of `distillation_table`: pictures, spoken digits, faces, words and a table of numbers."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def pictures(train: int = 600, test: int = 500, passes: int = 5) -> Task:
 
     return Task(
         name="pictures",
-        about=f"CIFAR-10: ResNet-56 with published weights (seen all 50,000 pictures) teaches an untrained ResNet-20 of "
-        f"half the channels on {train:,} pictures, {passes} passes (batches of 20, SGD, rate 0.05, cosine, no "
+        about=f"CIFAR-10: ResNet-56 with published weights (seen all 50,000 pictures) teaches an untrained ResNet-20 "
+        f"of half the channels on {train:,} pictures, {passes} passes (batches of 20, SGD, rate 0.05, cosine, no "
         f"augmentation); the first {test:,} test pictures judge",
         lesson=lesson,
         arms=for_pictures(),
@@ -84,7 +84,7 @@ def kept(folder: Path, name: str, train: Callable[[], Model], fresh: Model) -> M
 
 
 def speech(share: float = 0.2, passes: int = 20) -> Task:
-    """Spoken digits: a perceptron that knows all recordings teaches one of 64 units that knows a fifth of them."""
+    """Spoken digits: a perceptron that knows all recordings teaches one of 64 units on a fifth of them."""
     train, test = spoken()
     shape = train.tensors[0].shape[1:]
     training = Training(epochs=passes, batch_size=64, optimizer=Adam(lr=1e-3), schedule=Cosine())
@@ -105,8 +105,8 @@ def speech(share: float = 0.2, passes: int = 20) -> Task:
     return Task(
         name="spoken digits",
         about=f"log-mel features, 60 classes of digit and speaker: a perceptron of 512 and 512 units, trained on 2,700 "
-        f"recordings (15 passes), teaches one of 64 on {share:.0%} of them, {passes} passes (Adam, rate 0.001, cosine); "
-        "300 test recordings judge",
+        f"recordings (15 passes), teaches one of 64 on {share:.0%} of them, {passes} passes (Adam, rate 0.001, "
+        "cosine); 300 test recordings judge",
         lesson=lesson,
         arms=for_speech(),
         score=lambda model, lesson: right(model, lesson.bench),
@@ -114,7 +114,7 @@ def speech(share: float = 0.2, passes: int = 20) -> Task:
 
 
 def faces(passes: int = 30) -> Task:
-    """ORL: a perceptron of 25 people teaches a narrow one; pairs of pictures of 15 others are told same or different."""
+    """ORL: a perceptron that knows 25 people teaches a narrow one; pairs of pictures of 15 others are judged."""
     drawn = np.load(data_folder() / "orl_faces" / "orl.npz")["x"]
     x, people = torch.from_numpy(drawn.reshape(400, 1, 28, 23)).float() / 255, torch.arange(40).repeat_interleave(10)
     training = Training(epochs=passes, batch_size=64, optimizer=Adam(lr=1e-3), schedule=Constant())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,8 +11,9 @@ from torch.nn.utils import parametrize
 from torch.utils.data import TensorDataset
 
 from karui.errors import UsageError
-from karui.model import Model, Regression
-from karui.train import Influence, Moment, Together, Training, fit
+from karui.model import Classification, Model, Regression, copied
+from karui.train import Influence, Moment, Together, Training, Turn, fit
+from karui.train.forward import Forward
 
 SHORT = Training(epochs=2, batch_size=5)
 
@@ -136,3 +139,31 @@ def test_an_error_leaves_no_hook_and_no_changed_model() -> None:
         fit(start, data(), influence=Failing())
     assert not any(layer._forward_hooks for layer in start.module.modules())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Early(Influence):
+    """Keeps what it saw ahead of each step, and what came of it."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name = name
+        self.log = log
+
+    def ahead(self, inputs: tuple[Any, ...]) -> str:
+        self.log.append(f"{self.name} ahead")
+        return f"{self.name} of {len(inputs[0])}"
+
+    def objective(self, loss: Tensor, moment: Moment) -> Tensor:
+        self.log.append(moment.ahead)
+        return loss
+
+
+def test_an_influence_is_asked_before_the_network_and_each_part_finds_its_own_answer() -> None:
+    """A teacher that is asked after the network has to be given fresh memory for all its intermediate results."""
+    log: list[str] = []
+    model = Model(nn.Linear(2, 2), example=(torch.zeros(1, 2),), task=Classification())
+    module = copied(model.module)
+    module.register_forward_hook(lambda *_: log.append("network"))
+    parts = Together(Early("a", log), Together(Influence(), Early("b", log)))
+    forward = Forward(module, (Turn(),), model.task, parts, {})
+    forward(0, (torch.zeros(3, 2),), torch.zeros(3, dtype=torch.long), {})
+    assert log == ["a ahead", "b ahead", "network", "a of 3", "b of 3"]

@@ -146,10 +146,13 @@ class AttentionMaps(Influence):
         """The student's layers."""
         return self.layers
 
+    def ahead(self, inputs: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
+        """What the teacher says and shows of the batch."""
+        return self.guide.told(inputs)
+
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The loss of this step with the parts of maps and soft targets."""
-        with torch.no_grad():
-            answers, shown = self.guide(moment.inputs)
+        answers, shown = self.guide.told(moment.inputs) if moment.ahead is None else moment.ahead
         if self.soft > 0:
             require(
                 isinstance(answers, Tensor) and isinstance(moment.outputs, Tensor)

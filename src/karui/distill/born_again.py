@@ -20,7 +20,7 @@ where a classifier's logits are expected.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -100,10 +100,13 @@ class Generation(Influence):
     labels: bool = True
     ignore: int = -100
 
+    def ahead(self, inputs: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
+        """What the teacher says and shows of the batch."""
+        return self.guide.told(inputs)
+
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The loss of this step, at temperature 1."""
-        with torch.no_grad():
-            answers, _ = self.guide(moment.inputs)
+        answers, _ = self.guide.told(moment.inputs) if moment.ahead is None else moment.ahead
         outputs = moment.outputs
         fits = isinstance(answers, Tensor) and isinstance(outputs, Tensor) and outputs.ndim >= 2
         require(

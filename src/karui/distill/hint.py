@@ -158,13 +158,16 @@ class FadingTargets(Influence):
         """The weight of this step."""
         return self.weight * (1 - moment.step / max(1, moment.steps - 1))
 
+    def ahead(self, inputs: tuple[Any, ...]) -> tuple[Any, dict[str, Any]] | None:
+        """What the teacher says and shows of the batch."""
+        return self.guide.told(inputs) if self.weight else None
+
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The mixed loss of this step."""
         weight = self.at(moment)
         if weight == 0:
             return loss
-        with torch.no_grad():
-            answers, _ = self.guide(moment.inputs)
+        answers, _ = self.guide.told(moment.inputs) if moment.ahead is None else moment.ahead
         outputs = moment.outputs
         require(
             isinstance(answers, Tensor) and isinstance(outputs, Tensor) and answers.shape == outputs.shape,

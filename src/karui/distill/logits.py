@@ -102,11 +102,12 @@ class _Match:
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], targets: Any) -> tuple[Any, Tensor]:
         del targets
+        answers = self.teachers(inputs)  # first: what they need on the way is free again for the student's own
         outputs = module(*inputs)
-        return outputs, self.loss(outputs, inputs)
+        return outputs, self.loss(outputs, answers)
 
-    def loss(self, outputs: Any, inputs: tuple[Any, ...]) -> Tensor:
-        wanted = self.teachers(inputs).mean(0)
+    def loss(self, outputs: Any, answers: Tensor) -> Tensor:
+        wanted = answers.mean(0)
         require(
             isinstance(outputs, Tensor) and outputs.shape == wanted.shape,
             f"The student gives {told(outputs)} and the teacher logits of shape {tuple(wanted.shape)}.",
@@ -135,9 +136,14 @@ class LogitTargets(Influence):
     scale: Scale | None = None
     weight: float = 1.0
 
+    def ahead(self, inputs: tuple[Any, ...]) -> Tensor:
+        """What the teachers say of the batch."""
+        return self.teachers(inputs)
+
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The mixed loss of this step; at weight 1 no label counts, not even a missing one."""
-        logits = self.weight * _Match(self.teachers, self.scale, folded=False).loss(moment.outputs, moment.inputs)
+        answers = self.teachers(moment.inputs) if moment.ahead is None else moment.ahead
+        logits = self.weight * _Match(self.teachers, self.scale, folded=False).loss(moment.outputs, answers)
         return logits if self.weight == 1 else logits + (1 - self.weight) * loss
 
 

@@ -46,7 +46,7 @@ class Forward(nn.Module):
 
     def forward(self, number: int, inputs: tuple[Any, ...], targets: Any, position: dict[str, int]) -> Tensor:
         """The loss of turn `number`; `position` tells the step and the epoch."""
-        objective = self.turns[number].objective
+        objective, ahead = self.turns[number].objective, self.influence.ahead(inputs)
         if objective is None:
             assert self.task is not None  # noqa: S101  (checked when this was made)
             outputs = self.module(*inputs)
@@ -60,6 +60,7 @@ class Forward(nn.Module):
             outputs=outputs,
             taps=self.seen,
             turn=self.turns[number].name,
+            ahead=ahead,
             **position,
         )
         loss = self.influence.objective(loss, self.moment)

@@ -46,6 +46,11 @@ class Guide:
             outputs = self.module(*inputs)
         return outputs, dict(seen)
 
+    @torch.no_grad()
+    def told(self, inputs: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
+        """As when called, and no gradient flows: what an influence asks `ahead` of a step."""
+        return self(inputs)
+
     def on(self, inputs: tuple[Any, ...]) -> nn.Module:
         """The network, on the device that the inputs are on."""
         device = next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))

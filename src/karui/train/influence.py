@@ -1,8 +1,8 @@
-"""Influence: what a technique does while a model trains, in four parts that default to nothing; and Together."""
+"""Influence: what a technique does while a model trains, in parts that default to nothing; and Together."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class Moment:
         step, steps: this step and the number of all, from 0.
         epoch, epochs: this pass over the data and the number of all, from 0.
         turn: name of the turn whose update it is.
+        ahead: what the influence's own `ahead` gave.
     """
 
     module: nn.Module
@@ -36,6 +37,7 @@ class Moment:
     epoch: int = 0
     epochs: int = 1
     turn: str = "training"
+    ahead: Any = None
 
 
 class Influence:
@@ -52,6 +54,14 @@ class Influence:
 
     def attach(self, module: nn.Module) -> None:
         """Before the first step: reparametrise, add gates or helper layers, in place."""
+
+    def ahead(self, inputs: tuple[Any, ...]) -> Any:
+        """Before the network sees a batch: what `objective` will find in `moment.ahead`, None where nothing was asked.
+
+        A teacher is asked here. What it needs on the way is then free again when the network's own intermediate results
+        come to stay until the backward pass; asked after that it has to be given fresh memory in each step.
+        """
+        del inputs
 
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The loss of this step, made from the task's loss (or from what the influences before made of it)."""
@@ -90,10 +100,14 @@ class Together(Influence):
         for part in self.parts:
             part.attach(module)
 
+    def ahead(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Each part's, in order."""
+        return tuple(part.ahead(inputs) for part in self.parts)
+
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """Each part's, in order: the next one is given the loss that the one before made."""
-        for part in self.parts:
-            loss = part.objective(loss, moment)
+        for part, ahead in zip(self.parts, moment.ahead or (None,) * len(self.parts), strict=True):
+            loss = part.objective(loss, replace(moment, ahead=ahead))
         return loss
 
     def constraints(self, module: nn.Module, moment: Moment) -> None:

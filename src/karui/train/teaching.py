@@ -136,11 +136,16 @@ class SoftTargets(Influence):
         require(self.temperature > 0, f"temperature is {self.temperature}; give a positive number, for example 4")
         require(0 <= self.weight <= 1, f"weight is {self.weight}; give a share in [0, 1], for example 0.9")
 
+    def ahead(self, inputs: tuple[Any, ...]) -> Tensor | None:
+        """What the teachers say of the batch."""
+        return self.teachers(inputs) if self.weight else None
+
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The mixed loss of this step."""
         if self.weight == 0:
             return loss
-        answers, outputs = self.teachers(moment.inputs), moment.outputs
+        answers = self.teachers(moment.inputs) if moment.ahead is None else moment.ahead
+        outputs = moment.outputs
         require(
             isinstance(outputs, Tensor) and outputs.shape == answers.shape[1:],
             f"The student gives {told(outputs)} and the teacher logits of shape {tuple(answers.shape[1:])}.",
