@@ -20,6 +20,15 @@ SLUGS = {
     "[40]": "transparent_distillation",
     "[41]": "data_free_distillation",
 }
+TITLES = {
+    "pictures": "CIFAR-10, 600 pictures, a few passes",
+    "spoken digits": "spoken digits, a fifth of the labels",
+    "rows of numbers": "8x8 digits, 200 samples",
+    "faces": "ORL faces, pairs of people not taught",
+    "words": "WikiText-2, a small LSTM",
+}
+WITHIN = 1.1
+"""A cost above the longer length by no more than this is taken as equal: seconds differ that much by themselves."""
 BASES = {"alone at equal cost": ALONE, "[30] at equal cost": SOFT}
 OVER = {"alone at equal cost": "over alone", "[30] at equal cost": "over [30]"}
 
@@ -56,8 +65,9 @@ once for each sample and keep what it says, but for words, of which there are to
 counts for none of the ways; [37] counts the network that its first generation learns from, [39] its peer. The student
 alone and [30] are trained {LONGER.removeprefix(", ")}, too; "at equal cost" is what lies between their two lengths, on
 a logarithmic scale of seconds, at the cost of the way in that line, seed by seed. Nothing is known beyond the longer
-length: there its own score is told. Mean and 95 % interval over the seeds where there are several, differences in pairs
-of seeds; without an interval it is one seed, which proves nothing."""
+length: there its own score is told, with how much dearer the way was, and the comparison is not one at equal cost.
+Mean and 95 % interval over the seeds where there are several, differences in pairs of seeds; without an interval it is
+one seed, which proves nothing. All ways of a task have one learning rate, which suits none of them best."""
 ELSEWHERE = """Not in this table: [35] is told by its own benchmark, `results/detection_distillation.md`. Its data are
 synthetic over real: real 8x8 digits of five classes, pasted onto a cluttered canvas of 32 pixels, so that boxes are
 known exactly and a detector can be trained here in minutes; CamVid has class maps and no boxes, and its teacher would
@@ -69,7 +79,10 @@ def page(tasks: dict[str, Any], *, seeds: int) -> str:
     """The whole page."""
     least = min(row["seeds"] for task in tasks.values() for row in task["rows"])
     whole = not any(task["missing"] for task in tasks.values())
-    state = [] if whole else [f"**Unfinished**: of {seeds} seeds at least {least} in each line that is told."]
+    unmeasured = [name for name in TITLES if name not in tasks]
+    lacking = f" Not measured at all: {', '.join(unmeasured)}." if unmeasured else ""
+    state = [f"**Unfinished**: of {seeds} seeds at least {least} in each line that is told.{lacking}"]
+    state = [] if whole and not unmeasured else state
     parts = ["# Distillation: a student alone, taught in every way, and at equal cost", *state, INTRODUCTION]
     parts += [f"## {name[0].upper()}{name[1:]}\n\n{_task(task)}" for name, task in tasks.items()]
     return "\n\n".join([*parts, ELSEWHERE])
@@ -83,7 +96,8 @@ def _task(task: dict[str, Any]) -> str:
             told(row["score"]),
             f"{row['seconds']['mean']:.1f}",
             f"{row['parameters']:,}",
-            *(told(row[base]) if base in row else "" for base in (*BASES, "over [30]")),
+            *(_reached(task, row, told_, base) for told_, base in BASES.items()),
+            told(row["over [30]"]) if "over [30]" in row else "",
             str(row["seeds"]),
         ]
         for row in task["rows"]
@@ -91,6 +105,14 @@ def _task(task: dict[str, Any]) -> str:
     about = f"{task['about'][0].upper()}{task['about'][1:]}. The teacher: {told(task['teacher'])}."
     missing = f"\n\nNot all seeds yet: {', '.join(task['missing'])}." if task["missing"] else ""
     return f"{about}\n\n{table(head, body)}{missing}"
+
+
+def _reached(task: dict[str, Any], row: dict[str, Any], name: str, base: str) -> str:
+    """What a base reaches at the way's cost; with a word where it was not trained so long."""
+    if name not in row:
+        return ""
+    times = beyond(task, row, base)
+    return told(row[name]) + (f" (way {times:.1f} times dearer)" if times > 1 else "")
 
 
 def told(score: dict[str, Any]) -> str:
@@ -101,11 +123,18 @@ def told(score: dict[str, Any]) -> str:
 def verdict(over: dict[str, Any], base: str, *, lower: bool) -> str:
     """Whether a difference is one, in words."""
     if "low" not in over:
-        return f"one seed, no verdict over {base}"
+        return f"one seed, no verdict on {base}"
     gain = (-over["high"], -over["low"]) if lower else (over["low"], over["high"])
     if gain[0] > 0:
-        return f"better than {base} at equal cost"
-    return f"worse than {base} at equal cost" if gain[1] < 0 else f"no different from {base} at equal cost"
+        return f"better than {base}"
+    return f"worse than {base}" if gain[1] < 0 else f"not told apart from {base}"
+
+
+def beyond(task: dict[str, Any], row: dict[str, Any], base: str) -> float:
+    """How many times the cost of a base's longer length the way has had; 1 where it is within it."""
+    long = next((one for one in task["rows"] if one["way"] == base + LONGER), None)
+    ratio = row["seconds"]["mean"] / long["seconds"]["mean"] if long else 1.0
+    return ratio if ratio > WITHIN else 1.0
 
 
 def lines(values: dict[str, Any]) -> dict[str, list[str]]:
@@ -116,10 +145,13 @@ def lines(values: dict[str, Any]) -> dict[str, list[str]]:
             base, over = ("student alone", "over alone") if row["way"].startswith("[30]") else ("[30]", "over [30]")
             if over not in row:
                 continue
-            told_base = row["alone at equal cost" if base == "student alone" else "[30] at equal cost"]
+            alone = base == "student alone"
+            told_base = told(row["alone at equal cost" if alone else "[30] at equal cost"])
+            times = beyond(task, row, ALONE if alone else SOFT)
+            where = "at equal cost" if times == 1 else f"at its longest, {times:.1f} times cheaper"
             slug = next(slug for start, slug in SLUGS.items() if row["way"].startswith(start))
             found.setdefault(slug, []).append(
-                f"{name}, {row['way'].partition('] ')[2]}: {task['unit']} {told(row['score'])}, {base} at equal cost "
-                f"{told(told_base)}; {verdict(row[over], base, lower=task['unit'] == 'perplexity')}"
+                f"{TITLES.get(name, name)}, {row['way'].partition('] ')[2]}: {task['unit']} {told(row['score'])}, "
+                f"{base} ({where}) {told_base}; {verdict(row[over], base, lower=task['unit'] == 'perplexity')}"
             )
     return found

@@ -14,11 +14,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from karui.architectures.perceptron import perceptron
+from karui.artifact import export_onnx
 from karui.distill._fidelity import Difference, auc, r_squared
 from karui.distill.comparison import compare
 from karui.distill.shape_plots import shape_figure
 from karui.distill.transparent import TransparentDistillation, export_shapes, hard_lesson, lesson_of
 from karui.errors import NeedError, SettingError
+from karui.measuring.engines import onnx_session
 from karui.model import Classification, Model, Regression
 from karui.technique import Bench
 from karui.train import Adam, Training
@@ -84,6 +86,18 @@ def test_boosted_trees_are_scikit_learns() -> None:
     np.testing.assert_allclose(
         student.module(on_edges).detach().numpy(), grown.predict(lesson.inputs), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("kind", ["tree", "boosted_trees"])
+def test_trees_run_from_an_onnx_file_as_in_torch(kind: str, tmp_path: Path) -> None:
+    model = teacher(3)
+    technique = TransparentDistillation(student=kind, rounds=5, depth=3)  # pyright: ignore[reportArgumentType]
+    student = technique.apply(model, bench_of(model))
+    export_onnx(student, tmp_path / "trees.onnx")
+    session = onnx_session((tmp_path / "trees.onnx").read_bytes(), 1)
+    x = table(300, seed=4)
+    said = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(said, student.module(x).detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["ga2m", "tree"])

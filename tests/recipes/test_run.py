@@ -17,10 +17,12 @@ from torch.utils.data import TensorDataset
 from karui.artifact import load
 from karui.artifact.files import sealed
 from karui.data import Splits
+from karui.distill import KnowledgeDistillation
 from karui.errors import KaruiError, NeedError, UsageError
 from karui.measuring import Clock, Comparison, OnnxRuntime
 from karui.model import Classification, Model, resolve
 from karui.recipes import Recipe
+from karui.recipes.keeping import contents_of
 from karui.recipes.run import Asked, read_run, run_recipe
 from karui.technique import Bench
 from karui.train import Training
@@ -202,6 +204,50 @@ def test_a_model_given_as_an_object_is_resumed_too(model: Model, recipe: Recipe,
     record = run_recipe(model, recipe, bench, tmp_path, resume=True).record
     assert len(record["steps"]) == 3
     assert load(tmp_path, base=model).parameters == model.parameters
+
+
+def test_a_resumed_run_notices_a_changed_teacher(model: Model, dummies: ModuleType, bench: Bench, tmp_path: Path):
+    """The step that it taught is done anew, those before it are not; killed or finished alike."""
+    file, out = tmp_path / "teacher.py", tmp_path / "out"
+    file.write_text(NET)
+    taught = KnowledgeDistillation(teacher=f"{file}:net", epochs=1)
+    recipe = Recipe(steps=(dummies.Shrink(ratio=0.1), taught, dummies.TrainMore(epochs=1)))
+
+    def told() -> list[str]:
+        lines: list[str] = []
+        run_recipe(model, recipe, bench, out, resume=True, tell=lines.append)
+        return [line for line in lines if "started" in line or "before" in line]
+
+    with killed_at(dummies.TrainMore):
+        run_recipe(model, recipe, bench, out)
+    file.write_text(f"{NET}\n\nANOTHER = True\n")
+    assert told() == [
+        "shrink: finished before, not repeated",
+        "knowledge_distillation: started",
+        "train_more: started",
+    ]
+    assert told() == ["this run was finished before; nothing is repeated"]
+    file.write_text(NET)
+    assert "knowledge_distillation: started" in told()
+
+
+def test_the_contents_of_what_settings_name_are_told(tmp_path: Path):
+    """Files, folders of saved models, factories and data; not what a technique writes, nor other settings."""
+    (tmp_path / "saved").mkdir()
+    for name in ("x.onnx", "net.py", "pool.npz", "saved/model.json", "saved/model.safetensors", "record"):
+        (tmp_path / name).write_text(name)
+    here = str(tmp_path)
+    named = {
+        f"{here}/x.onnx": 1,
+        f"{here}/saved": 2,
+        f"{here}/net.py:make": 1,
+        f"npz:{here}/pool.npz?key=x": 1,
+        "package.module:make": 0,
+    }
+    for text, files in named.items():
+        step = {"technique": "other", "settings": {"teacher": ["nowhere", text], "record": f"{here}/record"}}
+        assert len(contents_of([step])) == files, text
+    assert contents_of({"epochs": 3, "note": f"{here}/x.onnx"}) == []
 
 
 def test_without_data_nothing_is_judged(model: Model, dummies: ModuleType, tmp_path: Path):

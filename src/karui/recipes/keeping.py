@@ -90,6 +90,39 @@ def digest_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()
 
 
+LEARNED_FROM = frozenset({"teacher", "partners", "unlabelled"})
+"""Settings that name what a technique learns from, by file. Those that a technique may write itself are not among
+them: a record that a killed run has left would undo its own work."""
+
+
+def contents_of(told: Any, *, named: bool = False) -> list[str]:
+    """Digests of the files that settings name as teachers or as data, in order: a changed file is another teacher.
+
+    Args:
+        told: plain values, as of a step's settings; looked through at any depth.
+        named: whether a text may be the name of a file, as within one of `LEARNED_FROM`.
+
+    Of `file.py:factory` the file counts, not what it reads in turn; of a saved model's folder, its model files.
+    """
+    if isinstance(told, dict):
+        return [one for key, part in told.items() for one in contents_of(part, named=named or key in LEARNED_FROM)]
+    if isinstance(told, list | tuple):
+        return [one for part in told for one in contents_of(part, named=named)]
+    if not (named and isinstance(told, str)):
+        return []
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in _files(told)]
+
+
+def _files(named: str) -> list[Path]:
+    """The files behind a text such as `x.onnx`, `folder`, `file.py:factory`, or `npz:pool.npz?key=x`."""
+    before, colon, after = named.partition("?")[0].partition(":")
+    candidates = [named, before, after] if colon else [named]
+    found = next((path for text in candidates if text and (path := Path(text).expanduser()).exists()), None)
+    if found is None:
+        return []
+    return [found] if found.is_file() else sorted(file for file in found.glob("model.*") if file.is_file())
+
+
 def mark_of(model: Model, bench: Bench, asked: Any) -> str:
     """The mark of a whole run: the model, the data, the seed, how is trained, and what was asked for."""
     return digest_of(FORMAT, identity_of(model), told_data(bench), bench.seed, settings(bench.training), asked)

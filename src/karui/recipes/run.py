@@ -28,6 +28,7 @@ from karui.recipes.keeping import (
     STEPS,
     Tell,
     claim,
+    contents_of,
     digest_of,
     finished,
     mark_of,
@@ -96,7 +97,7 @@ class _Keeper:
 
     def run(self, stage: _Stage, model: Model, bench: Bench) -> Model:
         """The stage's result: read where it is finished, worked out and kept where it is not."""
-        self.mark = digest_of(self.mark, stage.technique, stage.settings)
+        self.mark = digest_of(self.mark, stage.technique, stage.settings, contents_of(stage.settings))
         folder = self.out / STEPS / stage.folder
         kept = read_record(folder / RECORD)
         if kept is not None and kept.get("mark") == self.mark:
@@ -163,7 +164,8 @@ def run_recipe(
     plan.check()
     claim(out, resume)
     mark = mark_of(model, bench, recipe.told())
-    done = finished(out, mark, tell) if resume else None
+    whole = digest_of(mark, contents_of(recipe.told()))
+    done = finished(out, whole, tell) if resume else None
     if done is not None:
         return Run(record=done, folder=out)
     keeper = _Keeper(out=out, mark=digest_of(mark), tell=tell)
@@ -172,7 +174,7 @@ def run_recipe(
     record = {
         "format": FORMAT,
         "karui": version(),
-        "mark": mark,
+        "mark": whole,
         "asked": _told_asked(asked or Asked(), recipe, bench),
         "steps": keeper.told,
         "plan": plan.to_json(),
