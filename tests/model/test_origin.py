@@ -101,6 +101,20 @@ def test_a_fresh_process_elsewhere_builds_it(own: Path, tmp_path: Path) -> None:
     assert done.stdout.strip() == "Own"
 
 
+def test_a_file_that_was_moved_with_its_project_is_found_where_one_starts(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin, text = resolve(f"{own}:make"), own.read_text(encoding="utf-8")
+    moved = tmp_path / "elsewhere" / own.name
+    moved.parent.mkdir()
+    own.rename(moved)
+    monkeypatch.chdir(moved.parent)
+    assert type(origin.replay(None, ())).__name__ == "Own"
+    moved.write_text(f"{text}\n# another one\n", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="not there any more"):
+        origin.replay(None, ())
+
+
 def test_a_file_that_is_gone(own: Path) -> None:
     origin = resolve(f"{own}:make")
     own.unlink()

@@ -130,12 +130,23 @@ def _missing(what: str, wanted: str, failure: ModuleNotFoundError, error: type[K
     return error(f"{what} needs '{failure.name}', which is not installed.", f"pip install {lacking}")
 
 
+def _moved(path: Path, sha256: str) -> Path:
+    """Where a file lies under the working directory, if it is the same one: a project may be moved or cloned."""
+    for start in range(1, len(path.parts)):
+        here = Path.cwd().joinpath(*path.parts[start:])
+        if sha256 and here.is_file() and digest(here) == sha256:
+            return here
+    return path
+
+
 def _import_file(path: Path, sha256: str, error: type[KaruiError]) -> ModuleType:
     """The file as a module under a private name that depends on its path alone, so that its classes keep theirs."""
+    path = path if path.is_file() else _moved(path, sha256)
     if not path.is_file():
         raise error(
             f"The model or its task needs {path}, which is not there any more.",
-            "Put the file back, or build the network yourself and give it: karui.load(folder, base=net).",
+            "Put the file back or start where it lies now, unchanged; or build the network yourself and give it: "
+            "karui.load(folder, base=net).",
         )
     content = digest(path)
     if sha256 and content != sha256:
