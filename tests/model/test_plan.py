@@ -138,3 +138,21 @@ def test_outputs_in_which_no_tensor_is_found_are_told() -> None:
     plan = plan_surgery(Model(Wrapping(), example=(torch.randn(2, 3),)))
     assert not plan.groups
     assert "The model gives a Out, in which no tensor is found" in plan.lost
+
+
+class Bags(nn.Module):
+    """Sums of embeddings by an operator that labels know nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.EmbeddingBag(20, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.words(x))
+
+
+def test_a_layer_that_only_an_unknown_operator_reads_is_named() -> None:
+    plan = plan_surgery(Model(Bags().eval(), example=(torch.randint(0, 20, (2, 5)),)))
+    assert not plan.groups
+    told = [(row.name, row.units) for row in plan.refused if "_embedding_bag" in row.reason]
+    assert told == [("words", 20), ("words", 8)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from karui.errors import did_you_mean
 from karui.model.exporting import require_one_path
+from karui.model.labels import NO_RULE
 from karui.model.solve import Resolved, solve
 from karui.model.trace import Trace, capture
 
@@ -315,17 +316,28 @@ class _Book:
         return path if self.names[path] == 1 else f"{path}#{self.names[path]}"
 
     def locked(self) -> list[Locked]:
-        """Output indices that must stay, by layer and reason."""
-        found = []
+        """Output indices that must stay, by layer and reason; and those of weights that only unknown operators read."""
+        told = [self.classes_of(slot) for slot, role in zip(self.slots, self.roles, strict=True) if role != "both"]
+        known = np.unique(np.concatenate(told or [np.zeros(0, dtype=np.int64)]))
+        reasons, found = self.trace.labels.reasons, []
         for (name, dim), role in zip(self.slots, self.roles, strict=True):
-            labels = self.trace.slots[name][dim]
-            if role == "out" and len(labels) > 1:
-                codes = self.resolved.locked[self.resolved.classes[labels]]
+            classes = self.classes_of((name, dim))
+            alone = role == "both" and len(self.trace.slots[name]) > 1
+            if alone:
+                classes = classes[~np.isin(classes, known)]
+            if len(self.trace.slots[name][dim]) > 1 and (alone or role == "out"):
+                codes = self.resolved.locked[classes]
                 found += [
-                    Locked(name.rpartition(".")[0] or name, int((codes == code).sum()), self.trace.labels.reasons[code])
+                    Locked(name.rpartition(".")[0] or name, int((codes == code).sum()), reasons[code])
                     for code in np.unique(codes[codes >= 0])
+                    if not alone or reasons[code].endswith(NO_RULE)
                 ]
         return found
+
+    def classes_of(self, slot: tuple[str, int]) -> np.ndarray:
+        """The class of each index of a dimension that has one."""
+        labels = self.trace.slots[slot[0]][slot[1]]
+        return self.resolved.classes[labels[labels >= 0]]
 
 
 def _touched(classes: np.ndarray, resolved: Resolved) -> np.ndarray:

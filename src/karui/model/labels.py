@@ -26,6 +26,7 @@ Label = Int[np.ndarray, "size"]
 Dims = tuple[np.ndarray, ...]
 
 SINGLE = "the dimension has one index only"
+NO_RULE = "has no rule"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from karui.model.escapes import reads_number
-from karui.model.labels import SINGLE, Dims
+from karui.model.labels import NO_RULE, SINGLE, Dims
 
 if TYPE_CHECKING:
     from karui.model.trace import Tracer
@@ -196,7 +196,7 @@ def pointwise(tracer: Tracer, call: Call) -> None:
 
 def unknown(tracer: Tracer, call: Call) -> None:
     """Every index that flows through an operator without a rule must stay."""
-    reason = f"operator {call.func} has no rule"
+    reason = f"operator {call.func} {NO_RULE}"
     for t in tensors_in((call.args, call.kwargs)):
         for d in tracer.value(t).dims:
             tracer.labels.lock(d, reason)
