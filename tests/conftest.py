@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from torch import nn
 from karui.data import Splits, load_data
 from karui.model import Classification, Model
 
+# How long an example takes says what else the machine does, not whether the test is right.
+hypothesis.settings.register_profile("karui", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("karui")
 torch.set_num_threads(1)  # results then do not depend on the number of cores, and parallel test runs do not fight
 
 

@@ -55,6 +55,24 @@ def test_same_seed_same_bits_other_seed_other_bits(digits: Splits, small_cnn: Ca
     assert not same(runs[0], runs[2])
 
 
+def test_the_order_of_memory_changes_no_more_than_the_rounding(digits: Splits, small_cnn: Callable[..., Model]) -> None:
+    seen = []
+
+    class Watch(Influence):
+        def constraints(self, module: nn.Module, moment: Moment) -> None:
+            filters = [p for p in module.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+            seen.append(all(p.is_contiguous(memory_format=torch.channels_last) for p in filters))
+
+    few = Subset(digits.train, range(256))
+    plain = fit(small_cnn(), few, training=SHORT)
+    ordered = fit(small_cnn(), few, training=replace(SHORT, channels_last=True), influence=Watch())
+    assert seen
+    assert all(seen)
+    for name, tensor in weights(ordered).items():
+        assert tensor.is_contiguous(), name
+        torch.testing.assert_close(tensor, weights(plain)[name], rtol=1e-3, atol=1e-4)
+
+
 def test_dropout_is_seeded_too() -> None:
     net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     model = Model(net, example=(torch.zeros(1, 3),), task=Regression())

@@ -37,7 +37,7 @@ AUGMENTS = st.sampled_from([None, RandomCrop(2), Compose((RandomCrop(4), Horizon
 @given(
     st.builds(
         Training, epochs=st.integers(0, 300), optimizer=OPTIMIZERS, schedule=SCHEDULES, augment=AUGMENTS,
-        clip_norm=st.none() | st.floats(0.1, 10), decay_all=st.booleans(),
+        clip_norm=st.none() | st.floats(0.1, 10), decay_all=st.booleans(), channels_last=st.booleans(),
         precision=st.sampled_from(["32-true", "bf16-mixed"]), devices=st.integers(1, 8),
     )
 )  # fmt: skip

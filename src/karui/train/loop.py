@@ -7,6 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from karui.data import Batches
 from karui.errors import NeedError, TrainingError, require
 from karui.model import Model, Note, copied
@@ -93,10 +96,21 @@ def fit(
             label=label,
             progress=progress,
         )
+        if training.channels_last:
+            _lay_out(module, torch.channels_last)
         facts = _trained(job)
+        if training.channels_last:
+            _lay_out(module, torch.contiguous_format)  # files and surgery take tensors as they stand
         module = influence.finish(module)
     settings = {"label": label, "seed": seed, "samples": len(batches), "training": training.to_json(), **facts}
     return model.evolve(module.eval(), Note(f"trained for {_epochs(training)} ({label})", settings))
+
+
+def _lay_out(module: nn.Module, order: torch.memory_format) -> None:
+    """Filters in another order of memory: a convolution computes in that of its weight, and passes it on."""
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=order)
 
 
 def _name(label: str, *decisive: Any) -> str:
