@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from karui.cli import screen
+from karui.cli import comparing, screen
 from karui.errors import UsageError, require
 
 if TYPE_CHECKING:
@@ -122,10 +122,8 @@ def finished(record: dict[str, Any], out: Path, page: Path, *, json: bool) -> No
     if json:
         screen.out_json(record)
     else:
-        from karui.cli.compressing import show_run
-
         show_points(record)
-        show_run(record)
+        comparing.show_run(record)
         screen.out(f"\nThe model: {out}\nthe whole story: {page}")
     if not record["budget"]["met"] and record["budget"]["stated"]:
         raise typer.Exit(1)
