@@ -224,6 +224,29 @@ def test_cutting_dead_units_leaves_the_outputs() -> None:
     assert torch.equal(model.module.get_submodule("2").weight[3:9], torch.zeros(6, 12, 3, 3))  # pyright: ignore
 
 
+class Branching(nn.Module):
+    """A path that depends on the values, so that there is no one graph to find units in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 12, 3), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.conv(x)).mean((2, 3))
+        return self.head(y if float(y.sum()) > 0 else -y)
+
+
+def test_a_network_that_cannot_be_captured_keeps_its_dead_units_and_says_so() -> None:
+    torch.manual_seed(0)
+    net = Branching().eval()
+    with torch.no_grad():
+        net.conv.weight[:5] = 0
+    model = Model(net, example=(torch.rand(2, 1, 9, 9),), task=Classification())
+    light = technique(lam=0.1, share=0.3).apply(model, Bench())
+    assert any("dead units stay" in step.describe() for step in light.lineage)
+    assert light.module.get_submodule("conv").stages[1].out_channels == 12  # pyright: ignore
+
+
 def test_training_without_data_is_refused_first() -> None:
     with pytest.raises(NeedError, match="compression_aware_training"):
         CompressionAwareTraining().apply(network(), Bench())

@@ -44,7 +44,7 @@ from karui.model import Note, layer_at
 from karui.numerics.svd import Energy, Parameters, factored_size
 from karui.technique import Bench, Card, technique
 from karui.technique.card import Need
-from karui.technique.pruning.dead_units import without_dead_units
+from karui.technique.pruning.dead_units import dead_units_out
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -158,7 +158,7 @@ class CompressionAwareTraining:
     def compress(self, model: Model) -> Model:
         """The model without units that are zero, and with its layers factored where that saves. Nothing is trained."""
         if self.lam:
-            model = without_dead_units(model)
+            model = dead_units_out(model)
         choices, layers = [], {}
         for choice in self.choose(model):
             if not choice.replaced:

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from karui.errors import CaptureError, SurgeryError, require
+from karui.errors import require
 from karui.layers.group_sparse import group_sparse_layer
 from karui.lowrank._choice import Choice
 from karui.lowrank._columns import (
@@ -59,7 +59,7 @@ from karui.lowrank._scan import Seen, filters_of, groups_of, scan
 from karui.model import Note, layer_at
 from karui.technique import Bench, Card, technique
 from karui.technique.card import Need
-from karui.technique.pruning.dead_units import without_dead_units
+from karui.technique.pruning.dead_units import dead_units_out
 from karui.train.masks import MaskKeeper, zero_pruned
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class GroupBrainDamage(PerLayer):
         """The model with layers that hold only the columns that are not zero. Nothing is trained."""
         seen, left = self._scan(model)
         if self.cut_unread and not all(map(_reads_all, seen)):
-            model = _without_unread(model)
+            model = dead_units_out(model)
             seen, left = self._scan(model)
         choices, layers = list(left), {}
         for one in seen:
@@ -247,10 +247,3 @@ def _reads_all(one: Seen) -> bool:
     alive, channels = columns_of(one.layer.weight.detach() != 0, groups_of(one)), one.layer.weight.shape[1]
     return bool(alive.unflatten(1, (channels, -1)).any(2).all())
 
-
-def _without_unread(model: Model) -> Model:
-    """The model without units that nobody reads any more, or as it is, with the reason why they stay."""
-    try:
-        return without_dead_units(model)
-    except (CaptureError, SurgeryError) as error:
-        return model.evolve(model.module, Note(f"units that nobody reads stay: {error.message}"))

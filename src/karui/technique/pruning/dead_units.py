@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from karui.errors import CaptureError, SurgeryError
 from karui.measuring.inference import batch_of, inference, random_batch
 from karui.model import Analysis, Group, Member, Model, Note, coupled_groups, layer_at, remove_units
 from karui.model.groups import tensor_of
@@ -75,6 +76,14 @@ def without_dead_units(model: Model) -> Model:
     light = remove_units(model, settled.unread, analysis=analysis) if settled.unread else model
     gone = sum(len(units) for units in settled.unread.values())
     return light.evolve(light.module, Note(f"{gone} units that are zero cut out, {settled.folded} constants moved"))
+
+
+def dead_units_out(model: Model) -> Model:
+    """The same; or the model as it is where it cannot be captured or cut, with a note of the reason."""
+    try:
+        return without_dead_units(model)
+    except (CaptureError, SurgeryError) as error:
+        return model.evolve(model.module, Note(f"dead units stay: {error.message}"))
 
 
 def _cuttable(unread: Bool[Tensor, "units"]) -> Int[Tensor, "units"]:
