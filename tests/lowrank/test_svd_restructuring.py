@@ -20,6 +20,7 @@ from karui.lowrank._common import fine_tune
 from karui.lowrank.svd_restructuring import SvdRestructuring
 from karui.measuring import count
 from karui.model import Classification, Model, Note, edit_from_json, edit_to_json
+from karui.numerics.svd import truncated_svd
 from karui.technique import Bench
 from karui.train import Adam, Cosine, Training
 
@@ -133,6 +134,24 @@ def test_energy_is_kept_and_no_rank_is_wasted(mlp: Model, squared: bool) -> None
             assert choice.ranks[0] == 1 or held[choice.ranks[0] - 2] < share
 
 
+def test_an_error_a_share_or_variational_bayes_choose_ranks(mlp: Model) -> None:
+    weights: dict[str, Any] = {path: mlp.module.get_submodule(path).weight for path in ("1", "3", "5")}  # pyright: ignore
+    note: Any = technique(error=0.8).apply(mlp, Bench()).lineage[-1]
+    told = {entry["layer"]: entry for entry in note.settings["factored"]}
+    assert set(told) == {"1", "3", "5", "7"} - {entry["layer"] for entry in note.settings["left"]}
+    for path in set(told) & set(weights):
+        assert told[path]["error"] <= 0.8 < truncated_svd(weights[path].detach(), told[path]["ranks"][0] - 1).error
+    for choice in technique(share=0.3).choose(mlp):
+        if choice.replaced:
+            rows, columns = mlp.module.get_submodule(choice.path).weight.shape  # pyright: ignore
+            assert choice.ranks[0] * (rows + columns) <= 0.3 * rows * columns < (choice.ranks[0] + 1) * (rows + columns)
+            assert choice.macs[1] <= 0.3 * choice.macs[0]
+    with torch.no_grad():
+        weights["3"].copy_(torch.randn(48, 4) @ torch.randn(4, 48) + 0.3 * torch.randn(48, 48))
+    (found,) = [choice for choice in technique(vbmf=True).choose(mlp) if choice.path == "3"]
+    assert found.ranks == (4,)
+
+
 @pytest.mark.parametrize("budget", [0.2, 0.35, 0.6, 1.0])
 def test_budget_is_met_and_used(mlp: Model, budget: float) -> None:
     light = technique(budget=budget).apply(mlp, Bench())
@@ -202,7 +221,8 @@ def test_fine_tuning_without_data_or_task_is_refused_first(mlp: Model, digits: S
     [
         ({"energy": 0.0}, "energy"), ({"energy": 1.1}, "energy"), ({"rank": 0}, "rank"), ({"budget": 0.0}, "budget"),
         ({"rank": 3, "budget": 0.5}, "rank and budget"), ({"ranks": (("a", 0),)}, "ranks"), ({"epochs": -1}, "epochs"),
-        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": 0.0}, "learning_rate"), ({"error": 0.0}, "error"), ({"share": 1.0}, "share"),
+        ({"error": 0.3, "vbmf": True}, "error and vbmf"),
     ],
 )  # fmt: skip
 def test_wrong_settings_name_themselves(settings: dict[str, Any], name: str) -> None:

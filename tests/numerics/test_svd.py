@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from karui.errors import SettingError
-from karui.numerics.svd import Energy, Fixed, Parameters, Ratio, Vbmf, Worth, factored_size, saves, truncated_svd
+from karui.numerics.svd import Energy, Error, Fixed, Parameters, Vbmf, Worth, factored_size, saves, truncated_svd
 
 pytestmark = pytest.mark.paper(11)
 
@@ -74,8 +74,6 @@ def test_other_policies() -> None:
     spectrum = torch.linspace(10, 1, 20)
     assert Fixed(7)(spectrum, (20, 50)) == 7
     assert Fixed(70)(spectrum, (20, 50)) == 20
-    assert Ratio(0.3)(spectrum, (20, 50)) == 6
-    assert Ratio(1.0)(spectrum, (20, 50)) == 20
     rank = Parameters(0.4)(spectrum, (20, 50))
     assert factored_size((20, 50), rank) <= 0.4 * 1000 < factored_size((20, 50), rank + 1)
     generator = torch.Generator().manual_seed(0)
@@ -83,6 +81,14 @@ def test_other_policies() -> None:
     signal = 3 * torch.randn(20, 3, generator=generator) @ torch.randn(3, 50, generator=generator)
     assert Vbmf()(torch.linalg.svdvals(noise + signal), (20, 50)) == 3
     assert Vbmf()(torch.linalg.svdvals(noise), (20, 50)) == 1
+
+
+@pytest.mark.parametrize("limit", [0.02, 0.3, 0.7, 0.999])
+def test_the_error_is_kept_to_and_no_rank_is_wasted(limit: float) -> None:
+    matrix = torch.randn(12, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rank = Error(limit)(torch.linalg.svdvals(matrix), (12, 30))
+    assert truncated_svd(matrix, rank).error <= limit
+    assert rank == 1 or truncated_svd(matrix, rank - 1).error > limit
 
 
 def test_one_threshold_spends_a_budget_best() -> None:

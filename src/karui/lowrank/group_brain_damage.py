@@ -246,4 +246,3 @@ def _reads_all(one: Seen) -> bool:
     """Whether the layer has a column left for each of its input channels."""
     alive, channels = columns_of(one.layer.weight.detach() != 0, groups_of(one)), one.layer.weight.shape[1]
     return bool(alive.unflatten(1, (channels, -1)).any(2).all())
-

@@ -14,7 +14,8 @@ thousand classes and 15 epochs it cost nothing.
 
 Paper -> here: `A` (outputs x hidden units) -> the weight, `r` -> rank, the two factors -> the two linear layers.
 
-DEPARTURE: the rank may be given as a share of the layer's width; the paper sweeps it, and takes 128 for 1,024 units.
+DEPARTURE: the rank may be given as a share of the layer's width; the paper sweeps it, and takes 128 for
+2,220 targets.
 
 DEPARTURE: a pointwise convolution that gives a map of class scores is an output layer too; the paper has linear ones.
 

@@ -16,6 +16,8 @@ DEPARTURE: a colour and its negative are one, and filters are flipped to fit; th
 
 DEPARTURE: an approximation of the weighted kernel, weighed back, is monochromatic no more; so in the metrics "maha" and
 "datacov" the factors descend in the metric by back-propagation, all at once.
+
+DEPARTURE: "maha" takes the class that the network puts first as the right one, where the authors know the label.
 """
 
 from __future__ import annotations

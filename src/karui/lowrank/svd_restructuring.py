@@ -15,7 +15,8 @@ Paper -> here: `A` (m x n) -> the weight, `k` -> rank, `U_k` -> the second layer
 DEPARTURE: pointwise convolutions are restructured too, since each is a linear layer at every position; the paper has
 linear layers only.
 
-DEPARTURE: the paper sets a rank for each layer from its spectrum; a budget for the whole network is added. It keeps
+DEPARTURE: the paper sets a rank for each layer from its spectrum; other rules are there to be asked for: an error, a
+share of the layer, the rank that variational Bayes tells from noise, or a budget for the whole network. This keeps
 the singular values that hold most of their layer's squared energy for each parameter that they cost, since one common
 share of the spectrum would take most of an output layer over few classes, whose spectrum is flat.
 """
@@ -46,13 +47,17 @@ from karui.lowrank._per_layer import rank_ladder
 from karui.lowrank._scan import Seen, scan
 from karui.model.taps import layer_at
 from karui.numerics.evbmf import singular_values
-from karui.numerics.svd import Energy, Fixed, RankPolicy, Worth, factored_size
+from karui.numerics.svd import Energy, Error, Fixed, Parameters, RankPolicy, Vbmf, Worth, factored_size
 from karui.technique import Bench, Candidate, Card, technique
 
 if TYPE_CHECKING:
     from karui.model import Model
 
 _BISECTIONS = 60
+_ALONE: dict[str, Any] = {
+    "energy": 1.0, "rank": None, "error": None, "share": None, "vbmf": False, "budget": None, "epochs": 0,
+}  # fmt: skip
+"""Settings that leave all layers but those that `ranks` names."""
 
 
 @technique(
@@ -76,6 +81,11 @@ class SvdRestructuring:
         energy: share of the sum of singular values that a layer keeps (the paper's measure), in (0, 1].
         squared: take the share of the sum of their squares instead.
         rank: the same rank for every layer, instead of a share; None keeps to `energy`.
+        error: relative error of each layer's weight that is allowed, in (0, 1), instead of a share of its spectrum.
+        share: share of each layer's weights that its factors may hold, in (0, 1), instead; it is that of its
+            multiply-adds too.
+        vbmf: whether each rank is instead what variational Bayes finds in the weight beside noise, as `Tucker2` has it;
+            layers of few outputs may look like noise to it (name them in `skip`).
         budget: share of the network's parameters to keep, in (0, 1]; it is spent where it keeps most of the layers'
             squared energy. None keeps to `energy`.
         ranks: ranks of single layers, as (path, rank) pairs; they go before the other settings.
@@ -103,6 +113,9 @@ class SvdRestructuring:
     energy: float = 0.8
     squared: bool = False
     rank: int | None = None
+    error: float | None = None
+    share: float | None = None
+    vbmf: bool = False
     budget: float | None = None
     ranks: tuple[tuple[str, int], ...] = ()
     pointwise: bool = True
@@ -119,7 +132,13 @@ class SvdRestructuring:
         require(self.rank is None or self.rank >= 1, f"rank is {self.rank}; give a number from 1, for example 32")
         within = self.budget is None or 0 < self.budget <= 1
         require(within, f"budget is {self.budget}; give a share of the parameters in (0, 1], for example 0.2")
-        require(self.rank is None or self.budget is None, "rank and budget are both given; give one of them")
+        for name in ("error", "share"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < 1, f"{name} is {value}; give a number in (0, 1), for example 0.3")
+        rules = [
+            name for name in ("rank", "error", "share", "vbmf", "budget") if getattr(self, name) not in (None, False)
+        ]
+        require(len(rules) < 2, f"{' and '.join(rules)} are given together; give one of them")
         for path, rank in self.ranks:
             require(rank >= 1, f"ranks has {rank} for '{path}'; give a number from 1")
         require_fine_tuning(self.epochs, self.learning_rate)
@@ -154,7 +173,7 @@ class SvdRestructuring:
             for rank in rank_ladder(full, multiple):
                 choice = _choice(one, [torch.zeros(full)] * groups, Fixed(rank))
                 if choice.replaced:
-                    alone = replace(self, energy=1.0, rank=None, budget=None, ranks=((one.path, rank),), epochs=0)
+                    alone = replace(self, **_ALONE, ranks=((one.path, rank),))
                     yield _candidate(alone, one, rank, full)
 
     def choose(self, model: Model) -> tuple[Choice, ...]:
@@ -174,11 +193,19 @@ class SvdRestructuring:
             return f"{type(layer).__name__} with kernel {' x '.join(map(str, layer.kernel_size))} sees space"
         return "" if self.pointwise else "pointwise convolutions are left (pointwise=False)"
 
-    def _policy(self, model: Model, spectra: list[tuple[Seen, list[Tensor]]], fixed: dict[str, Fixed]) -> RankPolicy:
+    def _rule(self) -> RankPolicy:
+        """What finds a layer's rank from its own spectrum."""
         if self.rank is not None:
             return Fixed(self.rank)
+        if self.error is not None:
+            return Error(self.error)
+        if self.share is not None:
+            return Parameters(self.share)
+        return Vbmf() if self.vbmf else Energy(self.energy, squared=self.squared)
+
+    def _policy(self, model: Model, spectra: list[tuple[Seen, list[Tensor]]], fixed: dict[str, Fixed]) -> RankPolicy:
         if self.budget is None:
-            return Energy(self.energy, squared=self.squared)
+            return self._rule()
         room = self.budget * model.parameters
 
         def total(threshold: float) -> int:

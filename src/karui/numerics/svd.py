@@ -92,18 +92,6 @@ class Fixed:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """A share of the full rank, rounded up."""
-
-    share: float
-
-    def __call__(self, values: Float[Tensor, "count"], shape: tuple[int, int]) -> int:
-        """The rank to keep."""
-        del shape
-        return max(1, math.ceil(self.share * len(values) - 1e-9))
-
-
-@dataclass(frozen=True)
 class Energy:
     """The smallest rank whose singular values hold `share` of the sum of all; of the sum of squares if `squared`.
 
@@ -128,8 +116,27 @@ class Energy:
 
 
 @dataclass(frozen=True)
+class Error:
+    """The smallest rank with a relative error of at most `limit` in the Frobenius norm.
+
+    Example:
+        >>> Error(0.5)(torch.tensor([4.0, 3.0, 2.0, 1.0]), (4, 4))
+        2
+    """
+
+    limit: float
+
+    def __call__(self, values: Float[Tensor, "count"], shape: tuple[int, int]) -> int:
+        """The rank to keep, at least 1."""
+        return Energy(1 - self.limit**2, squared=True)(values, shape)
+
+
+@dataclass(frozen=True)
 class Parameters:
-    """The largest rank whose two factors hold at most `share` of the matrix's numbers (at least 1)."""
+    """The largest rank whose two factors hold at most `share` of the matrix's numbers (at least 1).
+
+    That is the same share of its multiply-adds, since both factors are applied where the matrix was.
+    """
 
     share: float
 
