@@ -249,6 +249,43 @@ def test_from_scratch_normalisation_follows_the_second_convolution_once_and_none
     assert without.get_submodule("convs.3").stages[1].bias is not None  # pyright: ignore
 
 
+def test_what_is_told_from_scratch_counts_the_normalisation() -> None:
+    for normalised, settings in ((False, {}), (True, {}), (False, {"normalise": False})):
+        model = plain(normalised=normalised)
+        step = technique(scratch=True, share=0.5, **settings)
+        saved = sum(a - b for choice in step.choose(model) for a, b in [choice.parameters])
+        assert step.apply(model, Bench()).parameters == model.parameters - saved
+
+
+def one_way(rows_first: bool) -> nn.Conv2d:
+    """Sixty-four channels, whose kernel needs four maps one way, and many the other."""
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    first, second = torch.randn(4, 64, 3), torch.randn(64, 4, 3)
+    with torch.no_grad():
+        conv.weight.copy_(torch.einsum("kci,nkj->ncij" if rows_first else "kcj,nki->ncij", first, second))
+    return conv
+
+
+def test_a_budget_is_offered_what_the_second_scheme_of_paper_13_leaves() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(one_way(True), nn.ReLU(), one_way(False))
+    model = Model(net, example=(torch.randn(1, 64, 6, 6),))
+    offered = list(LowRankRegularization().candidates(model, Bench()))
+    assert [one.place for one in offered] == ["2", "2"]
+    for one in offered:
+        assert one.layers is not None
+        (chain,) = one.layers().values()
+        assert [stage.kernel_size for stage in chain.children()] == [(1, 3), (3, 1)]
+        x = torch.randn(2, 64, 6, 6)
+        with torch.no_grad():
+            torch.testing.assert_close(chain(x), net[2](x), rtol=1e-3, atol=1e-3)
+        light = one.technique.apply(model, Bench()).module
+        assert type(light.get_submodule("0")) is nn.Conv2d
+        assert all(torch.equal(a, b) for a, b in zip(chain.parameters(), light.get_submodule("2").parameters()))  # noqa: B905
+    line = Model(nn.Conv1d(64, 64, 5), example=(torch.randn(1, 64, 9),))
+    assert [one.place for one in LowRankRegularization().candidates(line, Bench())] == ["", ""]
+
+
 def test_from_scratch_all_weights_are_drawn_anew_by_the_seed() -> None:
     model = plain(normalised=True)
     one, same, other = (

@@ -29,8 +29,9 @@ first dimension and the other two; the paper has two-dimensional kernels.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -42,8 +43,9 @@ from karui.layers.factored import FactoredConv
 from karui.layers.spatial import split_space, split_stages
 from karui.lowrank._choice import Choice, unless_larger
 from karui.lowrank._common import carry_out, fine_tune, require_data, require_fine_tuning, require_ranks, tracked
-from karui.lowrank._scan import Seen, scan
-from karui.lowrank._split import split_kernels
+from karui.lowrank._per_layer import LARGE, Offering
+from karui.lowrank._scan import Seen, filters_of, scan
+from karui.lowrank._split import split_full, split_kernels
 from karui.model.following import followings
 from karui.numerics.svd import Energy
 from karui.numerics.unfold import split_groups, unfold
@@ -72,7 +74,7 @@ _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class LowRankRegularization:
+class LowRankRegularization(Offering):
     """Write every convolution as one along the rows and one along the columns, by SVD or to be trained from scratch.
 
     Settings:
@@ -106,6 +108,8 @@ class LowRankRegularization:
         [(8, 16, 3, 1), (32, 8, 1, 3)]
     """
 
+    most: ClassVar[int] = LARGE
+
     share: float = 0.33
     rank: int | None = None
     energy: float | None = None
@@ -138,18 +142,14 @@ class LowRankRegularization:
         assert model is not None  # noqa: S101  (the card's kind asks for one)
         require_data("low_rank_regularization", model, bench, self.epochs)
         seen, left = self._scan(model)
-        choices, layers = [], {}
+        normed, choices, layers = self._normed(model, seen), [], {}
         for one in tracked(seen, "factor", shown=bench.progress):
-            choice, dim = self._choose(one)
+            choice, dim = self.choice_and_dim(one, normed)
             if choice.replaced:
-                layers[one.path], error = _build(one.layer, choice.ranks[0], dim)
+                chain, error = _build(one.layer, choice.ranks[0], dim)
+                layers[one.path] = _with_norm(chain) if one.path in normed else chain
                 choice = replace(choice, error=None if self.scratch else error)
             choices.append(choice)
-        if self.scratch and self.normalise:
-            normal = followings(model, layers)
-            layers = {
-                path: chain if normal[path].scale is not None else _normed(chain) for path, chain in layers.items()
-            }
         factored = carry_out(model, (*choices, *left), layers, "low-rank regularisation", {"scratch": self.scratch})
         if not layers:
             return factored
@@ -165,25 +165,55 @@ class LowRankRegularization:
     def choose(self, model: Model) -> tuple[Choice, ...]:
         """The rank of each layer, or the reason why it is left."""
         seen, left = self._scan(model)
-        return (*(self._choose(one)[0] for one in seen), *left)
+        normed = self._normed(model, seen)
+        return (*(self.choice_and_dim(one, normed)[0] for one in seen), *left)
+
+    def alone(self, model: Model, one: Seen, speedup: float) -> tuple[LowRankRegularization, Choice]:
+        """For a budget: the settings that do this to one layer and nothing else.
+
+        Rows first is what `LowRankExpansion` offers of its second scheme; so here is what that leaves: columns first,
+        where that is nearer to the kernel, and kernels with one dimension of space.
+        """
+        del model
+        bare = replace(self, rank=None, energy=None, ranks=(), scratch=False, epochs=0)
+        choice, dim = replace(bare, share=1 / speedup, order="better").choice_and_dim(one)
+        kernel = one.layer.kernel_size
+        if not dim and split_full(one.layer.weight.shape[1], filters_of(one), kernel):
+            choice = Choice(one.path, reason="rows first is nearer, which low_rank_expansion offers")
+        own: Any = ((one.path, *choice.ranks),) if choice.replaced else ()
+        return replace(bare, share=1.0, ranks=own, order="horizontal" if dim else "vertical"), choice
+
+    def layer_for(self, one: Seen, choice: Choice, bench: Bench, evidence: Any) -> nn.Module:
+        """For a budget: the two convolutions in closed form."""
+        del bench, evidence
+        return _build(one.layer, choice.ranks[0], len(one.layer.kernel_size) - 1 if self.order == "horizontal" else 0)[
+            0
+        ]
+
+    def _normed(self, model: Model, seen: Sequence[Seen]) -> frozenset[str]:
+        """The layers that get batch normalisation: from scratch, those that have none behind them."""
+        if not (self.scratch and self.normalise):
+            return frozenset()
+        found = followings(model, [one.path for one in seen])
+        return frozenset(path for path, following in found.items() if following.scale is None)
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
         seen, left = scan(model, _objection, self.skip)
         require_ranks([path for path, _ in self.ranks], seen, left)
         return seen, left
 
-    def _choose(self, one: Seen) -> tuple[Choice, int]:
+    def choice_and_dim(self, one: Seen, normed: Collection[str] = ()) -> tuple[Choice, int]:
         """The choice, and the dimension of space that is seen first."""
         last = len(one.layer.kernel_size) - 1
         dims = {"vertical": (0,), "horizontal": (last,), "better": (0, last)}[self.order]
-        found = [(self._at(one, dim), dim) for dim in dict.fromkeys(dims)]
+        found = [(self._at(one, dim, norm=one.path in normed), dim) for dim in dict.fromkeys(dims)]
         if len(found) == 1 or not all(choice.replaced for choice, _ in found):
             return next((pair for pair in found if pair[0].replaced), found[0])
         lost = [split_loss(one.layer, choice.ranks[0] // one.layer.groups, dim) for choice, dim in found]
         choice, dim = found[lost.index(min(lost))]
         return replace(choice, remark=f"dimension {dim} first"), dim
 
-    def _at(self, one: Seen, dim: int) -> Choice:
+    def _at(self, one: Seen, dim: int, *, norm: bool) -> Choice:
         conv, groups = one.layer, one.layer.groups
         kernel, dense = conv.kernel_size, conv.weight.numel()
         own, each = dict(self.ranks).get(one.path) or self.rank, conv.out_channels // groups
@@ -206,7 +236,7 @@ class LowRankRegularization:
             one.path,
             ranks=(groups * rank,),
             full=(groups * full,),
-            parameters=(dense + bias, held + bias),
+            parameters=(dense + bias, held + (2 * conv.out_channels if norm else bias)),
             macs=(one.calls * dense * one.outputs, one.calls * macs),
         )
         return unless_larger(choice)
@@ -234,7 +264,7 @@ def _build(conv: Any, rank: int, dim: int) -> tuple[FactoredConv, float]:
     return split_space(conv, vertical, horizontal, dim=dim), split_loss(conv, each, dim)
 
 
-def _normed(chain: FactoredConv) -> nn.Sequential:
+def _with_norm(chain: FactoredConv) -> nn.Sequential:
     """The chain without its bias, which normalisation would take away, and batch normalisation."""
     settings = chain.settings()
     settings["stages"][-1]["bias"] = False
