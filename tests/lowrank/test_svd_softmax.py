@@ -102,6 +102,24 @@ def test_a_head_that_does_not_pay_is_left_unless_it_is_named() -> None:
     assert isinstance(named.module.get_submodule("head"), SvdSoftmaxHead)
 
 
+def test_a_budget_is_offered_the_heads_that_halve_the_work(words: Model) -> None:
+    offered = list(SvdSoftmax().candidates(words, Bench()))
+    assert [(one.place, one.text) for one in offered] == [
+        ("head", "window 8 of 32, full view 27 of 900"), ("head", "window 4 of 32, full view 27 of 900"),
+    ]  # fmt: skip
+    for one in offered:
+        assert one.layers is not None
+        (head,) = one.layers().values()
+        light = one.technique.apply(words, Bench())
+        assert 2 * count(Model(head, example=(torch.zeros(1, 32),))).macs < 900 * 32
+        state = light.module.get_submodule("head").state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in head.state_dict().items())
+        assert torch.equal(light.module.get_submodule("hidden").weight, words.module.get_submodule("hidden").weight)  # pyright: ignore
+    few = Model(nn.Linear(32, 10), example=(torch.zeros(1, 32),), task=Classification())
+    assert list(SvdSoftmax().candidates(few, Bench())) == []
+    assert list(SvdSoftmax().candidates(replace(words, task=Regression()), Bench())) == []
+
+
 def test_only_an_output_layer_is_taken(words: Model) -> None:
     wide = nn.Sequential(nn.Linear(16, 4000), nn.ReLU(), nn.Flatten(0), nn.Unflatten(0, (1, -1)))
     inner = nn.Sequential(nn.Linear(16, 4000), nn.ReLU(), nn.Unflatten(1, (40, 100)), nn.Conv1d(40, 3, 1))

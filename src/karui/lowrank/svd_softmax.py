@@ -26,7 +26,8 @@ size; a tuner finds the cheapest pair for a wanted agreement, where the paper sw
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,12 +40,14 @@ from karui.lowrank._output import output_layer
 from karui.lowrank._scan import Seen
 from karui.model import Note, Regression, replace_layers
 from karui.model.taps import layer_at
-from karui.technique import Bench, Card, technique
+from karui.technique import Bench, Candidate, Card, technique
 
 if TYPE_CHECKING:
     from karui.model import Model
 
 _WINDOWS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
+_OFFERED = (0.25, 0.125)
+"""Windows that a budget is offered, the mild one first."""
 _FULL_VIEWS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5)
 
 
@@ -142,6 +145,18 @@ class SvdSoftmax:
             told if self._worth(one.layer, window, full_view) else f"left as it is, since it would not save: {told}",
         )
 
+    def candidates(self, model: Model, bench: Bench, *, multiple: int = 1) -> Iterator[Candidate]:
+        """For a budget: the output layer at a few windows, where it then does half of the multiply-adds or fewer."""
+        del bench, multiple  # windows follow from the vocabulary; the menu strikes off what is measured slower
+        one, _ = self._head(model)
+        if one is None:
+            return
+        for share in _OFFERED:
+            alone = replace(self, layer=one.path, window=share, target=None)
+            window, full_view = alone._sizes(one.layer)  # noqa: SLF001  (of its own class)
+            if 2 * _cost(one.layer, window, full_view) <= one.layer.weight.numel():
+                yield _candidate(alone, one, window, full_view)
+
     def _head(self, model: Model) -> tuple[Seen | None, str]:
         """The output layer as the example met it, or why there is none."""
         if not self.layer and isinstance(model.task, Regression):
@@ -216,6 +231,15 @@ def inputs_of(model: Model, path: str, bench: Bench, samples: int) -> Float[Tens
 
 def _objection(layer: Any) -> str:
     return "" if isinstance(layer, nn.Linear) else f"{type(layer).__name__} is no linear layer"
+
+
+def _candidate(alone: SvdSoftmax, one: Seen, window: int, full_view: int) -> Candidate:
+    return Candidate(
+        place=one.path,
+        technique=alone,
+        text=f"window {window} of {one.layer.in_features}, full view {full_view} of {one.layer.out_features:,}",
+        layers=lambda: {one.path: SvdSoftmaxHead.from_linear(one.layer, window, full_view).eval()},
+    )
 
 
 def _cost(layer: nn.Linear, window: int, full_view: int) -> int:
