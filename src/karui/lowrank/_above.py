@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from karui.lowrank._choice import Choice
 from karui.lowrank._common import carry_out, fine_tune, tracked
 from karui.lowrank._scan import Seen
+from karui.lowrank._watching import Shelf
 from karui.model.taps import layer_at
 from karui.model.trace import mode_of
 from karui.train import Paced
@@ -32,6 +34,7 @@ def layer_by_layer(
     choices: Sequence[Choice],
     build: Build,
     *,
+    shelf: Shelf,
     name: str,
     extra: Mapping[str, Any],
     epochs: int,
@@ -47,6 +50,7 @@ def layer_by_layer(
         seen: the layers, in the order of their calls.
         choices: what is done with each layer of the network, those that are left included.
         build: makes a layer from its weight as it then is.
+        shelf: where finished layers outlive a killed run.
         name: of the technique, for the note.
         extra: what else the note tells.
         epochs: passes over the data after each layer.
@@ -59,16 +63,21 @@ def layer_by_layer(
     order = sorted((one for one in seen if one.path in chosen), key=lambda one: one.order)
     for one in tracked(order, name, shown=bench.progress):
         now = replace(one, layer=layer_at(model.module, one.path))
-        layer, error, remark = build(model, now, chosen[one.path])
+        layer, choice = shelf.layer(now, partial(_built, build, model, now, chosen[one.path]), model)
         layers[one.path] = layer
-        remarks = "; ".join(filter(None, (chosen[one.path].remark, remark)))
-        told.append(replace(chosen[one.path], error=error, remark=remarks))
+        told.append(choice)
         if epochs:
             rest = left if one is order[-1] else ()
             model = carry_out(model, (told[-1], *rest), {one.path: layer}, name, extra)
             held = Paced(up_to(model, one.path), 0.0)
             model = fine_tune(model, bench, epochs, learning_rate, f"train above {one.path}", influence=held)
     return model if epochs and told else carry_out(model, (*told, *left), layers, name, extra)
+
+
+def _built(build: Build, model: Model, one: Seen, choice: Choice) -> tuple[nn.Module, Choice]:
+    """The new layer, and the choice with what is known now."""
+    layer, error, remark = build(model, one, choice)
+    return layer, replace(choice, error=error, remark="; ".join(filter(None, (choice.remark, remark))))
 
 
 def up_to(model: Model, path: str) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -47,6 +48,7 @@ from karui.lowrank._per_layer import LARGE, LOOKED_AT, Offering
 from karui.lowrank._reconstruction import all_turned_back, assemble
 from karui.lowrank._scan import Seen, filters_of, groups_of, scan
 from karui.lowrank._split import split_cost, split_full, split_rank
+from karui.lowrank._watching import Shelf
 from karui.model import replace_layers
 from karui.model.following import Following, followings
 from karui.numerics.rank_allocation import Spectrum, greedy_ranks
@@ -161,17 +163,17 @@ class AsymmetricNonlinear(Offering):
         after = followings(model, [choice.path for choice in choices if choice.replaced])
         seen = {one.path: one for one in scan(model, self._objection, self.skip)[0]}
         layers: dict[str, nn.Module] = {}
-        calibration = self._calibration(model, bench)
+        calibration, shelf = self._calibration(model, bench), Shelf.of(self, model, bench)
         current, told = model, []
         for choice in tracked(choices, "fit layers", shown=bench.progress):
             if not choice.replaced:
                 told.append(choice)
                 continue
-            one, following = seen[choice.path], after[choice.path]
-            pairs = calibration.outputs(current if self.asymmetric else model, one, following)
-            layers[one.path], error = self._fitted(pairs, one, choice, following)
+            one, source = seen[choice.path], current if self.asymmetric else model
+            make = partial(self._made, calibration, source, one, choice, after[choice.path])
+            layers[one.path], done = shelf.layer(one, make)
             current = replace_layers(current, {one.path: layers[one.path]}, check=False)
-            told.append(replace(choice, error=error))
+            told.append(done)
         wanted = {"speedup": self.speedup, "ratio": self.ratio, "images": self.images, "positions": self.positions}
         light = carry_out(model, told, layers, "Asymmetric reconstruction", wanted)
         return fine_tune(light, bench, self.epochs, self.learning_rate, "fine-tune the network") if layers else light
@@ -284,6 +286,13 @@ class AsymmetricNonlinear(Offering):
 
     def _calibration(self, model: Model, bench: Bench) -> Calibration:
         return Calibration(model, bench, self.images, self.positions)
+
+    def _made(
+        self, calibration: Calibration, source: Model, one: Seen, choice: Choice, following: Following
+    ) -> tuple[nn.Module, Choice]:
+        """The factored layer, on the inputs that `source` gives it, and the choice with its error."""
+        layer, error = self._fitted(calibration.outputs(source, one, following), one, choice, following)
+        return layer, replace(choice, error=error)
 
     def _fitted(
         self, pairs: Iterable[tuple[Tensor, Tensor]], one: Seen, choice: Choice, following: Following

@@ -44,6 +44,7 @@ from karui.lowrank._common import require_data, require_fine_tuning, require_ran
 from karui.lowrank._metrics import metric_needs, require_metric
 from karui.lowrank._per_layer import Offering, PerLayer
 from karui.lowrank._scan import Seen, scan
+from karui.lowrank._watching import Shelf
 from karui.numerics.biclusters import outer_products
 from karui.technique import Bench, Card, technique
 
@@ -155,6 +156,7 @@ class BiclusteredCp(PerLayer, Offering):
 
         extra = {"solver": self.solver, "metric": self.metric}
         settings: Any = {"epochs": self.epochs, "learning_rate": self.learning_rate}
+        settings["shelf"] = Shelf.of(self, model, bench)
         seen = self._scan(model)[0]
         return layer_by_layer(
             model, bench, seen, self.choose(model), build, name="Biclusters, CP", extra=extra, **settings

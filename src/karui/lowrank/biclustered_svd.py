@@ -43,6 +43,7 @@ from karui.lowrank._common import require_data, require_fine_tuning, require_ran
 from karui.lowrank._metrics import metric_needs, require_metric
 from karui.lowrank._per_layer import LARGE, Offering, PerLayer
 from karui.lowrank._scan import Seen, scan
+from karui.lowrank._watching import Shelf
 from karui.numerics.biclusters import two_svds
 from karui.technique import Bench, Card, technique
 
@@ -152,6 +153,7 @@ class BiclusteredSvd(PerLayer, Offering):
 
         extra = {"metric": self.metric}
         settings: Any = {"epochs": self.epochs, "learning_rate": self.learning_rate}
+        settings["shelf"] = Shelf.of(self, model, bench)
         seen = self._scan(model)[0]
         return layer_by_layer(
             model, bench, seen, self.choose(model), build, name="Biclusters, SVD", extra=extra, **settings

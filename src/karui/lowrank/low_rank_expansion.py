@@ -30,6 +30,7 @@ two-dimensional ones. The groups of a grouped convolution are split one by one, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
@@ -41,6 +42,7 @@ from karui.lowrank._common import carry_out, fine_tune, require_data, require_fi
 from karui.lowrank._expansion import SCHEMES, Expanded, Joint, Separable, choose_rank, flat_objection
 from karui.lowrank._per_layer import LARGE, Offering, PerLayer
 from karui.lowrank._scan import Seen, scan
+from karui.lowrank._watching import Shelf
 from karui.model import replace_layers
 from karui.technique import Bench, Card, technique
 
@@ -146,24 +148,27 @@ class LowRankExpansion(PerLayer, Offering):
         assert model is not None  # noqa: S101  (the card's kind asks for one)
         require_data("low_rank_expansion", model, bench, self.epochs)
         seen, left = self._scan(model)
-        calibration = Calibration(model, bench, self.images, self.positions)
+        calibration, shelf = Calibration(model, bench, self.images, self.positions), Shelf.of(self, model, bench)
         current, layers, told = model, {}, list(left)
         for one in tracked(seen, "split layers", shown=bench.progress):
             choice = self.choice_for(one)
             if choice.replaced:
-                expanded = self._expanded(one, choice.ranks[0])
-                error = expanded.error
-                if self.objective == "data":
-                    moments = calibration.moments(current if self.joint else model, one)
-                    expanded, error = expanded.fitted(moments, self.iterations)
-                layers[one.path] = expanded.build()
-                choice = replace(choice, error=error)
+                make = partial(self._made, calibration, current if self.joint else model, one, choice)
+                layers[one.path], choice = shelf.layer(one, make)
                 if self.joint:
                     current = replace_layers(current, {one.path: layers[one.path]}, check=False)
             told.append(choice)
         wanted = {"scheme": self.scheme, "speedup": self.speedup, "objective": self.objective, "joint": self.joint}
         light = carry_out(model, told, layers, f"Low-rank expansion, scheme {self.scheme}", wanted)
         return fine_tune(light, bench, self.epochs, self.learning_rate, "fine-tune the network") if layers else light
+
+    def _made(self, calibration: Calibration, source: Model, one: Seen, choice: Choice) -> tuple[nn.Module, Choice]:
+        """The split layer, on the inputs that `source` gives it, and the choice with its error."""
+        expanded = self._expanded(one, choice.ranks[0])
+        error = expanded.error
+        if self.objective == "data":
+            expanded, error = expanded.fitted(calibration.moments(source, one), self.iterations)
+        return expanded.build(), replace(choice, error=error)
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
         """Layers that can be split, in the order of their calls, and the others."""

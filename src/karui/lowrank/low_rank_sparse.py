@@ -33,6 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -45,6 +46,7 @@ from karui.lowrank._common import carry_out, fine_tune, require_data, require_fi
 from karui.lowrank._per_layer import LOOKED_AT, Offering
 from karui.lowrank._scan import Seen, filters_of, groups_of, is_layer, scan
 from karui.lowrank._sums import assembled, regularised
+from karui.lowrank._watching import Shelf
 from karui.model import replace_layers
 from karui.numerics.bilateral import LowRankSparse, low_rank_sparse
 from karui.numerics.regression import Moments
@@ -145,12 +147,12 @@ class LowRankAndSparse(Offering):
         assert model is not None  # noqa: S101  (the card's kind asks for one)
         require_data("low_rank_sparse", model, bench, self.epochs)
         seen, left = self._scan(model)
-        calibration = Calibration(model, bench, self.images, self.positions)
+        calibration, shelf = Calibration(model, bench, self.images, self.positions), Shelf.of(self, model, bench)
         current, choices, layers = model, list(left), {}
         for one in tracked(seen, "fit layers", shown=bench.progress):
-            found = calibration.moments(current if self.asymmetric else model, one)
-            layers[one.path], fits, error = self._made(one, found)
-            choices.append(_told(one, fits, error))
+            source = current if self.asymmetric else model
+            layers[one.path], choice = shelf.layer(one, partial(self._summed, calibration, source, one))
+            choices.append(choice)
             current = replace_layers(current, {one.path: layers[one.path]}, check=False)
         wanted = {"budget": self.budget, "images": self.images, "positions": self.positions}
         light = carry_out(model, choices, layers, "low rank plus sparse", wanted)
@@ -201,6 +203,11 @@ class LowRankAndSparse(Offering):
             ]
         fits = [(r, c) for r, c in pairs if r + c and r * (rows + columns) + ENTRY * c < dense]
         return list(dict.fromkeys(fits))
+
+    def _summed(self, calibration: Calibration, source: Model, one: Seen) -> tuple[nn.Module, Choice]:
+        """The layer, on the inputs that `source` gives it, and what was done with it."""
+        layer, fits, error = self._made(one, calibration.moments(source, one))
+        return layer, _told(one, fits, error)
 
     def _made(self, one: Seen, found: Sequence[Moments]) -> tuple[nn.Module, list[LowRankSparse], float]:
         """The layer, the fit of each group, and the relative error."""

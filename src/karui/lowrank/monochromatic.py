@@ -39,6 +39,7 @@ from karui.lowrank._common import require_data, require_fine_tuning, require_ran
 from karui.lowrank._metrics import metric_needs, metric_of, require_metric
 from karui.lowrank._per_layer import Offering, PerLayer
 from karui.lowrank._scan import Seen, scan
+from karui.lowrank._watching import Shelf
 from karui.numerics.clusters import kmeans
 from karui.numerics.metrics import descend
 from karui.technique import Bench, Card, technique
@@ -163,6 +164,7 @@ class Monochromatic(PerLayer, Offering):
 
         extra = {"metric": self.metric, "even": self.even}
         settings: Any = {"epochs": self.epochs, "learning_rate": self.learning_rate}
+        settings["shelf"] = Shelf.of(self, model, bench)
         seen = self._scan(model)[0]
         return layer_by_layer(
             model, bench, seen, self.choose(model), build, name="Monochromatic", extra=extra, **settings

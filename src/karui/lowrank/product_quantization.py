@@ -23,6 +23,7 @@ DEPARTURE: where subspaces do not part the channels evenly the next smaller size
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ from karui.lowrank._choice import Choice
 from karui.lowrank._common import carry_out
 from karui.lowrank._per_layer import Offering, PerLayer
 from karui.lowrank._scan import Seen, groups_of, scan
-from karui.lowrank._watching import watched
+from karui.lowrank._watching import Shelf, watched
 from karui.model import replace_layers
 from karui.numerics.product_codes import ProductCode, Quadratic, corrected, product_code, stored_bytes
 from karui.numerics.unfold import split_groups
@@ -130,7 +131,7 @@ class ProductQuantization(PerLayer, Offering):
         """The quantised model."""
         assert model is not None  # noqa: S101  (the card's kind asks for one)
         seen, left = self._scan(model)
-        calibration = Calibration(model, bench, self.images, self.positions)
+        calibration, shelf = Calibration(model, bench, self.images, self.positions), Shelf.of(self, model, bench)
         current, layers, told = model, {}, list(left)
         with watched("quantise", len(seen), shown=bench.progress) as report:
             for done, one in enumerate(sorted(seen, key=lambda one: one.order)):
@@ -138,7 +139,8 @@ class ProductQuantization(PerLayer, Offering):
                 if choice.replaced:
                     source = current if self.chained else model
                     report(done, one.path)
-                    layers[one.path], choice = self._build(one, choice, source, calibration)
+                    make = partial(self._build, one, choice, source, calibration)
+                    layers[one.path], choice = shelf.layer(one, make)
                     current = replace_layers(current, {one.path: layers[one.path]}, check=False)
                 told.append(choice)
         wanted = {"correct": self.correct, "chained": self.chained}

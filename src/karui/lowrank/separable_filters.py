@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -38,6 +39,7 @@ from karui.lowrank._common import carry_out, fine_tune, require_data, require_fi
 from karui.lowrank._expansion import Separable, choose_rank, flat_objection, separated
 from karui.lowrank._per_layer import Offering, PerLayer
 from karui.lowrank._scan import Seen, scan
+from karui.lowrank._watching import Shelf
 from karui.model.responses import responses
 from karui.numerics.separable import Mixture, by_nuclear_norm, mixed, rank_one
 from karui.numerics.separable_cp import by_tensor
@@ -141,17 +143,20 @@ class SeparableFilters(PerLayer, Offering):
         assert model is not None  # noqa: S101  (the card's kind asks for one)
         require_data("separable_filters", model, bench, self.epochs)
         seen, left = self._scan(model)
-        layers, told = {}, list(left)
+        layers, told, shelf = {}, list(left), Shelf.of(self, model, bench)
         for one in tracked(seen, "find separable filters", shown=bench.progress):
             choice = self.choice_for(one)
             if choice.replaced:
-                solve = self._solver(model, one, choice.ranks[0], bench)
-                found = separated(one.layer, solve, shared=self.shared)
-                layers[one.path], choice = found.build(), replace(choice, error=found.error)
+                layers[one.path], choice = shelf.layer(one, partial(self._made, model, one, choice, bench))
             told.append(choice)
         wanted = {"method": self.method, "speedup": self.speedup, "shared": self.shared}
         light = carry_out(model, told, layers, "Separable filters", wanted)
         return fine_tune(light, bench, self.epochs, self.learning_rate, "fine-tune the network") if layers else light
+
+    def _made(self, model: Model, one: Seen, choice: Choice, bench: Bench) -> tuple[nn.Module, Choice]:
+        """The mixture, and the choice with its error."""
+        found = separated(one.layer, self._solver(model, one, choice.ranks[0], bench), shared=self.shared)
+        return found.build(), replace(choice, error=found.error)
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
         seen, left = scan(model, flat_objection, self.skip)
