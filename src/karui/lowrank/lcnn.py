@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -214,7 +214,9 @@ class Lcnn:
         taken = {choice.path for choice in able[: max(1, round(self.share * len(able)))]}
         reason = f"it does less work than the share of layers that is replaced ({self.share})"
         chosen = [c if not c.replaced or c.path in taken else Choice(c.path, reason=reason) for c in made]
-        return (*chosen, *left)
+        normed = self._normed(model, [one for one in seen if one.path in taken])
+        layers = {one.path: one.layer for one in seen}
+        return (*(_with_norm(c, layers[c.path]) if c.path in normed else c for c in chosen), *left)
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
         seen, left = scan(model, lambda _: "", self.skip)
@@ -252,6 +254,12 @@ class Lcnn:
         able = [one.path for one in seen if not isinstance(one.layer, nn.Linear) or one.outputs == 1]
         found = followings(model, able)
         return {path for path in able if found[path].scale is None}
+
+
+def _with_norm(choice: Choice, layer: Any) -> Choice:
+    """The choice with a batch normalisation in place of a bias."""
+    before, after = choice.parameters
+    return replace(choice, parameters=(before, after + len(layer.weight) * (2 - (layer.bias is not None))))
 
 
 def _layer(one: Seen, size: int, *, norm: bool) -> nn.Module:
