@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karui.errors import SettingError, SurgeryError, require
-from karui.layers.factored import CONVOLUTIONS
+from karui.layers.factored import CONVOLUTIONS, each_dimension
 
 
 def composite_std(parts: Iterable[tuple[Sequence[int], int]], gain: float = 2.0) -> float:
@@ -118,7 +118,7 @@ class CompositeConv(nn.Module):
             )
             require(filters >= 1 and filters % groups == 0 and len(kernel) == dimensions, told, error=SettingError)
         self.kernel_size = tuple(max(kernel[axis] for kernel, _ in shapes) for axis in range(dimensions))
-        self.stride, self.dilation = _each(stride, dimensions), _each(dilation, dimensions)
+        self.stride, self.dilation = each_dimension(stride, dimensions), each_dimension(dilation, dimensions)
         self.groups, self.padding_mode = groups, padding_mode
         self.around = _around(padding, self.kernel_size, self.dilation, self.stride)
         sides = [self._sides(kernel) for kernel, _ in shapes]
@@ -229,10 +229,6 @@ def _concatenated(maps: Sequence[Tensor], groups: int, dim: int = 1) -> Tensor:
 def _split(missing: int) -> tuple[int, int]:
     """Taps that a smaller kernel lacks before and after; an even kernel's middle is the earlier of its two."""
     return missing // 2, missing - missing // 2
-
-
-def _each(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    return (value,) * dimensions if isinstance(value, int) else tuple(value)
 
 
 def _around(

@@ -23,6 +23,12 @@ CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     2: nn.Conv2d,
     3: nn.Conv3d,
 }
+FUNCTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+NORMS: dict[int, type[nn.BatchNorm1d] | type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {
+    1: nn.BatchNorm1d,
+    2: nn.BatchNorm2d,
+    3: nn.BatchNorm3d,
+}
 _TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
 
 
@@ -237,6 +243,11 @@ def as_conv(linear: nn.Linear, shape: tuple[int, ...]) -> nn.Conv1d | nn.Conv2d 
     conv = CONVOLUTIONS[len(shape) - 1](shape[0], linear.out_features, shape[1:], bias=linear.bias is not None)  # pyright: ignore[reportArgumentType]
     conv = _fill(conv.to(linear.weight), linear.weight.reshape(-1, *shape), linear.bias)
     return conv.requires_grad_(linear.weight.requires_grad)
+
+
+def each_dimension(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """One number for each dimension of space, as torch takes a single one for all of them."""
+    return (value,) * dimensions if isinstance(value, int) else tuple(value)
 
 
 def conv_settings(conv: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from karui.errors import SettingError, require
-from karui.layers.factored import CONVOLUTIONS
+from karui.layers.factored import CONVOLUTIONS, each_dimension
 from karui.numerics.rank_one import outer, rank_one
 
 _PADDED = {1: nn.ConstantPad1d, 2: nn.ConstantPad2d, 3: nn.ConstantPad3d}
@@ -63,7 +63,7 @@ class FlattenedConv(nn.Sequential):
     ) -> None:
         kernel = tuple(kernel_size)
         require(stages >= 1, f"stages is {stages}; give 1 or more sets", error=SettingError)
-        steps, spread = (_each(value, len(kernel)) for value in (stride, dilation))
+        steps, spread = (each_dimension(value, len(kernel)) for value in (stride, dilation))
         even = any(step * (taps - 1) % 2 for taps, step in zip(kernel, spread, strict=True))
         copies = padding_mode != "zeros" and even and (stages > 1 or padding in (None, "same"))
         strided = padding == "same" and any(step != 1 for step in steps)
@@ -211,8 +211,4 @@ def _copy_maps(part: Sequence[Any]) -> None:
 
 
 def _padding(padding: int | Sequence[int] | str, dimensions: int) -> tuple[int, ...]:
-    return _each(0 if isinstance(padding, str) else padding, dimensions)
-
-
-def _each(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    return (value,) * dimensions if isinstance(value, int) else tuple(value)
+    return each_dimension(0 if isinstance(padding, str) else padding, dimensions)

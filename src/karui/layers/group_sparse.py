@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karui.errors import require
-from karui.layers.factored import CONVOLUTIONS, conv_settings
+from karui.layers.factored import CONVOLUTIONS, FUNCTIONS, conv_settings
 from karui.layers.windows import Windows
 from karui.numerics.columns import Geometry, patch_rows
 from karui.numerics.unfold import split_groups
-
-_FUNCTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
 class GroupSparseConv(nn.Module):
@@ -94,7 +92,7 @@ class GroupSparseConv(nn.Module):
         products = []
         for weight, channels, bias, counts in zip(*self._by_group(), biases, self.live, strict=True):
             patches = patch_rows(padded, channels, counts, geometry)
-            products.append(_FUNCTIONS[dims](patches, weight.reshape(*weight.shape, *[1] * dims), bias))
+            products.append(FUNCTIONS[dims](patches, weight.reshape(*weight.shape, *[1] * dims), bias))
         return products[0] if self.groups == 1 else torch.cat(products, 1)
 
     def _by_group(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -20,11 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from karui.errors import require
-from karui.layers.factored import CONVOLUTIONS, conv_settings
+from karui.layers.factored import CONVOLUTIONS, NORMS, conv_settings
 from karui.layers.sparse_conv import SPARSE_CONVOLUTIONS
 from karui.layers.windows import Windows
-
-_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class LookupConv(nn.Module):
         self.mixture = SPARSE_CONVOLUTIONS[dims](
             groups * size, out_channels, tuple(kernel_size), groups=groups, bias=bias and not norm, **space
         )
-        self.norm = _NORMS[dims](out_channels) if norm else None
+        self.norm = NORMS[dims](out_channels) if norm else None
 
     def settings(self) -> dict[str, Any]:
         """What `LookupConv(**settings)` rebuilds it from."""

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karui.errors import require
-from karui.layers.factored import CONVOLUTIONS, conv_settings
+from karui.layers.factored import CONVOLUTIONS, FUNCTIONS, conv_settings
 from karui.layers.windows import Windows
 from karui.numerics.bit_planes import pack_planes, plane_bytes, unpack_planes
 from karui.numerics.straight_through import MOST_BITS, REAL, InputGrid, WeightGrid, input_codes, levels, require_bits
-
-_FUNCTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
 class _LowBit(nn.Module):
@@ -177,7 +175,7 @@ class LowBitConv(_LowBit):
         """On the grids of inputs and weight."""
         whole, weight = self.prepared(input)
         padded = self._windows.padded(whole) if self._windows else whole
-        return _FUNCTIONS[len(self.shape) - 2](padded, weight, self.bias, *self._space)
+        return FUNCTIONS[len(self.shape) - 2](padded, weight, self.bias, *self._space)
 
     def dense(self) -> nn.Module:
         """The convolution of the same weight; it takes inputs as they are."""

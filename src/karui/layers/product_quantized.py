@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karui.errors import require
-from karui.layers.factored import CONVOLUTIONS, conv_settings
+from karui.layers.factored import CONVOLUTIONS, FUNCTIONS, conv_settings
 from karui.layers.windows import Windows
 from karui.numerics.product_codes import ProductCode, code_bits, decoded
 from karui.numerics.row_sums import row_sums
 
-_FUNCTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 MOST_CODEWORDS = 256
 
 
@@ -178,14 +177,14 @@ class QuantizedConv(nn.Module):
         padded = self._windows.padded(input)
         if self.lookup:
             return self._by_tables(padded)
-        convolve = _FUNCTIONS[len(self.kernel_size)]
+        convolve = FUNCTIONS[len(self.kernel_size)]
         return convolve(padded, self.weight(), self.bias, self.stride, 0, self.dilation, self.groups)
 
     def _by_tables(self, padded: Tensor) -> Tensor:
         """Products of each pixel with all codewords, then a sum of what the codes name, position by position."""
         dims, (parts, codewords, size) = len(self.kernel_size), self.books.shape
         products = self.books.reshape(parts * codewords, size, *[1] * dims)
-        tables = _FUNCTIONS[dims](padded, products, groups=parts)
+        tables = FUNCTIONS[dims](padded, products, groups=parts)
         filters, subspaces, taps = self.codes.shape
         first = torch.arange(filters, device=self.codes.device) // (filters // self.groups) * subspaces
         part = first[:, None] + torch.arange(subspaces, device=self.codes.device)

@@ -15,10 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from karui.layers.factored import CONVOLUTIONS, conv_settings
+from karui.layers.factored import CONVOLUTIONS, FUNCTIONS, conv_settings
 from karui.layers.spatial import padding_of
-
-_FUNCTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
 class SeparableBank(nn.Module):
@@ -91,7 +89,7 @@ class SeparableBank(nn.Module):
             maps = functional.pad(maps, around, mode=mode)
         weight = filters.expand(self.in_channels, -1, -1).reshape(-1, 1, *shape)
         settings: dict[str, Any] = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation)}
-        return _FUNCTIONS[dims](maps, weight, groups=maps.shape[1], **settings)
+        return FUNCTIONS[dims](maps, weight, groups=maps.shape[1], **settings)
 
     def _pads(self, dim: int) -> tuple[int, int]:
         """Before and after, along one dimension; "same" puts an odd one after, as torch does."""

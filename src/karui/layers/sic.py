@@ -9,14 +9,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from karui.layers.factored import CONVOLUTIONS
+from karui.layers.factored import CONVOLUTIONS, NORMS
 from karui.layers.topological import TopologicalPointwise
-
-NORMS: dict[int, type[nn.BatchNorm1d] | type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {
-    1: nn.BatchNorm1d,
-    2: nn.BatchNorm2d,
-    3: nn.BatchNorm3d,
-}
 
 
 def keeps_size(conv: Any) -> bool:

@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from karui.layers.factored import CONVOLUTIONS
-from karui.layers.sic import NORMS
+from karui.layers.factored import CONVOLUTIONS, NORMS
 
 _TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 

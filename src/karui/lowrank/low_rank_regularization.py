@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from karui.errors import SettingError, did_you_mean, require
 from karui.layers.axes import chain_cost
-from karui.layers.factored import FactoredConv
+from karui.layers.factored import NORMS, FactoredConv
 from karui.layers.spatial import split_space, split_stages
 from karui.lowrank._choice import Choice, unless_larger
 from karui.lowrank._common import carry_out, fine_tune, require_data, require_fine_tuning, require_ranks, tracked
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from karui.model import Model
 
 Order = Literal["vertical", "horizontal", "better"]
-_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 @technique(
@@ -269,7 +268,7 @@ def _with_norm(chain: FactoredConv) -> nn.Sequential:
     settings = chain.settings()
     settings["stages"][-1]["bias"] = False
     bare = FactoredConv(**settings)
-    norm = _NORMS[chain.dimensions](chain.stages[-1].out_channels)
+    norm = NORMS[chain.dimensions](chain.stages[-1].out_channels)
     return nn.Sequential(bare, norm).to(chain.stages[-1].weight).train(chain.training)
 
 
