@@ -3,7 +3,7 @@ Convolutional Networks for Efficient Evaluation", NIPS, arXiv 1404.0736 (survey 
 
 Filters that are alike form groups, channels that are used alike form groups, all of equal size; and the kernel between
 each two groups is a tensor of three modes (filters, channels, positions), written as a sum of few outer products, found
-one after another. Linear layers get a truncated SVD.
+one after another. Linear layers may get a truncated SVD.
 
 It pays for inner convolutions with many channels and kernels of 5x5 or more, where a few spatial filters serve each
 pair of groups. It does not pay for 3x3 kernels of small networks (one Tucker core or a split over space loses less at
@@ -16,6 +16,8 @@ DEPARTURE: an approximation of the weighted kernel, weighed back, is no sum of f
 metrics "maha" and "datacov" the greedy factors descend in the metric by back-propagation, all at once.
 
 DEPARTURE: "maha" takes the class that the network puts first as the right one, where the authors know the label.
+
+DEPARTURE: linear layers are left unless `linear_share` says how much of them is kept; the paper cuts them all.
 
 DEPARTURE: the rank follows from the wanted speed-up, where the paper sets it by hand; where groups do not part a layer
 evenly the next smaller number that does is taken, and said; one and three dimensions of space are as two.

@@ -3,7 +3,7 @@ Convolutional Networks for Efficient Evaluation", NIPS, arXiv 1404.0736 (survey 
 
 Filters that are alike form groups, channels that are used alike form groups, all of equal size; and the kernel between
 each two groups is cut by an SVD to few directions of its filters, what is left by another to few of its channels: down
-to few maps, a convolution between few maps, up to the filters. Linear layers get a truncated SVD.
+to few maps, a convolution between few maps, up to the filters. Linear layers may get a truncated SVD.
 
 It pays for convolutions with many channels; groups make each of the small convolutions cheap. It does not pay for
 small networks, in which a group has a handful of channels (`Tucker2`, one group of all, loses less there), nor in
@@ -16,6 +16,8 @@ DEPARTURE: an approximation of the weighted kernel, weighed back, is of low rank
 "datacov" the factors of the SVDs descend in the metric by back-propagation, all at once.
 
 DEPARTURE: "maha" takes the class that the network puts first as the right one, where the authors know the label.
+
+DEPARTURE: linear layers are left unless `linear_share` says how much of them is kept; the paper cuts them all.
 
 DEPARTURE: where groups do not part a layer evenly the next smaller number that does is taken, and said; one and three
 dimensions of space are as two.
