@@ -84,6 +84,16 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": center, "low": center - half, "high": center + half, "values": list(values)}
 
 
+def by_name(runs: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Of what each seed found, by name, the intervals."""
+    return {name: interval([run[name] for run in runs]) for name in runs[0]}
+
+
+def apart(runs: Sequence[dict[str, float]], one: str, other: str) -> dict[str, Any]:
+    """The difference of two arms, seed by seed."""
+    return interval([run[one] - run[other] for run in runs])
+
+
 def shown(told: dict[str, Any]) -> str:
     """An interval for a table."""
     return f"{told['mean']:.2f} [{told['low']:.2f}, {told['high']:.2f}]"

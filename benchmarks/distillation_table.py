@@ -112,6 +112,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--smoke", action="store_true", help="one seed, little data; keeps nothing")
     options.add_argument("--report", action="store_true", help="tell what is finished; measure nothing")
+    options.add_argument("--only", nargs="+", default=(), metavar="TASK", help="measure these tasks alone")
     asked = options.parse_args()
     torch.set_num_threads(1)
     quick = [rows(), faces(), speech()]
@@ -128,7 +129,8 @@ def main() -> None:
     for some in () if asked.report else (quick, long):
         for seed in range(SEEDS):
             for task in some:
-                run(task, ledger, FOLDER, seed)
+                if not asked.only or task.name in asked.only:
+                    run(task, ledger, FOLDER, seed)
     values = {
         task.name: collected(task, ledger.parts) for task in tasks if f"{task.name}, teacher, seed 0" in ledger.parts
     }

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from _common import CACHE, Ledger, claims_table, interval, mnist, publish, shown, table, unseen
-from _mlp import accuracy, bench_of, mlp
-from karui.data import Splits, hold_out, load_data, targets_of
+from _common import CACHE, Ledger, by_name, claims_table, interval, mnist, publish, shown, table, unseen
+from _mlp import accuracy, bench_of, few_of, mlp
+from karui.data import Splits, load_data, targets_of
 from karui.data.augment import RandomCrop
 from karui.data.splits import take
 from karui.distill import KnowledgeDistillation
@@ -47,8 +47,7 @@ def missing_class(digits: Splits, seed: int) -> dict[str, dict[str, float]]:
 def few_pictures(digits: Splits, seed: int) -> dict[str, float]:
     """100 transfer pictures, a teacher of two networks that saw all of them; full batches until converged."""
     teachers = tuple(bench_of(digits, 40, s).fit(mlp(64, 128, 128, 10, seed=100 + s)) for s in (2 * seed, 2 * seed + 1))
-    few = replace(digits, train=hold_out(digits.train, 100 / len(digits.train), seed)[1])
-    bench, student = bench_of(few, 1200, seed, batch=100), mlp(64, 32, 10, seed=seed)
+    bench, student = bench_of(few_of(digits, 100, seed), 1200, seed, batch=100), mlp(64, 32, 10, seed=seed)
     technique = KnowledgeDistillation(teacher=teachers, weight=1.0, epochs=1200, remember=100)
     soft = {f"T = {t:g}": replace(technique, temperature=t).apply(student, bench) for t in (2.0, 4.0)}
     return {name: accuracy(model, digits) for name, model in {"hard targets": bench.fit(student), **soft}.items()}
@@ -56,12 +55,12 @@ def few_pictures(digits: Splits, seed: int) -> dict[str, float]:
 
 def ensemble(digits: Splits) -> dict[str, list[float]]:
     """Five CNNs and every student see the same 100 pictures."""
-    few = replace(digits, train=hold_out(digits.train, 100 / len(digits.train), 0)[1])
-    members = tuple(bench_of(few, 60, seed).fit(cnn(seed)) for seed in range(SEEDS))
+    seen = few_of(digits, 100, 0)
+    members = tuple(bench_of(seen, 60, seed).fit(cnn(seed)) for seed in range(SEEDS))
     technique = KnowledgeDistillation(teacher=members, temperature=4.0, weight=0.9, epochs=400, remember=100)
     told: dict[str, list[float]] = {"members": [accuracy(member, digits) for member in members], "hard": [], "soft": []}
     for seed in range(SEEDS):
-        bench, student = bench_of(few, 400, seed), mlp(64, 16, 10, seed=seed)
+        bench, student = bench_of(seen, 400, seed), mlp(64, 16, 10, seed=seed)
         told["hard"].append(accuracy(bench.fit(student), digits))
         told["soft"].append(accuracy(technique.apply(student, bench), digits))
     return told
@@ -87,10 +86,6 @@ def two_sizes(splits: Splits, seed: int) -> dict[str, float]:
     models = {"large net": teacher, "small net, hard targets": bench.fit(student)}
     models["small net, T = 20"] = technique.apply(student, bench)
     return {name: accuracy(model, splits) for name, model in models.items()}
-
-
-def by_name(runs: list[dict[str, float]]) -> dict[str, Any]:
-    return {name: interval([run[name] for run in runs]) for name in runs[0]}
 
 
 def measured(told: dict[str, Any]) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
 from sklearn.svm import SVC
 
-from _common import CACHE, Ledger, claims_table, interval, publish, shown, table, unseen
+from _common import CACHE, Ledger, apart, by_name, claims_table, publish, shown, table, unseen
 from _mlp import accuracy, mlp
 from karui.data import Splits, load_data
 from karui.data.splits import take
@@ -115,15 +115,6 @@ def sizes(digits: Splits) -> dict[str, float]:
                 times[name].append(time.process_time() - began)
     told = {f"{name} seconds": statistics.median(found[5:]) for name, found in times.items()}
     return told | {"ensemble bytes": len(held.getvalue()), "student bytes": len(save(net.state_dict()))}
-
-
-def by_name(runs: list[dict[str, float]]) -> dict[str, Any]:
-    return {name: interval([run[name] for run in runs]) for name in runs[0]}
-
-
-def apart(runs: list[dict[str, float]], one: str, other: str) -> dict[str, Any]:
-    """The difference of two arms, seed by seed."""
-    return interval([run[one] - run[other] for run in runs])
 
 
 def measured(values: dict[str, Any]) -> dict[str, list[str]]:
