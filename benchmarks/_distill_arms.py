@@ -58,14 +58,16 @@ class Arm:
         name: begins with the number of the paper, but for the student alone.
         run: the trained student; its CPU time is what the arm costs.
         before: work of somebody else, such as the data's owner, whose time does not count.
+        seeds: how many are measured at most, where the way is too dear for all; None is all.
     """
 
     name: str
     run: Callable[[Lesson, Any], Model]
     before: Callable[[Lesson], Any] = lambda _: None
+    seeds: int | None = None
 
 
-def _bases(temperature: float = 4.0, *, remember: bool = True) -> tuple[Arm, ...]:
+def _bases(temperature: float = 4.0) -> tuple[Arm, ...]:
     """The student alone and [30], each at two lengths."""
 
     def alone(times: int) -> Callable[[Lesson, Any], Model]:
@@ -75,12 +77,8 @@ def _bases(temperature: float = 4.0, *, remember: bool = True) -> tuple[Arm, ...
 
     def soft(times: int) -> Callable[[Lesson, Any], Model]:
         def run(lesson: Lesson, _: Any) -> Model:
-            technique = KnowledgeDistillation(
-                teacher=lesson.teacher,
-                temperature=temperature,
-                epochs=times * lesson.bench.training.epochs,
-                remember=len(lesson.bench.train) if remember else 0,
-            )
+            epochs = times * lesson.bench.training.epochs
+            technique = KnowledgeDistillation(teacher=lesson.teacher, temperature=temperature, epochs=epochs)
             return technique.apply(lesson.student, lesson.bench)
 
         return run
@@ -102,36 +100,48 @@ def _passes(lesson: Lesson) -> int:
     return lesson.bench.training.epochs
 
 
+LAYERS = ("layer1", "layer2", "layer3")
+
+
+def _maps(soft: float) -> Callable[[Lesson], Any]:
+    return lambda one: AttentionTransfer(
+        teacher=one.teacher, layers=LAYERS, teacher_layers=LAYERS, soft=soft, epochs=_passes(one)
+    )
+
+
+def _hint(one: Lesson) -> Any:
+    return FitNets(teacher=one.teacher, layer="layer2", teacher_layer="layer2", hint_epochs=1, epochs=_passes(one))
+
+
+def _again(lesson: Lesson, _: Any) -> Model:
+    return BornAgain().apply(lesson.bench.fit(lesson.student, label=ALONE), lesson.bench)
+
+
+PEERS = _arm("[39] two peers, the first kept", lambda _: MutualLearning())
+
+
 def for_pictures() -> tuple[Arm, ...]:
-    """Convolutional networks: outputs, inner layers, and networks without a teacher."""
-    layers = ("layer1", "layer2", "layer3")
-
-    def again(lesson: Lesson, _: Any) -> Model:
-        first = lesson.bench.fit(lesson.student, label=ALONE)
-        return BornAgain().apply(first, lesson.bench)
-
-    def maps(soft: float) -> Callable[[Lesson], Any]:
-        return lambda one: AttentionTransfer(
-            teacher=one.teacher, layers=layers, teacher_layers=layers, soft=soft, epochs=_passes(one)
-        )
-
+    """Convolutional networks: outputs, inner layers, and networks without a teacher; the dearest for one seed."""
     return (
         *_bases(),
-        _arm(
-            "[33] hint, one pass before",
-            lambda one: FitNets(
-                teacher=one.teacher, layer="layer2", teacher_layer="layer2", hint_epochs=1, epochs=_passes(one)
+        _arm("[34] attention maps and [30]", _maps(0.9)),
+        Arm(name="[37] born again, one generation", run=_again),
+        PEERS,
+        _arm("[33] hint, one pass before", _hint),
+        _arm("[34] attention maps", _maps(0.0)),
+        Arm(
+            name="[34] input gradients",
+            run=lambda one, _: AttentionTransfer(teacher=one.teacher, by="gradients", epochs=_passes(one)).apply(
+                one.student, one.bench
             ),
-        ),
-        _arm("[34] attention maps", maps(0.0)),
-        _arm("[34] attention maps and [30]", maps(0.9)),
-        Arm(name="[37] born again, one generation", run=again),
-        _arm("[39] two peers, the first kept", lambda _: MutualLearning()),
-        _arm(
-            "[34] input gradients",
-            lambda one: AttentionTransfer(teacher=one.teacher, by="gradients", epochs=_passes(one)),
+            seeds=1,
         ),
     )
+
+
+def for_whole_pictures() -> tuple[Arm, ...]:
+    """The ways that matter most, for a student of twice the channels."""
+    return (*_bases(), _arm("[34] attention maps and [30]", _maps(0.9)), PEERS)
 
 
 def for_speech() -> tuple[Arm, ...]:
@@ -141,9 +151,8 @@ def for_speech() -> tuple[Arm, ...]:
         def make(lesson: Lesson) -> Any:
             inputs = tensors_of(lesson.pool)
             assert inputs is not None  # noqa: S101  (recordings lie in memory)
-            samples = len(lesson.bench.train) + pool * len(lesson.pool)
             more = TensorDataset(inputs[0]) if pool else None
-            return LogitRegression(teacher=lesson.teacher, unlabelled=more, epochs=_passes(lesson), remember=samples)
+            return LogitRegression(teacher=lesson.teacher, unlabelled=more, epochs=_passes(lesson))
 
         return make
 
@@ -168,8 +177,8 @@ def for_faces() -> tuple[Arm, ...]:
 
 
 def for_words() -> tuple[Arm, ...]:
-    """Two lengths of each; answers over thousands of words are too many to keep."""
-    return _bases(temperature=2.0, remember=False)
+    """Two lengths of each."""
+    return _bases(temperature=2.0)
 
 
 def for_rows() -> tuple[Arm, ...]:

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 from _common import cifar10, data_folder
-from _distill_arms import Arm, Lesson, for_faces, for_pictures, for_rows, for_speech, for_words
-from _low_rank_nets import WordLstm, perplexity, right, spoken, words
+from _distill_arms import Arm, Lesson, for_faces, for_pictures, for_rows, for_speech, for_whole_pictures, for_words
+from _low_rank_nets import CONTEXT, WordLstm, perplexity, right, spoken
 from _mlp import bench_of, mlp
 from cifar_resnets import published
 from karui.architectures.cifar_resnet import cifar_resnet
@@ -25,6 +25,7 @@ from karui.distill._selection import verification_accuracy
 from karui.model import Classification, Model
 from karui.technique import Bench
 from karui.train import SGD, Adam, Constant, Cosine, Training
+from svd_softmax import corpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,27 +48,35 @@ class Task:
     unit: str = "accuracy, %"
 
 
-def pictures(train: int = 600, test: int = 500, passes: int = 5) -> Task:
-    """CIFAR-10: the published ResNet-56 teaches a ResNet-20 of half the channels."""
+def pictures(width: float = 0.5, train: int = 3000, test: int = 2000, passes: int = 4) -> Task:
+    """CIFAR-10: the published ResNet-56 teaches a ResNet-20, of half the channels or of all."""
     data = cifar10(train)
     few = Subset(data.test, range(test))
-    training = Training(epochs=passes, batch_size=20, optimizer=SGD(lr=0.05, weight_decay=1e-4), schedule=Cosine())
+    training = Training(
+        epochs=passes,
+        batch_size=32,
+        optimizer=SGD(lr=0.1, weight_decay=1e-4),
+        schedule=Cosine(),
+        channels_last=True,
+    )
     teacher = published("resnet56")
+    teacher.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (as the student's)
+    size = "of half the channels" if width < 1 else "of all channels"
 
     def lesson(seed: int, folder: Path) -> Lesson:
         del folder
         torch.manual_seed(seed)
-        student = Model(cifar_resnet(20, width=0.5), example=teacher.example, task=Classification())
+        student = Model(cifar_resnet(20, width=width), example=teacher.example, task=Classification())
         bench = Bench(train=data.train, validation=data.validation, test=few, training=training, seed=seed)
         return Lesson(student=student, teacher=teacher, bench=bench)
 
     return Task(
-        name="pictures",
+        name="pictures" if width < 1 else "pictures, whole student",
         about=f"CIFAR-10: ResNet-56 with published weights (seen all 50,000 pictures) teaches an untrained ResNet-20 "
-        f"of half the channels on {train:,} pictures, {passes} passes (batches of 20, SGD, rate 0.05, cosine, no "
-        f"augmentation); the first {test:,} test pictures judge",
+        f"{size} on {train:,} pictures, {passes} passes (batches of 32, SGD, rate 0.1, cosine, no augmentation); the "
+        f"first {test:,} test pictures judge",
         lesson=lesson,
-        arms=for_pictures(),
+        arms=for_pictures() if width < 1 else for_whole_pictures(),
         score=lambda model, lesson: right(model, lesson.bench),
     )
 
@@ -172,27 +181,33 @@ def verified(model: Model, lesson: Lesson) -> float:
     return 100 * verification_accuracy(features, people, pairs=4000, seed=lesson.bench.seed)
 
 
-def next_words(taught: int = 4) -> Task:
+def next_words(taught: int = 3, passes: int = 2, common: int = 2000) -> Task:
     """WikiText-2: an LSTM of 128 cells teaches one of 32."""
-    whole = words()
+    text, judged, _ = corpus()
+
+    def samples(numbers: torch.Tensor, step: int) -> TensorDataset:
+        windows = torch.where(numbers < common, numbers, common).unfold(0, CONTEXT + 1, step)
+        return TensorDataset(windows[:, :-1].contiguous(), windows[:, -1].contiguous())
+
+    def net(seed: int, embedded: int, cells: int) -> Model:
+        torch.manual_seed(seed)
+        example = (torch.zeros(1, CONTEXT, dtype=torch.long),)
+        return Model(WordLstm(common + 1, embedded, cells).eval(), example=example, task=Classification())
+
+    training = Training(epochs=passes, batch_size=128, optimizer=Adam(lr=4e-3), schedule=Cosine())
 
     def lesson(seed: int, folder: Path) -> Lesson:
-        bench = whole.bench(seed)
-        assert whole.training is not None  # noqa: S101  (the LSTM is trained here)
-        large = whole.untrained(100 + seed)
-        teach = replace(bench, training=replace(whole.training, epochs=taught))
-        teacher = kept(folder, f"words-{seed}", lambda: teach.fit(large, label="words, teacher"), large)
-        torch.manual_seed(seed)
-        small = WordLstm(large.module.head.out_features, embedded=16, cells=32)
-        student = Model(small.eval(), example=large.example, task=Classification())
-        return Lesson(
-            student=student, teacher=teacher, bench=replace(teach, training=replace(teach.training, epochs=2))
-        )
+        bench = Bench(train=samples(text, 16), test=samples(judged, 40), training=training, seed=seed)
+        teach = replace(bench, train=samples(text, 8), training=replace(training, epochs=taught))
+        large = net(100, 64, 128)
+        teacher = kept(folder, "words", lambda: teach.fit(large, label="words, teacher"), large)
+        return Lesson(student=net(seed, 16, 32), teacher=teacher, bench=bench)
 
     return Task(
         name="words",
-        about="the next word of WikiText-2's validation text (its test text judges): an LSTM of 128 cells, trained "
-        f"for {taught} passes, teaches one of 32, 2 passes over every eighth word (Adam, rate 0.004, cosine)",
+        about=f"the next word of WikiText-2's validation text (its test text judges), of the {common:,} most frequent "
+        f"ones and one for all others: an LSTM of 128 cells, trained for {taught} passes over every eighth word, "
+        f"teaches one of 32, {passes} passes over every sixteenth (batches of 128, Adam, rate 0.004, cosine)",
         lesson=lesson,
         arms=for_words(),
         score=lambda model, lesson: perplexity(model, lesson.bench),

@@ -7,7 +7,6 @@ much noise on the weights (a twentieth of each weight's size) raises the trainin
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from statistics import mean
 from typing import Any
@@ -15,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import TensorDataset
 
-from _common import CACHE, Ledger, apart, by_name, cifar10, claims_table, publish, shown, table, unseen
+from _common import CACHE, Ledger, apart, by_name, claims_table, half_sized_cifar10, publish, shown, table, unseen
 from _mlp import accuracy, bench_of, few_of, mlp
 from karui.data import Splits, load_data, tensors_of
 from karui.distill import MutualLearning
@@ -27,23 +25,10 @@ SEEDS, DRAWS, NOISE = 6, 5, 0.05
 ALONE, TOGETHER = "alone", "together"
 
 
-def little_pictures(train: int = 600, test: int = 2000) -> Splits:
-    """CIFAR-10 at 16 pixels: every second one averaged with its neighbours."""
-    whole = cifar10(train)
-
-    def halved(part: Any, number: int) -> TensorDataset:
-        x, y = (tensor[:number] for tensor in tensors_of(part))
-        return TensorDataset(functional.avg_pool2d(x, 2), y)
-
-    return replace(
-        whole, train=halved(whole.train, train), test=halved(whole.test, test), validation=halved(whole.validation, 100)
-    )
-
-
 def convolutional(seed: int) -> Model:
     """Three convolutions with batch normalisation for pictures of 16 pixels in three colours."""
     torch.manual_seed(seed)
-    widths = (3, 16, 24, 32)
+    widths = (3, 8, 16, 16)
     blocks = [
         part
         for a, b in pairwise(widths)
@@ -59,12 +44,12 @@ def perceptrons(*widths: int) -> Callable[[int], Model]:
 
 def settings() -> dict[str, tuple[Callable[[int], Splits], Callable[[int], Model], int]]:
     digits = load_data("digits")
-    pictures = little_pictures()
+    pictures = half_sized_cifar10(600, 2000)
     return {
         "300 digits, 48 units": (lambda s: few_of(digits, 300, s), perceptrons(48), 30),
         "400 digits, 48 and 48 units": (lambda s: few_of(digits, 400, s), perceptrons(48, 48), 30),
         "300 digits, a fifth of the labels wrong": (lambda s: few_of(digits, 300, s, 0.2), perceptrons(48), 60),
-        "600 colour pictures of 16 pixels, three convolutions": (lambda _: pictures, convolutional, 30),
+        "600 colour pictures of 16 pixels, three convolutions": (lambda _: pictures, convolutional, 20),
     }
 
 

@@ -97,14 +97,14 @@ def test_a_generation_is_distillation_at_temperature_one_from_the_one_before(dig
     """The second generation, made by hand from the first one, frozen."""
     from karui.distill.born_again import Generation
     from karui.technique.redraw import redrawn
-    from karui.train.guide import Guide
     from karui.train.randomness import seed_of
+    from karui.train.teaching import Teachers
 
     start, bench = mlp(12), bench_of(digits)
     first, second = BornAgain(generations=2).study(start, bench)
     before = state(first)
     fresh = redrawn(start, seed_of(0, "generation", 2))
-    by_hand = bench.fit(fresh, influence=Generation(guide=Guide(first)), label="generation 2")
+    by_hand = bench.fit(fresh, influence=Generation(teachers=Teachers((first,))), label="generation 2")
     assert same(by_hand, second)
     assert all(torch.equal(value, before[name]) for name, value in state(first).items())
 

@@ -17,6 +17,7 @@ from karui.model import Classification, Model, taps
 from karui.technique import Bench
 from karui.train import SGD, Adam, Constant, Moment, Training
 from karui.train.guide import Guide
+from karui.train.teaching import Teachers
 
 pytestmark = pytest.mark.paper(33)
 
@@ -128,7 +129,7 @@ def test_stage_two_starts_where_stage_one_ended(digits: Splits) -> None:
 
 
 def test_the_weight_falls_linearly_to_nothing() -> None:
-    fading = FadingTargets(guide=Guide(net(4)), weight=4.0)
+    fading = FadingTargets(teachers=Teachers((net(4),)), weight=4.0)
     told = [fading.at(Moment(nn.Identity(), (), None, None, step=step, steps=9)) for step in range(9)]
     assert told == pytest.approx([4 - step / 2 for step in range(9)])
     assert told[-1] == 0.0
@@ -136,13 +137,13 @@ def test_the_weight_falls_linearly_to_nothing() -> None:
 
 def test_the_temperature_is_not_squared_unless_asked() -> None:
     teacher, x = net(4, seed=1), torch.rand(6, 1, 8, 8)
-    guide = Guide(teacher)
+    teachers = Teachers((teacher,))
     outputs = net(4).module(x)
     moment = Moment(nn.Identity(), (x,), None, outputs, step=0, steps=9)
-    answers, _ = guide((x,))
+    (answers,) = teachers((x,))
     entropy = -((answers / 3).softmax(1) * (outputs / 3).log_softmax(1)).sum(1).mean()
-    plain = FadingTargets(guide=guide).objective(torch.tensor(1.0), moment)
-    squared = FadingTargets(guide=guide, squared=True).objective(torch.tensor(1.0), moment)
+    plain = FadingTargets(teachers=teachers).objective(torch.tensor(1.0), moment)
+    squared = FadingTargets(teachers=teachers, squared=True).objective(torch.tensor(1.0), moment)
     torch.testing.assert_close(plain, 1 + 4 * entropy)
     torch.testing.assert_close(squared, 1 + 4 * 9 * entropy)
 

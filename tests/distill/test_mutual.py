@@ -20,7 +20,7 @@ from karui.measuring import evaluate
 from karui.model import Classification, Model, Origin, Regression
 from karui.technique import Bench
 from karui.technique.redraw import redrawn
-from karui.train import Adam, Constant, Training
+from karui.train import SGD, Adam, Constant, Training
 from karui.train.joint import Answer
 from karui.train.masks import zero_masks
 from karui.train.randomness import seed_of
@@ -124,6 +124,22 @@ def test_the_second_peer_sees_what_the_first_says_after_its_step() -> None:
     said = sorted(map(tuple, trained[0].module.net(x).tolist()))
     asked = sorted(map(tuple, log[2][1].tolist()))
     torch.testing.assert_close(torch.tensor(said), torch.tensor(asked))
+
+
+@pytest.mark.parametrize("alternating", [True, False])
+def test_peers_in_two_processes_learn_as_in_one(digits: Splits, alternating: bool) -> None:
+    """Under ddp, each process with half of every batch: also a partner of another architecture."""
+    few = torch.utils.data.Subset(digits.train, range(128))
+    settings = {"epochs": 2, "accelerator": "cpu", "optimizer": SGD(lr=0.05), "schedule": Constant()}
+    one = Training(batch_size=32, **settings)
+    technique = MutualLearning(peers=2, partners=(mlp(7, seed=3),), alternating=alternating)
+    alone, both = (
+        technique.study(mlp(12), replace(bench_of(digits, train=few), training=training))
+        for training in (one, replace(one, batch_size=16, devices=2, strategy="ddp"))
+    )
+    for a, b in zip(alone, both, strict=True):
+        for name, value in a.module.state_dict().items():
+            torch.testing.assert_close(b.module.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_peers_start_from_other_values_and_from_each_other(digits: Splits) -> None:

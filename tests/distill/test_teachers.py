@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 
 from karui.architectures.perceptron import perceptron
 from karui.artifact import save
-from karui.data import Splits
+from karui.data import RandomCrop, Splits
 from karui.data.splits import take
 from karui.distill._onnx_teachers import onnx_teacher
 from karui.distill._teachers import remark, teachers_of
@@ -42,7 +42,7 @@ from karui.model import Classification, Model, Regression
 from karui.recipes import recipe_from_values
 from karui.recipes.recipe import recipe_from
 from karui.technique import Bench, lacking
-from karui.train import Adam, Constant, Training
+from karui.train import SGD, Adam, Constant, Training
 from karui.train.fingerprint import fingerprint
 from karui.train.teaching import Teachers
 
@@ -302,6 +302,49 @@ def test_what_is_kept_on_disk_belongs_to_the_very_content(
     assert fingerprint(predictor(forest)) == fingerprint(predictor(again)) != fingerprint(predictor(other))
     assert fingerprint(onnx_teacher(onnx_file)) == fingerprint(onnx_teacher(onnx_file))
     assert fingerprint(predictor(plain)) != fingerprint(predictor(lambda x: 2 * x))
+
+
+def test_a_student_in_two_processes_is_taught_as_in_one(few: TensorDataset, bench: Bench) -> None:
+    """Each process has a frozen copy of the teacher, which none of them trains."""
+    teacher = mlp(16, seed=3)
+    before = {name: value.clone() for name, value in teacher.module.state_dict().items()}
+    one = Training(epochs=2, batch_size=30, optimizer=SGD(lr=0.05), schedule=Constant(), accelerator="cpu")
+    alone, both = (
+        KnowledgeDistillation(teacher=teacher, epochs=2).apply(mlp(8), replace(bench, train=few, training=training))
+        for training in (one, replace(one, batch_size=15, devices=2, strategy="ddp"))
+    )
+    for name, value in alone.module.state_dict().items():
+        torch.testing.assert_close(both.module.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.module.state_dict().items())
+
+
+@pytest.mark.parametrize("technique", [KnowledgeDistillation, LogitRegression])
+def test_answers_are_kept_by_themselves_but_not_under_augmentation_and_it_is_told(
+    technique: Callable[..., Any], bench: Bench, few: TensorDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taught(bench: Bench, **settings: Any) -> tuple[Model, str]:
+        made = technique(teacher=mlp(16, seed=3), epochs=3, **settings).apply(mlp(8), bench)
+        return made, made.lineage[-1].describe()
+
+    asked: list[int] = []
+    ask = Teachers._ask
+    monkeypatch.setattr(Teachers, "_ask", lambda self, inputs: asked.append(len(inputs[0])) or ask(self, inputs))
+    anew, told = taught(bench, remember=0)
+    assert "answers are not kept, as asked" in told
+    often = sum(asked)
+    asked.clear()
+    kept, told = taught(replace(bench, checkpoints=tmp_path))
+    assert "asked once for each of 120 samples; answers are kept beside the checkpoints" in told
+    assert same(kept, anew)
+    assert sum(asked) == 120 < often
+    assert "in memory" in taught(bench)[1]
+    asked.clear()
+    moved = replace(bench, training=replace(bench.training, augment=RandomCrop(1)))
+    _, told = taught(moved)
+    assert "asked anew in each pass, as augmentation makes every sample a new one" in told
+    assert sum(asked) >= 3 * 120
+    monkeypatch.setattr("karui.distill._teachers.MEMORY", 2**12)
+    assert "asked anew in each pass, as its answers for 120 samples would take" in taught(bench)[1]
 
 
 FACTORY = """

@@ -7,15 +7,18 @@ what `package.module:factory` or `file.py:factory` makes, or several of these.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from karui.data import Batches
 from karui.distill.predictors import Classifier, Predictor, Regressor, predictor
 from karui.errors import KaruiError, NeedError, require
-from karui.model import Model, Regression
+from karui.model import Model, Note, Regression
 from karui.model.importing import load_callable, told_of
+from karui.train.teaching import MEMORY, Teachers, answer_bytes
 
 if TYPE_CHECKING:
     from karui.technique import Bench
@@ -129,6 +132,57 @@ def _named(slug: str, spec: str, student: Model) -> tuple[Model, ...]:
     from karui.artifact import load  # a teacher that is at hand needs no reader of files
 
     return (load(Path(spec)),)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Whether teachers' answers are kept, and why.
+
+    Settings:
+        samples: whose answers are kept at most.
+        folder: where; None is in memory.
+        why: for people.
+    """
+
+    samples: int
+    folder: Path | None
+    why: str
+
+    def teachers(self, models: tuple[Model, ...], *, classes: bool = True) -> Teachers:
+        """The models, frozen, with this memory."""
+        return Teachers(models, self.samples, self.folder, classes=classes)
+
+    def noted(self, taught: Model) -> Model:
+        """The student with a line of it in its lineage."""
+        return taught.evolve(taught.module, Note(self.why, {"kept": self.samples}))
+
+
+def keeping(models: tuple[Model, ...], bench: Bench, remember: int | None = None) -> Keeping:
+    """Where and for how many samples answers are kept: all, unless augmentation or their size forbids it.
+
+    Args:
+        models: the teachers.
+        bench: with training data.
+        remember: number of samples that the user wants; None decides here.
+    """
+    folder = bench.checkpoints / "answers" if bench.checkpoints is not None else None
+    samples = 0 if bench.train is None else len(Batches(bench.train))
+    where = "in memory" if folder is None else "beside the checkpoints"
+    if remember is not None:
+        why = (
+            f"answers of up to {remember:,} samples are kept {where}" if remember else "answers are not kept, as asked"
+        )
+        return Keeping(remember, folder, f"teacher: {why}")
+    anew = "teacher: asked anew in each pass, as"
+    if bench.training.augment is not None:
+        return Keeping(0, None, f"{anew} augmentation makes every sample a new one, for which no kept answer would do")
+    size = samples * sum(map(answer_bytes, models))
+    if size > MEMORY:
+        most = MEMORY // 2**20
+        return Keeping(
+            0, None, f"{anew} its answers for {samples:,} samples would take {size / 2**20:,.0f} MiB of {most}"
+        )
+    return Keeping(samples, folder, f"teacher: asked once for each of {samples:,} samples; answers are kept {where}")
 
 
 def remark(teacher: Teacher | tuple[Teacher, ...] | None) -> str:

@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from karui.distill._teachers import keeping
 from karui.errors import NeedError, require, told
 from karui.model import Model, Note
 from karui.model.averaging import averaged
@@ -34,8 +35,8 @@ from karui.numerics.soft_targets import soft_cross_entropy
 from karui.technique import Card, technique
 from karui.technique.redraw import redrawn
 from karui.train import Influence, Moment
-from karui.train.guide import Guide
 from karui.train.randomness import seed_of
+from karui.train.teaching import Teachers
 
 if TYPE_CHECKING:
     from karui.technique import Bench
@@ -89,26 +90,26 @@ class Generation(Influence):
     """The loss of one generation under the one before it.
 
     Settings:
-        guide: the generation before.
+        teachers: the generation before, alone.
         loss: "kd", "cwtm" or "dkpp".
         labels: whether the labels' loss counts too ("cwtm" is a loss on labels anyway, and stands alone).
         ignore: the target that counts for nothing.
     """
 
-    guide: Guide
+    teachers: Teachers
     loss: Loss = "kd"
     labels: bool = True
     ignore: int = -100
 
-    def ahead(self, inputs: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
-        """What the teacher says and shows of the batch."""
-        return self.guide.told(inputs)
+    def ahead(self, inputs: tuple[Any, ...]) -> Tensor:
+        """What the teacher says of the batch."""
+        return self.teachers(inputs)
 
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The loss of this step, at temperature 1."""
-        answers, _ = self.guide.told(moment.inputs) if moment.ahead is None else moment.ahead
+        (answers,) = self.teachers(moment.inputs) if moment.ahead is None else moment.ahead
         outputs = moment.outputs
-        fits = isinstance(answers, Tensor) and isinstance(outputs, Tensor) and outputs.ndim >= 2
+        fits = isinstance(outputs, Tensor) and outputs.ndim >= 2
         require(
             fits and answers.shape == outputs.shape,
             f"'born_again_network' needs logits [batch, classes, ...]; the model gives {told(outputs)}.",
@@ -204,11 +205,17 @@ class BornAgain:
         teacher = model
         ignore = getattr(model.task, "ignore", None)
         for number in range(1, self.generations + 1):
+            kept = keeping((teacher,), bench)
             influence = Generation(
-                guide=Guide(teacher), loss=self.loss, labels=self.labels, ignore=-100 if ignore is None else ignore
+                teachers=kept.teachers((teacher,), classes=False),
+                loss=self.loss,
+                labels=self.labels,
+                ignore=-100 if ignore is None else ignore,
             )
             fresh = redrawn(model, seed_of(bench.seed, "generation", number))
             taught = bench.fit(fresh, epochs=self.epochs, influence=influence, label=f"generation {number}")
-            teacher = taught.evolve(taught.module, Note(f"generation {number}, taught by the one before it"))
+            teacher = taught.evolve(
+                taught.module, Note(f"generation {number}, taught by the one before it", {"answers": kept.why})
+            )
             made.append(teacher)
         return tuple(made)

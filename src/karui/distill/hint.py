@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from karui.distill._maps import sizes_of_outputs
-from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
+from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teachers_of
 from karui.errors import NeedError, SettingError, require, told
 from karui.measuring.inference import inference
 from karui.model import Model, layer_at
@@ -41,6 +41,7 @@ from karui.train import Influence, Moment, Together, Turn
 from karui.train.companion import Companion
 from karui.train.guide import Guide
 from karui.train.masks import MaskKeeper, zero_masks
+from karui.train.teaching import Teachers
 
 if TYPE_CHECKING:
     from karui.technique import Bench
@@ -143,13 +144,13 @@ class FadingTargets(Influence):
     """The loss plus w CE(teacher's softened probabilities, student's), with w falling linearly to zero.
 
     Settings:
-        guide: the teacher.
+        teachers: the teacher, alone.
         temperature: tau, for both.
         weight: w at the first step; at the last one it is zero.
         squared: whether the soft part is multiplied by tau², which the authors' code does not do.
     """
 
-    guide: Guide
+    teachers: Teachers
     temperature: float = 3.0
     weight: float = 4.0
     squared: bool = False
@@ -158,19 +159,19 @@ class FadingTargets(Influence):
         """The weight of this step."""
         return self.weight * (1 - moment.step / max(1, moment.steps - 1))
 
-    def ahead(self, inputs: tuple[Any, ...]) -> tuple[Any, dict[str, Any]] | None:
-        """What the teacher says and shows of the batch."""
-        return self.guide.told(inputs) if self.weight else None
+    def ahead(self, inputs: tuple[Any, ...]) -> Tensor | None:
+        """What the teacher says of the batch."""
+        return self.teachers(inputs) if self.weight else None
 
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The mixed loss of this step."""
         weight = self.at(moment)
         if weight == 0:
             return loss
-        answers, _ = self.guide.told(moment.inputs) if moment.ahead is None else moment.ahead
+        (answers,) = self.teachers(moment.inputs) if moment.ahead is None else moment.ahead
         outputs = moment.outputs
         require(
-            isinstance(answers, Tensor) and isinstance(outputs, Tensor) and answers.shape == outputs.shape,
+            isinstance(outputs, Tensor) and answers.shape == outputs.shape,
             f"The student gives {told(outputs)} and the teacher {told(answers)}.",
             "Stage 2 needs a teacher that knows the same classes; set weight=0 for the hint alone.",
             NeedError,
@@ -260,11 +261,16 @@ class FitNets:
         hinted = self._hinted(model, teacher, bench) if self.hint_epochs else model
         if self.epochs == 0:
             return hinted
+        kept = keeping((teacher,), bench, None if self.weight else 0)
         fading = FadingTargets(
-            guide=Guide(teacher), temperature=self.temperature, weight=self.weight, squared=self.squared
+            teachers=kept.teachers((teacher,), classes=False),
+            temperature=self.temperature,
+            weight=self.weight,
+            squared=self.squared,
         )
         influence = self._with_zeros(model, fading)
-        return bench.fit(hinted, epochs=self.epochs, influence=influence, label="distil after the hint")
+        taught = bench.fit(hinted, epochs=self.epochs, influence=influence, label="distil after the hint")
+        return kept.noted(taught) if self.weight else taught
 
     def _with_zeros(self, model: Model, part: Influence) -> Influence:
         masks = zero_masks(model.module) if self.keep_zeros else {}

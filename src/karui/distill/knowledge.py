@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from karui.data import Batches
 from karui.distill._heads import head_of
-from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
+from karui.distill._teachers import Keeping, Teacher, keeping, lacking_teachers, remark, teachers_of
 from karui.errors import SettingError, UsageError, require
 from karui.measuring.inference import inference
 from karui.model import Model, Note, layer_at
@@ -37,7 +37,7 @@ from karui.numerics.soft_targets import arithmetic, geometric
 from karui.technique import Card, require_passes, technique
 from karui.train import Influence, Together
 from karui.train.masks import MaskKeeper, zero_masks
-from karui.train.teaching import SoftTargets, Teachers
+from karui.train.teaching import SoftTargets
 
 if TYPE_CHECKING:
     from karui.technique import Bench
@@ -131,6 +131,8 @@ class KnowledgeDistillation:
         missing: classes that the training data lack; their biases are lifted as validation data tell.
         remember: samples whose teacher outputs are kept, each once for each way it was augmented; with a folder for
             checkpoints they are kept there. They serve every student that is trained with the same seed and settings.
+            None keeps all of them, but none under augmentation, or where they would take more than 256 MiB; the
+            result's lineage says which.
         keep_zeros: whether weights that are exactly zero stay so.
 
     Raises:
@@ -151,14 +153,14 @@ class KnowledgeDistillation:
     epochs: int = 10
     geometric: bool = False
     missing: tuple[int, ...] = ()
-    remember: int = 0
+    remember: int | None = None
     keep_zeros: bool = True
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, f"temperature is {self.temperature}; give a positive number, for example 4")
         require(0 <= self.weight <= 1, f"weight is {self.weight}; give a share in [0, 1], for example 0.9")
         require_passes(epochs=self.epochs)
-        require(self.remember >= 0, f"remember is {self.remember}; give a number of samples from 0")
+        require((self.remember or 0) >= 0, f"remember is {self.remember}; give a number of samples from 0, or None")
         require(all(c >= 0 for c in self.missing), f"missing is {self.missing}; give class numbers from 0")
 
     def remarks(self, model: Model) -> tuple[str, ...]:
@@ -172,11 +174,17 @@ class KnowledgeDistillation:
 
     def influence(self, model: Model, bench: Bench) -> Influence:
         """The soft targets, for a training of `model` or of what becomes of it."""
-        kept = bench.checkpoints / "answers" if bench.checkpoints is not None else None
+        return self._taught_by(*self._asked(model, bench), model)
+
+    def _asked(self, model: Model, bench: Bench) -> tuple[tuple[Model, ...], Keeping]:
+        """The teachers, and how their answers are kept."""
         teachers = teachers_of("knowledge_distillation", self.teacher, model, bench)
+        return teachers, keeping(teachers, bench, self.remember)
+
+    def _taught_by(self, teachers: tuple[Model, ...], kept: Keeping, model: Model) -> Influence:
         rule = geometric if self.geometric else arithmetic
         soft = SoftTargets(
-            teachers=Teachers(teachers, self.remember, kept),
+            teachers=kept.teachers(teachers),
             temperature=self.temperature,
             weight=self.weight,
             rule=rule,
@@ -188,7 +196,9 @@ class KnowledgeDistillation:
         """The student, taught."""
         if self.epochs == 0:
             return model
-        taught = bench.fit(model, epochs=self.epochs, influence=self.influence(model, bench), label="distil")
+        teachers, kept = self._asked(model, bench)
+        soft = self._taught_by(teachers, kept, model)
+        taught = kept.noted(bench.fit(model, epochs=self.epochs, influence=soft, label="distil"))
         return self._lifted(taught, bench) if self.missing else taught
 
     def _lifted(self, taught: Model, bench: Bench) -> Model:

@@ -45,7 +45,7 @@ from torch.utils.data import Dataset
 from karui.data.sources import load_unlabelled
 from karui.distill._heads import head_of
 from karui.distill._scale import Scale, can_hold, scale_of
-from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
+from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teachers_of
 from karui.distill.shallow import shallow_student
 from karui.errors import NeedError, require, told
 from karui.model import Model, layer_at
@@ -178,7 +178,8 @@ class LogitRegression:
         normalise: whether each class's targets have mean 0 and variance 1 while training; folded in afterwards.
         epochs: passes over the training data and the pool.
         remember: samples whose teacher outputs are kept, each once for each way it was augmented; with a folder for
-            checkpoints they are kept there.
+            checkpoints they are kept there. None keeps all of them, but none under augmentation, or where they would
+            take more than 256 MiB; the result's lineage says which.
         keep_zeros: whether weights that are exactly zero stay so.
 
     Raises:
@@ -199,7 +200,7 @@ class LogitRegression:
     filters: int = 0
     normalise: bool = True
     epochs: int = 10
-    remember: int = 0
+    remember: int | None = None
     keep_zeros: bool = True
 
     def __post_init__(self) -> None:
@@ -207,7 +208,7 @@ class LogitRegression:
         require((self.parameters or 1) > 0, f"parameters is {self.parameters}; give a positive number, or None")
         require((self.rank or 0) >= 0, f"rank is {self.rank}; give a number of units from 0, or None")
         require(self.filters >= 0, f"filters is {self.filters}; give a number of filters from 0")
-        require(self.remember >= 0, f"remember is {self.remember}; give a number of samples from 0")
+        require((self.remember or 0) >= 0, f"remember is {self.remember}; give a number of samples from 0, or None")
 
     def remarks(self, model: Model) -> tuple[str, ...]:
         """What `karui plan` tells of it."""
@@ -232,7 +233,8 @@ class LogitRegression:
 
     def influence(self, model: Model, bench: Bench) -> Influence:
         """The distance from the teachers' logits in place of the loss, for a training of `model` by another step."""
-        teachers = self._teachers(model, bench)
+        models = teachers_of("logit_regression", self.teacher, model, bench)
+        teachers = keeping(models, bench, self.remember).teachers(models)
         scale = scale_of(teachers, bench.train) if self.normalise else None
         return self._with_zeros(model, LogitTargets(teachers=teachers, scale=scale))
 
@@ -243,10 +245,12 @@ class LogitRegression:
         if self.parameters is not None:
             bench = bench if bench.dense is not None else replace(bench, dense=model)
             model = shallow_student(model, self.parameters, self.rank, self.filters, seed=bench.seed)
-        teachers, train = self._teachers(model, bench), bench.train
+        models, train = teachers_of("logit_regression", self.teacher, model, bench), bench.train
         if self.unlabelled is not None:
             named = isinstance(self.unlabelled, str)
             train = with_unlabelled(train, load_unlabelled(self.unlabelled) if named else self.unlabelled)  # pyright: ignore[reportArgumentType]
+        kept = keeping(models, replace(bench, train=train), self.remember)
+        teachers = kept.teachers(models)
         scale = scale_of(teachers, train) if self.normalise else None
         head = head_of(model)
         folded = scale is not None and can_hold(model, head, len(scale.mean))
@@ -255,13 +259,10 @@ class LogitRegression:
         training = bench.training
         if training.clip_norm is None:
             training = replace(training, clip_norm=CLIP)
-        return replace(bench, train=train, training=training).fit(
+        taught = replace(bench, train=train, training=training).fit(
             model, epochs=self.epochs, influence=self._with_zeros(model, part), turns=(turn,), label="logits"
         )
-
-    def _teachers(self, model: Model, bench: Bench) -> Teachers:
-        kept = bench.checkpoints / "answers" if bench.checkpoints is not None else None
-        return Teachers(teachers_of("logit_regression", self.teacher, model, bench), self.remember, kept)
+        return kept.noted(taught)
 
     def _with_zeros(self, model: Model, part: Influence) -> Influence:
         masks = zero_masks(model.module) if self.keep_zeros else {}

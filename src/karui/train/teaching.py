@@ -11,12 +11,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from karui.errors import NeedError, require, told
+from karui.measuring.inference import inference, tensors_of
 from karui.model import Model, copied
 from karui.numerics.soft_targets import Rule, arithmetic, distillation_loss
 from karui.train.answers import Answers
 from karui.train.fingerprint import fingerprint
 from karui.train.influence import Influence, Moment
 
+MEMORY = 2**28
+"""Bytes of teachers' answers that are kept at most, where nobody says how many samples are to be."""
 UNLABELLED = -100
 """The target of a sample that has no label: only the teachers speak for it."""
 
@@ -93,6 +96,17 @@ class Teachers:
                 NeedError,
             )
         return torch.stack([_wide(answer) for answer in answers])
+
+
+def answer_bytes(model: Model) -> int:
+    """Bytes of what a network says of one sample, in single precision.
+
+    Example:
+        >>> answer_bytes(Model(nn.Linear(4, 3), example=(torch.zeros(2, 4),)))
+        12
+    """
+    with inference(model.module) as module:
+        return sum(output[:1].numel() * 4 for output in tensors_of(module(*model.example)) if output.ndim)
 
 
 def _device(inputs: tuple[Any, ...]) -> torch.device:

@@ -7,13 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from karui.distill import KnowledgeDistillation
-from karui.measuring.inference import inference, tensors_of
 from karui.model import Classification
 from karui.train import range_test
+from karui.train.teaching import MEMORY, answer_bytes
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from karui.model import Model
     from karui.technique import Bench
     from karui.train import Influence
@@ -22,8 +20,6 @@ TRIAL = 24
 """Steps that are timed to tell how many epochs fit into some minutes."""
 STEPS = 60
 """Steps of the test for a learning rate."""
-MEMORY = 2**28
-"""Bytes of the teacher's answers that are kept at most."""
 
 
 def recover(model: Model, dense: Model, bench: Bench, epochs: int, label: str) -> Model:
@@ -65,14 +61,8 @@ def _teaching(model: Model, dense: Model, bench: Bench, epochs: int) -> Influenc
     if not isinstance(model.task, Classification):
         return None
     assert bench.train is not None  # noqa: S101  (who trains has data)
-    answer = sum(t[0].numel() * 4 for t in _outputs(dense))
-    room = min(epochs * len(bench.train), MEMORY // max(answer, 1)) if bench.checkpoints is not None else 0
+    room = min(epochs * len(bench.train), MEMORY // max(answer_bytes(dense), 1)) if bench.checkpoints is not None else 0
     return KnowledgeDistillation(teacher=dense, epochs=epochs, remember=room).influence(model, bench)
-
-
-def _outputs(model: Model) -> list[Tensor]:
-    with inference(model.module) as module:
-        return tensors_of(module(*model.example))
 
 
 def epochs_within(minutes: float, model: Model, bench: Bench) -> int:
