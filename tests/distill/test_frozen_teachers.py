@@ -1,0 +1,123 @@
+"""A teacher is not trained by accident, is asked in evaluation mode, and leaves nothing in the student's files.
+
+For every technique that has one, whatever it looks at: outputs, inner layers, gradients, records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from karui.artifact import save
+from karui.data import Splits
+from karui.distill import (
+    AttentionTransfer,
+    BornAgain,
+    DataFree,
+    FitNets,
+    KnowledgeDistillation,
+    LogitRegression,
+    ModelCompression,
+    NeuronSelection,
+)
+from karui.model import Classification, Model
+from karui.technique import Bench
+from karui.technique.redraw import redrawn
+from karui.train import Adam, Constant, Training
+from karui.train.guide import Guide
+from karui.train.teaching import Teachers
+
+TAUGHT: dict[str, Callable[[Model], Any]] = {
+    "knowledge_distillation": lambda t: KnowledgeDistillation(teacher=t, epochs=1),
+    "logit_regression": lambda t: LogitRegression(teacher=t, epochs=1),
+    "neuron_selection_distillation": lambda t: NeuronSelection(teacher=t, number=4, epochs=1),
+    "fitnets_hint": lambda t: FitNets(teacher=t, layer="1", teacher_layer="1", hint_epochs=1, epochs=1),
+    "attention_transfer": lambda t: AttentionTransfer(teacher=t, layers=("1",), soft=0.5, epochs=1),
+    "attention_transfer by gradients": lambda t: AttentionTransfer(teacher=t, by="gradients", epochs=1),
+    "munge_compression": lambda t: ModelCompression(teacher=t, copies=1, epochs=1),
+    "data_free_distillation": lambda t: DataFree(teacher=t, kind="top", samples=4, iterations=5, epochs=1),
+}
+
+
+class Watched(nn.Sequential):
+    """Convolutions with everything that tells the two modes apart, which notes the mode that it is called in."""
+
+    def __init__(self, seen: list[bool], width: int) -> None:
+        super().__init__(
+            *(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.3)),
+            *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 12), nn.ReLU(), nn.Linear(12, 10)),
+        )
+        self.seen = seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As a sequence, noting the mode."""
+        self.seen.append(self.training)
+        return super().forward(x)
+
+    def __deepcopy__(self, memo: Any) -> Watched:
+        other = Watched(self.seen, self[0].out_channels)  # pyright: ignore[reportArgumentType]
+        other.load_state_dict(self.state_dict())
+        return other.train(self.training)
+
+
+def student() -> Model:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = (nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        return Model(nn.Sequential(*parts, nn.Linear(12, 10)), (torch.zeros(2, 1, 8, 8),), Classification())
+
+
+@pytest.fixture
+def bench(digits: Splits) -> Bench:
+    few = torch.utils.data.Subset(digits.train, range(90))
+    training = Training(epochs=1, batch_size=30, optimizer=Adam(lr=1e-2), schedule=Constant())
+    return Bench(train=few, validation=digits.validation, test=digits.test, training=training)
+
+
+@pytest.mark.parametrize("slug", TAUGHT)
+def test_the_teacher_stays_as_it_was_and_out_of_the_artifact(slug: str, bench: Bench, tmp_path: Path) -> None:
+    seen: list[bool] = []
+    teacher = Model(Watched(seen, 8).train(), example=(torch.zeros(2, 1, 8, 8),), task=Classification())
+    before = {name: value.clone() for name, value in teacher.module.state_dict().items()}
+    seen.clear()
+    made = TAUGHT[slug](teacher).apply(student(), bench)
+    assert seen, "it was asked"
+    assert not any(seen), "in evaluation mode each time"
+    assert teacher.module.training, "and the one that was given is in the mode that it was in"
+    assert all(torch.equal(value, before[name]) for name, value in teacher.module.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in teacher.module.parameters())
+    save(made, tmp_path / "light", onnx=False)
+    with safe_open(tmp_path / "light" / "model.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(student().module.state_dict()), "nothing but the student's own tensors"
+    assert not any(isinstance(part, Watched) for part in made.module.modules())
+
+
+def test_each_generation_stays_as_it_was_while_it_teaches(bench: Bench) -> None:
+    seen: list[bool] = []
+    first = Model(Watched(seen, 4), example=(torch.zeros(2, 1, 8, 8),), task=Classification())
+    before = {name: value.clone() for name, value in first.module.state_dict().items()}
+    (made,) = BornAgain(generations=1, epochs=1).study(first, bench)
+    assert all(torch.equal(value, before[name]) for name, value in first.module.state_dict().items())
+    assert made.module.state_dict().keys() == first.module.state_dict().keys()
+    fresh = redrawn(first, 1)
+    assert any(not torch.equal(value, before[name]) for name, value in fresh.module.state_dict().items())
+
+
+def test_a_teacher_is_asked_on_the_device_of_the_inputs_and_gets_no_gradient() -> None:
+    teacher = Model(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), example=(torch.zeros(1, 4),))
+    far = (torch.zeros(5, 4, device="meta"),)
+    outputs, shown = Guide(teacher, ("0",))(far)
+    assert outputs.device.type == shown["0"].device.type == Teachers((teacher,))(far).device.type == "meta"
+    assert next(teacher.module.parameters()).device.type == "cpu"
+    guide = Guide(teacher, ("0",))
+    assert not any(p.requires_grad for p in guide.module.parameters())
+    x = torch.randn(5, 4, requires_grad=True)
+    guide((x,))[0].sum().backward()
+    assert all(p.grad is None for p in guide.module.parameters())
+    assert x.grad is not None, "what asks for input gradients has them"
