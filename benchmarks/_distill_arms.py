@@ -27,9 +27,13 @@ from karui.model import Model
 from karui.technique import Bench
 
 ALONE, SOFT = "student alone", "[30] soft targets"
-LONG = 3
-"""How many times as long the two that all others are compared with are trained, too."""
-LONGER = f", {LONG} times as long"
+LENGTHS = (1, 3)
+"""How many times as long the two that all others are compared with are trained."""
+
+
+def longer(times: int) -> str:
+    """What is added to the name of a base that is trained so many times as long."""
+    return f", {times} times as long" if times > 1 else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +71,8 @@ class Arm:
     seeds: int | None = None
 
 
-def _bases(temperature: float = 4.0) -> tuple[Arm, ...]:
-    """The student alone and [30], each at two lengths."""
+def _bases(temperature: float = 4.0, *, lengths: tuple[int, ...] = LENGTHS) -> tuple[Arm, ...]:
+    """The student alone and [30], each at several lengths."""
 
     def alone(times: int) -> Callable[[Lesson, Any], Model]:
         return lambda lesson, _: lesson.bench.fit(
@@ -83,11 +87,10 @@ def _bases(temperature: float = 4.0) -> tuple[Arm, ...]:
 
         return run
 
-    return (
-        Arm(name=ALONE, run=alone(1)),
-        Arm(name=SOFT, run=soft(1)),
-        Arm(name=ALONE + LONGER, run=alone(LONG)),
-        Arm(name=SOFT + LONGER, run=soft(LONG)),
+    return tuple(
+        Arm(name=base + longer(times), run=run(times))
+        for times in lengths
+        for base, run in ((ALONE, alone), (SOFT, soft))
     )
 
 
@@ -157,7 +160,7 @@ def for_speech() -> tuple[Arm, ...]:
         return make
 
     return (
-        *_bases(),
+        *_bases(lengths=(1, 3, 9)),
         _arm("[31] logits", logits(pool=False)),
         _arm("[31] logits, and of the other recordings", logits(pool=True)),
     )
@@ -170,7 +173,7 @@ def for_faces() -> tuple[Arm, ...]:
         return lambda one: NeuronSelection(teacher=one.teacher, epochs=_passes(one), **how)
 
     return (
-        *_bases(),
+        *_bases(lengths=(1, 3, 9)),
         _arm("[32] 24 selected neurons", neurons(number=24)),
         _arm("[32] 24 random neurons", neurons(number=24, by="random")),
     )
@@ -197,7 +200,7 @@ def for_rows() -> tuple[Arm, ...]:
         return TransparentDistillation(rounds=100, bags=1).apply(lesson.teacher, lesson.bench)
 
     return (
-        *_bases(),
+        *_bases(lengths=(1, 3, 9, 27)),
         _arm(
             "[36] MUNGE, ten times as many",
             lambda one: ModelCompression(teacher=one.teacher, epochs=_passes(one) // 10),

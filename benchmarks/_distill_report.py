@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from _common import shown, table
-from _distill_arms import ALONE, LONGER, SOFT
+from _distill_arms import ALONE, SOFT
 
 SLUGS = {
     "[30]": "knowledge_distillation",
@@ -29,44 +32,47 @@ TITLES = {
     "words": "WikiText-2, a small LSTM",
 }
 WITHIN = 1.1
-"""A cost above the longer length by no more than this is taken as equal: seconds differ that much by themselves."""
+"""A cost above the longest length by no more than this is taken as equal: seconds differ that much by themselves."""
 BASES = {"alone at equal cost": ALONE, "[30] at equal cost": SOFT}
 OVER = {"alone at equal cost": "over alone", "[30] at equal cost": "over [30]"}
+
+
+def lengths_of(base: str, names: Iterable[str]) -> list[str]:
+    """The base itself and the ones that are trained longer."""
+    return [name for name in names if name == base or name.startswith(f"{base}, ")]
 
 
 def compared(name: str, runs: dict[int, Any], done: dict[str, dict[int, Any]]) -> dict[str, list[float]]:
     """Seed by seed, what the bases reach at the way's own cost, and what the way is over that.
 
-    A base's score at a cost lies on the line between its two lengths, over the logarithm of the seconds; outside of
-    them it is that of the nearer length, as nothing is known beyond.
+    A base's score at a cost lies on the line between the two lengths beside it, over the logarithm of the seconds;
+    outside of all lengths it is that of the nearest, as nothing is known beyond.
     """
     found: dict[str, list[float]] = {}
     for told, base in BASES.items():
         if name.startswith((base, ALONE)):
             continue
         for seed, one in runs.items():
-            short, long = done[base].get(seed), done[base + LONGER].get(seed)
-            if short and long:
-                reached = _between(one["seconds"], short, long)
+            rungs = [done[length][seed] for length in lengths_of(base, done) if seed in done[length]]
+            if len(rungs) > 1:
+                reached = _between(one["seconds"], rungs)
                 found.setdefault(told, []).append(reached)
                 found.setdefault(OVER[told], []).append(one["score"] - reached)
     return found
 
 
-def _between(seconds: float, short: dict[str, float], long: dict[str, float]) -> float:
-    low, high = math.log(short["seconds"]), math.log(long["seconds"])
-    share = (math.log(seconds) - low) / (high - low) if high > low else 0.0
-    share = min(1.0, max(0.0, share))
-    return short["score"] + share * (long["score"] - short["score"])
+def _between(seconds: float, rungs: list[dict[str, float]]) -> float:
+    known = sorted((math.log(rung["seconds"]), rung["score"]) for rung in rungs)
+    return float(np.interp(math.log(seconds), *zip(*known, strict=True)))
 
 
-INTRODUCTION = f"""Every way trains the same untrained student. Seconds are those of the CPU for the whole training, one
+INTRODUCTION = """Every way trains the same untrained student. Seconds are those of the CPU for the whole training, one
 thread: the student's steps, all that the technique does beside them, and each pass of the teacher ([30] and [31] ask it
 once for each sample and keep what it says, as do [33] and [37] for their soft targets). The training of a teacher
 counts for none of the ways; [37] counts the network that its first generation learns from, [39] its peer. The student
-alone and [30] are trained {LONGER.removeprefix(", ")}, too; "at equal cost" is what lies between their two lengths, on
-a logarithmic scale of seconds, at the cost of the way in that line, seed by seed. Nothing is known beyond the longer
-length: there its own score is told, with how much dearer the way was, and the comparison is not one at equal cost.
+alone and [30] are trained at several lengths; "at equal cost" is what lies between these, on a logarithmic scale of
+seconds, at the cost of the way in that line, seed by seed. Nothing is known beyond the longest: there its own score is
+told, with how much dearer the way was, and the comparison is not one at equal cost.
 Mean and 95 % interval over the seeds where there are several, differences in pairs of seeds; without an interval it is
 one seed, which proves nothing. All ways of a task have one learning rate, which suits none of them best."""
 ELSEWHERE = """Not in this table: [35] is told by its own benchmark, `results/detection_distillation.md`. Its data are
@@ -134,9 +140,10 @@ def verdict(over: dict[str, Any], base: str, *, lower: bool) -> str:
 
 
 def beyond(task: dict[str, Any], row: dict[str, Any], base: str) -> float:
-    """How many times the cost of a base's longer length the way has had; 1 where it is within it."""
-    long = next((one for one in task["rows"] if one["way"] == base + LONGER), None)
-    ratio = row["seconds"]["mean"] / long["seconds"]["mean"] if long else 1.0
+    """How many times the cost of a base's longest length the way has had; 1 where it is within it."""
+    rows = {one["way"]: one for one in task["rows"]}
+    longest = max(rows[name]["seconds"]["mean"] for name in lengths_of(base, rows))
+    ratio = row["seconds"]["mean"] / longest
     return ratio if ratio > WITHIN else 1.0
 
 

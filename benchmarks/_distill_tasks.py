@@ -35,7 +35,7 @@ class Task:
     Settings:
         name, about: for the page.
         lesson: of a seed: student, teacher and data.
-        arms: the ways, the student alone and [30] at two lengths first.
+        arms: the ways, the student alone and [30] at several lengths first.
         score: of a model on test data.
         unit: of the score; perplexity is better the lower it is.
     """

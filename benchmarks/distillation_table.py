@@ -2,8 +2,8 @@
 
 CIFAR-10 from the published ResNet-56 to a ResNet-20 of half the channels and a whole one; spoken digits, faces, words,
 and a table of numbers for the papers that are about those. What an arm costs is its CPU time, passes of the teacher
-included (the training of a teacher is not). The student alone and soft targets [30] are trained at two lengths, and
-every other way is compared with what lies between them at its own cost.
+included (the training of a teacher is not). The student alone and soft targets [30] are trained at several lengths,
+and every other way is compared with what lies between these at its own cost.
 
 A part (task x way x seed) that is finished is kept in `.cache/benchmarks/distillation_table`, so that a run that was
 killed goes on; seeds come one after the other, so that `--report` can tell what there is at any time. `--smoke` does
