@@ -152,9 +152,9 @@ class Keeping:
         """The models, frozen, with this memory."""
         return Teachers(models, self.samples, self.folder, classes=classes)
 
-    def noted(self, taught: Model) -> Model:
-        """The student with a line of it in its lineage."""
-        return taught.evolve(taught.module, Note(self.why, {"kept": self.samples}))
+    def noted(self, student: Model) -> Model:
+        """The student, before it is taught, with a line of it in its lineage."""
+        return student.evolve(student.module, Note(self.why, {"kept": self.samples}))
 
 
 def keeping(models: tuple[Model, ...], bench: Bench, remember: int | None = None) -> Keeping:

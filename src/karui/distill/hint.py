@@ -269,8 +269,8 @@ class FitNets:
             squared=self.squared,
         )
         influence = self._with_zeros(model, fading)
-        taught = bench.fit(hinted, epochs=self.epochs, influence=influence, label="distil after the hint")
-        return kept.noted(taught) if self.weight else taught
+        start = kept.noted(hinted) if self.weight else hinted
+        return bench.fit(start, epochs=self.epochs, influence=influence, label="distil after the hint")
 
     def _with_zeros(self, model: Model, part: Influence) -> Influence:
         masks = zero_masks(model.module) if self.keep_zeros else {}

@@ -198,7 +198,7 @@ class KnowledgeDistillation:
             return model
         teachers, kept = self._asked(model, bench)
         soft = self._taught_by(teachers, kept, model)
-        taught = kept.noted(bench.fit(model, epochs=self.epochs, influence=soft, label="distil"))
+        taught = bench.fit(kept.noted(model), epochs=self.epochs, influence=soft, label="distil")
         return self._lifted(taught, bench) if self.missing else taught
 
     def _lifted(self, taught: Model, bench: Bench) -> Model:

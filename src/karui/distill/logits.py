@@ -259,10 +259,10 @@ class LogitRegression:
         training = bench.training
         if training.clip_norm is None:
             training = replace(training, clip_norm=CLIP)
-        taught = replace(bench, train=train, training=training).fit(
-            model, epochs=self.epochs, influence=self._with_zeros(model, part), turns=(turn,), label="logits"
+        influence = self._with_zeros(model, part)
+        return replace(bench, train=train, training=training).fit(
+            kept.noted(model), epochs=self.epochs, influence=influence, turns=(turn,), label="logits"
         )
-        return kept.noted(taught)
 
     def _with_zeros(self, model: Model, part: Influence) -> Influence:
         masks = zero_masks(model.module) if self.keep_zeros else {}
