@@ -84,7 +84,7 @@ def test_show_tells_what_was_measured(capsys: pytest.CaptureFixture[str]):
     assert "results/svd_softmax.md" in text
     assert run(["show", "svd_softmax", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["measured"]
-    assert {line["source"] for line in told} == {"results/svd_softmax.md"}
+    assert "results/svd_softmax.md" in {line["source"] for line in told}
     assert any("top-1 agreement 100.00 [100.00, 100.00] %" in line["text"] for line in told)
 
 
