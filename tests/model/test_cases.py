@@ -57,6 +57,19 @@ class Halves(nn.Module):
         return self.head(torch.cat([functional.relu(two), self.b(torch.sigmoid(one))], 1).amax((2, 3)))
 
 
+class Windows(nn.Module):
+    """Windows told by their length, copies by the size that they have then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.a(x))
+        x = torch.cat([x.narrow(1, 4, 4), -x.narrow(1, 0, 4)], 1)
+        return self.b((x[:, :, None].broadcast_to(x.shape[0], 8, 3) * torch.arange(1.0, 4)).flatten(1))
+
+
 class Shuffle(nn.Module):
     """A channel shuffle after a grouped convolution; `frozen` writes the number of channels into the reshape."""
 
@@ -127,6 +140,7 @@ IMAGE = torch.randn(1, 3, 6, 6)
 CASES = {
     "padded shortcut": (PaddedShortcut(), (IMAGE,), {"stem": 4, "one": 6, "two": 4}),
     "nested concatenation": (Nested(), (IMAGE,), {"a": 4, "b": 3, "c": 5, "d": 6}),
+    "windows": (Windows(), (torch.randn(2, 4),), {"a": 8}),
     "shuffle": (Shuffle(), (IMAGE,), {"a": 4, "a#2": 2, "g": 4, "b": 6}),
     "frozen shuffle": (Shuffle(frozen=True), (IMAGE,), {"a": 4, "a#2": 2, "g": 4, "b": 6}),
     "squeeze and excite": (Squeeze(), (IMAGE,), {"a": 8, "down": 4}),
@@ -150,3 +164,10 @@ def test_unequal_chunks_take_the_graph_form() -> None:
     light = remove_units(dense, {"a": torch.tensor([0, 2])})
     assert light.lineage[0].programs is not None
     assert light.module(torch.randn(5, 3, 6, 6)).shape == (5, 2)
+
+
+def test_a_window_of_which_nothing_is_left_is_empty() -> None:
+    dense = Model(Windows().eval(), example=(torch.randn(2, 4),))
+    light = remove_units(dense, {"a": torch.arange(4)})
+    assert light.module.a.out_features == 4
+    assert light.module(torch.randn(5, 4)).shape == (5, 3)

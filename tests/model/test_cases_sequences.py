@@ -35,6 +35,21 @@ class Attention(nn.Module):
         return self.head(x.mean(1))
 
 
+class GroupedQueries(nn.Module):
+    """Four heads of queries share two of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(5, 16), nn.Linear(5, 8), nn.Linear(5, 8)
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.q(x).view(batch, length, 4, 4).transpose(1, 2)
+        k, v = (part(x).view(batch, length, 2, 4).transpose(1, 2).repeat_interleave(2, 1) for part in (self.k, self.v))
+        return self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class TorchAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -123,6 +138,7 @@ SEQUENCE, WORDS = torch.randn(1, 5, 5), torch.randint(11, (1, 4))
 CASES = {
     "fused attention": (Attention(fused=True), (SEQUENCE,), {"embed": 12, "qkv": 4, "qkv#2": 3}),
     "plain attention": (Attention(fused=False), (SEQUENCE,), {"embed": 12, "qkv": 4, "qkv#2": 3}),
+    "grouped queries": (GroupedQueries(), (SEQUENCE,), {"q": 4, "q#2": 2, "q#3": 2, "v": 4}),
     "torch attention": (TorchAttention(), (SEQUENCE,), {"embed": 12, "attention": 4, "attention#2": 3}),
     "LSTM": (Recurrent(nn.LSTM), (WORDS,), {"words": 6, "cells": 5}),
     "GRU": (Recurrent(nn.GRU), (WORDS,), {"words": 6, "cells": 5}),

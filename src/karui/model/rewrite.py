@@ -93,7 +93,7 @@ def change(names: str) -> Callable[[Callable[[Site], Change]], Callable[[Site], 
     return register
 
 
-@change("view reshape _unsafe_view expand new_zeros new_ones new_empty new_full")
+@change("view reshape _unsafe_view expand broadcast_to new_zeros new_ones new_empty new_full")
 def _sized(site: Site) -> Change:
     """Operators whose second argument is the size of the result."""
     given = list(site.args[1])
@@ -128,6 +128,16 @@ def _repeat(site: Site) -> Change:
     return str(site.node.target), [site.args[0], times]
 
 
+@change("repeat_interleave")
+def _interleave(site: Site) -> Change:
+    """As many copies of each index as are left, all indices losing the same ones."""
+    dim = site.arg(2, "dim")
+    if dim is None or not isinstance(site.args[1], int):
+        return None
+    before, after = (len(site.kept(dims[dim])) for dims in (site.labels(0), site.found[site.node].dims))
+    return str(site.node.target), [site.args[0], after // before, *site.args[2:]]
+
+
 @change("split chunk split_with_sizes tensor_split unsafe_split unsafe_chunk")
 def _split(site: Site) -> Change:
     """Parts that may shrink differently."""
@@ -140,18 +150,32 @@ def _split(site: Site) -> Change:
 def _slice(site: Site) -> Change:
     """The surviving indices of the window, counted among the survivors; several runs are joined."""
     dim, start, end, step = site.arg(1, "dim", 0), site.arg(2, "start"), site.arg(3, "end"), site.arg(4, "step", 1)
+    return _window(site, dim, slice(start, end, step))
+
+
+@change("narrow")
+def _narrow(site: Site) -> Change:
+    """A slice told by its length; one that begins where a tensor says keeps its dimension."""
+    dim, start, length = (site.arg(k, name) for k, name in enumerate(("dim", "start", "length"), 1))
+    if not isinstance(start, int):
+        return None
+    start %= len(site.labels(0)[dim])
+    return _window(site, dim, slice(start, start + length))
+
+
+def _window(site: Site, dim: int, window: slice) -> Change:
+    """What is left of a window on one dimension."""
     before = site.labels(0)[dim]
     stay = site.kept(before)
     if len(stay) == len(before):
         return None
     rank = np.full(len(before), -1)
     rank[stay] = np.arange(len(stay))
-    taken = rank[np.arange(len(before))[start:end:step]]
+    taken = rank[np.arange(len(before))[window]]
     taken = taken[taken >= 0]
-    runs = np.split(taken, np.flatnonzero(np.diff(taken) != 1) + 1)
-    pieces = [
-        {"call": "aten.slice.Tensor", "args": [site.args[0], dim, int(r[0]), int(r[-1]) + 1]} for r in runs if len(r)
-    ]
+    runs = np.split(taken, np.flatnonzero(np.diff(taken) != 1) + 1)  # one that is empty where nothing is left
+    ends = [[int(run[0]), int(run[-1]) + 1] if len(run) else [0, 0] for run in runs]
+    pieces = [{"call": "aten.slice.Tensor", "args": [site.args[0], dim, *pair]} for pair in ends]
     if len(pieces) == 1:
         return "aten.slice.Tensor", pieces[0]["args"]
     return "aten.cat.default", [pieces, dim]
