@@ -16,6 +16,7 @@ from karui.errors import ArtifactError, UsageError
 from karui.measuring import Comparison, Counts, LayerCount, Measurement, Ratio, Score, Timing
 from karui.report import read_run, view, write_report
 from karui.report.front import front_plot, point_rows
+from karui.report.plots import accuracy_against_time
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -236,6 +237,16 @@ def test_in_a_browser_it_draws_offline_and_fits_the_screen(tmp_path: Path, width
     assert told["overflow"] <= 0
     assert len(told["hidden"]) > told["plots"]
     assert max(told["hidden"]) <= 0, "a table or a plot of the measurements has parts that are out of sight"
+
+
+def test_labels_of_the_plot_lie_towards_its_middle_and_apart() -> None:
+    def labels(dense: Measurement, light: Measurement) -> list[str]:
+        plot = accuracy_against_time(Comparison(dense=dense, light=light, ratios=()))
+        assert plot is not None
+        return [trace["textposition"] for trace in json.loads(plot.figure)["data"][:2]]
+
+    assert labels(measurement(1.0, 0.97), measurement(0.3, 0.96)) == ["top left", "bottom right"]
+    assert labels(measurement(0.3, 0.96), measurement(1.0, 0.97)) == ["bottom right", "top left"]
 
 
 def budget() -> dict[str, Any]:

@@ -46,8 +46,9 @@ def accuracy_against_time(both: Comparison) -> Plot | None:
         return None
     figure = go.Figure()
     for number, where in enumerate(shared):
+        ends = _label_ends(both, where)
         for name, color, measured in (("dense", DENSE, both.dense), ("compressed", LIGHT, both.light)):
-            figure.add_trace(_point(name, color, measured, where, visible=number == 0))
+            figure.add_trace(_point(name, color, measured, where, label=ends[name], visible=number == 0))
     choices = [
         f"{engine}, batch {batch}, {threads} thread{'s' if threads > 1 else ''}" for engine, batch, threads in shared
     ]
@@ -71,7 +72,20 @@ def _settings(measured: Measurement) -> list[tuple[str, int, int]]:
     return [(t.engine, t.batch, t.threads) for t in measured.times]
 
 
-def _point(name: str, color: str, measured: Measurement, where: tuple[str, int, int], *, visible: bool) -> go.Scatter:
+def _label_ends(both: Comparison, where: tuple[str, int, int]) -> dict[str, str]:
+    """Where each label lies: towards the middle of the plot, so that its edge does not cut it, and off the other's."""
+    dense, light = both.dense.time(*where), both.light.time(*where)
+    assert dense and light and both.dense.score and both.light.score  # noqa: S101, PT018  (only such come here)
+    lower = both.light.score.value <= both.dense.score.value
+    rows = ("top", "bottom") if lower else ("bottom", "top")
+    widest = max(dense.high, light.high)
+    sides = ("right" if time.median < widest / 2 else "left" for time in (dense, light))
+    return {name: f"{row} {side}" for name, row, side in zip(("dense", "compressed"), rows, sides, strict=True)}
+
+
+def _point(
+    name: str, color: str, measured: Measurement, where: tuple[str, int, int], *, label: str, visible: bool
+) -> go.Scatter:
     import plotly.graph_objects as go
 
     time, score = measured.time(*where), measured.score
@@ -84,7 +98,7 @@ def _point(name: str, color: str, measured: Measurement, where: tuple[str, int, 
         error_y=_bar(score.value * unit, score.low * unit, score.high * unit),
         mode="markers+text",
         text=[name],
-        textposition="top center",
+        textposition=label,
         marker={"size": 14, "color": color},
         name=name,
         visible=visible,
