@@ -52,6 +52,8 @@ def test_what_cannot_be_split_is_refused() -> None:
         hold_out(numbered([0, 1]), 1.0, 0)
     with pytest.raises(DataError, match="cannot be held out of 2 samples"):
         hold_out(numbered([0, 1]), 0.1, 0)
+    with pytest.raises(DataError, match="to train on are empty"):
+        hold_out(numbered([]), 0.1, 0)
 
 
 def test_digits_are_split_once_and_for_all(digits: Splits) -> None:

@@ -65,10 +65,11 @@ def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
     require(0 < share < 1, f"share is {share}; give a share in (0, 1), for example 0.1", error=SettingError)
     samples = len(dataset)
     wanted = round(share * samples)
+    require(samples > 0, "The data to train on are empty.", "Give them some samples.", DataError)
     require(
         0 < wanted < samples,
-        f"A share of {share} cannot be held out of {samples} samples.",
-        "Give more data, or validation data of its own.",
+        f"The data are too few: a share of {share} cannot be held out of {samples} samples.",
+        "Give more, or data of their own to validate and test with.",
         DataError,
     )
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
