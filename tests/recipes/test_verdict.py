@@ -9,7 +9,7 @@ from torch import nn
 
 from karui.measuring import Change, Comparison, Counts, Measurement, Ratio, Score
 from karui.model import Classification, Model, Regression
-from karui.recipes.verdict import untaught, verdict
+from karui.recipes.verdict import odd_widths, untaught, verdict
 
 
 def measurement(parameters: int, stored: int, accuracy: float | None = None) -> Measurement:
@@ -41,6 +41,20 @@ def test_gains():
         "In ONNX Runtime, one input at a time, one thread: 1.80x faster (between 1.70x and 1.90x).",
         "In ONNX Runtime, batches of 64, one thread: 3.00x faster (between 2.80x and 3.20x).",
     ]
+
+
+def test_widths_that_the_engine_is_slow_at_are_told_where_they_cost_what_the_cut_saves():
+    def net(*widths: int) -> Model:
+        layers = (nn.Conv2d(1, width, 3) for width in widths)
+        return Model(nn.Sequential(*layers), example=(torch.zeros(1, 1, 8, 8),))
+
+    dense, fewer = net(16, 8, 3), ratio("macs", 1.4)
+    slow, fast = both(fewer, time(0.9, 0.8, 1.05), time(1.3, 1.2, 1.4, 64)), both(fewer, time(1.3, 1.2, 1.4))
+    (told,) = odd_widths(dense, net(11, 8, 3), slow)
+    assert told.startswith("1 convolution was cut to widths such as 11;")
+    assert odd_widths(dense, net(11, 8, 3), fast) == ()
+    assert odd_widths(dense, net(8, 8, 3), slow) == ()
+    assert odd_widths(dense, net(11, 8, 3), both(time(0.9, 0.8, 1.05))) == ()
 
 
 def test_losses_are_called_losses():

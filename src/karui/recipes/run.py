@@ -43,7 +43,7 @@ from karui.recipes.layers import layer_rows
 from karui.recipes.planned import plan_recipe
 from karui.recipes.recipe import Recipe
 from karui.recipes.values import settings
-from karui.recipes.verdict import untaught, verdict
+from karui.recipes.verdict import odd_widths, untaught, verdict
 from karui.technique import card_of
 
 if TYPE_CHECKING:
@@ -235,8 +235,13 @@ def _finish(dense: Model, light: Model, recipe: Recipe, bench: Bench, out: Path)
         "verification": verification,
         "warnings": [*untaught(dense, both.dense.score), *saved.warnings],
         "files": {path.name: path.stat().st_size for path in sorted(out.glob("model.*"))},
-        "verdict": verdict(both),
+        "verdict": [*verdict(both), *(odd_widths(dense, light, both) if _aligns(recipe) else ())],
     }
+
+
+def _aligns(recipe: Recipe) -> bool:
+    """Whether a step could keep to multiples of a width."""
+    return any("multiple" in settings(step) for step in recipe.steps)
 
 
 def example_rows(model: Model) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from karui.measuring.inference import inference, tensors_of
 from karui.measuring.values import bytes_text
 from karui.model import Classification
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from karui.model import Model
 
 HEADLINE = ("onnxruntime", "torch")
+BLOCK = 8
 
 
 def verdict(both: Comparison) -> list[str]:
@@ -33,6 +36,30 @@ def untaught(model: Model, score: Score | None) -> tuple[str, ...]:
     return (
         f"the dense model, {score.value:.1%}, is no better than chance: were its trained weights given (--weights)?",
     )
+
+
+def odd_widths(dense: Model, light: Model, both: Comparison) -> tuple[str, ...]:
+    """A remedy where fewer multiplications took no less time in ONNX Runtime, and a cut left widths it is slow at.
+
+    It computes channels in blocks. A convolution that was cut to a width between two multiples of a block takes a
+    slower path, which can cost more than the cut saves (`results/cifar_resnets.md`: 30 % of the filters, two ways).
+    """
+    work = both.ratio("macs")
+    times = [r for r in both.ratios if r.quantity == "time" and r.engine == HEADLINE[0] and r.threads == 1]
+    if work is None or work.value <= 1 or all(ratio.low > 1 for ratio in times):
+        return ()
+    wide = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    before = {path: layer.out_channels for path, layer in dense.module.named_modules() if isinstance(layer, wide)}
+    widths = [
+        layer.out_channels
+        for path, layer in light.module.named_modules()
+        if isinstance(layer, wide) and layer.out_channels % BLOCK and before.get(path, 1) % BLOCK == 0
+    ]
+    if not widths:
+        return ()
+    told = "1 convolution was" if len(widths) == 1 else f"{len(widths)} convolutions were"
+    remedy = f"ONNX Runtime is faster at multiples of {BLOCK}, which the setting multiple={BLOCK} keeps to"
+    return (f"{told} cut to widths such as {widths[0]}; {remedy}.",)
 
 
 def _size(both: Comparison) -> str:
