@@ -125,6 +125,12 @@ def test_a_model_that_cannot_be_opened(folder: Path, spec: str, settings: dict[s
     assert "\n" not in caught.value.message
 
 
+def test_an_input_of_numbers_is_asked_for_in_words(folder: Path):
+    with pytest.raises(UsageError) as caught:
+        open_model("own_net:net", shape="4")
+    assert "128:int" in caught.value.hint
+
+
 def test_data_that_does_not_fit(folder: Path, digits: Splits):
     with pytest.raises(UsageError) as caught:
         open_model("own_net:whole", data=digits)

@@ -163,6 +163,7 @@ def test_a_factory_may_give_a_model(tmp_path: Path) -> None:
         ("nosuchpackage:make", "'nosuchpackage' is not there.*pip install nosuchpackage"),
         ("karui.model.nowhere:make", r"'karui\.model\.nowhere' is not there: 'karui' has no 'model\.nowhere'"),
         ("torch.nn:Linaer", "has no 'Linaer'. Did you mean Linear"),
+        ("torch.nn:qqqqqq", r"has no 'qqqqqq'. There are: (\w+, ){7}\w+ and \d+ others\."),
         ("karui.model.origin:FORMS", "has a 'FORMS' that cannot be called"),
         ("os:system", "'os:system' is no factory of networks"),
         ("torch.hub:load", "is no factory of networks"),

@@ -269,6 +269,8 @@ def check_input(model: Model, data: Splits | None) -> None:
     except Exception as error:  # the network is foreign code and may raise anything
         told = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = "Give data of the shape that the network was made for, or a network for this data."
+        if data is None:
+            hint = "Give --input the shape that the network was made for: 3x224x224, or 128:int for token numbers."
         raise UsageError(f"The model does not take {whose}: {told}", hint) from error
     finally:
         for layer, mode in modes.items():

@@ -205,8 +205,10 @@ def _known(spec: str, name: str, names: list[str], error: type[KaruiError]) -> N
 
 def _closest(name: str, names: list[str]) -> str:
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    shown = ", ".join(close or sorted(names)[:8])
-    return f"Did you mean {' or '.join(close)}?" if close else f"There are: {shown or 'none'}."
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    shown, more = ", ".join(sorted(names)[:8]), len(names) - 8
+    return f"There are: {shown or 'none'}{f' and {more} others' if more > 0 else ''}."
 
 
 def told_of(failure: BaseException) -> str:
