@@ -63,6 +63,10 @@ def cp(
     if solver == "greedy":
         return greedy(whole, rank, sweeps=sweeps, watch=watch)
     generator = torch.Generator().manual_seed(seed)
+    if not whole.any():
+        # Exactly zero, and still able to learn: a gradient reaches the first factor through the others.
+        first, *others = random_start(whole, rank, generator)
+        return CP((torch.zeros_like(first), *others), (0.0,))
     starts = [hosvd_start(whole, rank, generator), *(random_start(whole, rank, generator) for _ in range(restarts))]
     fits = [als(whole, start, sweeps=sweeps, ridge=ridge, watch=watch) for start in starts]
     best = min(fits, key=lambda fit: fit.error)
