@@ -101,6 +101,13 @@ def test_tables_cost_what_the_paper_counts() -> None:
     macs = 81 * 8 * 8 + 32 * 16 * 8  # `hw_in C K` and `Cs K`
     assert count(light).macs == macs == sum(choice.macs[1] for choice in step.choose(model))
     assert count(technique(correct=False).apply(model, Bench())).macs == count(model).macs
+    # `hw_out d^2 N C / C'` and `Ct Cs / C's` additions, which are no multiply-adds.
+    told = [choice.remark for choice in step.choose(model)]
+    assert told == [
+        f"{16 * 9 * 32 * 2:,} additions of what is looked up",
+        f"{64 * 512 // 4:,} additions of what is looked up",
+    ]
+    assert not any(choice.remark for choice in technique(correct=False).choose(model))
 
 
 def test_gradients_of_codebooks_are_those_of_the_decoded_weight() -> None:
