@@ -23,6 +23,7 @@ SLUGS = (
     "biclustered_cp",
     "biclustered_svd",
     "cp_decomposition",
+    "group_brain_damage",
     "low_rank_expansion",
     "low_rank_sparse",
     "monochromatic",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from karui.lowrank._choice import Choice
-from karui.lowrank._scan import Seen, filters_of
+from karui.lowrank._scan import Seen, filters_of, is_layer
 from karui.technique import Candidate
 
 if TYPE_CHECKING:
@@ -105,6 +105,11 @@ class Offering(ABC):
     @abstractmethod
     def layer_for(self, one: Seen, choice: Choice, bench: Bench, evidence: Any) -> nn.Module:
         """The layer that takes its place."""
+
+
+def all_others(model: Model, one: Seen) -> list[str]:
+    """Paths of all layers but one, to be skipped."""
+    return [path for path, layer in model.module.named_modules() if is_layer(layer) and path != one.path]
 
 
 class _Recent:

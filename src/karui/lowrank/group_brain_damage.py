@@ -31,8 +31,8 @@ DEPARTURE: linear layers may be treated alike (`linear`): their columns are inpu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ from karui.lowrank._columns import (
     weight_of,
 )
 from karui.lowrank._common import carry_out, fine_tune, require_fine_tuning
-from karui.lowrank._per_layer import PerLayer
+from karui.lowrank._per_layer import LARGE, Offering, PerLayer, all_others
 from karui.lowrank._scan import Seen, filters_of, groups_of, scan
 from karui.model import Note, layer_at
 from karui.technique import Bench, Card, technique
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     )
 )
 @dataclass(frozen=True, kw_only=True)
-class GroupBrainDamage(PerLayer):
+class GroupBrainDamage(PerLayer, Offering):
     """Train under a penalty on columns of the filter matrices, remove columns step by step, and leave them out.
 
     Settings:
@@ -117,6 +117,9 @@ class GroupBrainDamage(PerLayer):
         >>> light.module.weight.shape, light.module(torch.zeros(1, 8, 6, 6)).shape
         (torch.Size([8, 18]), torch.Size([1, 8, 4, 4]))
     """
+
+    ladder: ClassVar[tuple[float, ...]] = (4.0,)
+    most: ClassVar[int] = LARGE
 
     density: float = 0.25
     rounds: int = 30
@@ -206,6 +209,28 @@ class GroupBrainDamage(PerLayer):
             if choices[-1].replaced:
                 layers[one.path] = group_sparse_layer(layer_at(model.module, one.path), alive)
         return carry_out(model, choices, layers, "group-wise brain damage", {"density": self.density})
+
+    def alone(self, model: Model, one: Seen, speedup: float) -> tuple[GroupBrainDamage, Choice]:
+        """For a budget: the settings that do this to one layer at once and nothing else, and what becomes of it."""
+        alone = replace(
+            self,
+            density=1 / speedup,
+            pattern="learned",
+            across=False,
+            linear=isinstance(one.layer, nn.Linear),
+            cut_unread=False,
+            skip=tuple(all_others(model, one)),
+            epochs=0,
+            tuning=0,
+        )
+        return alone, alone.choice_for(one)
+
+    def layer_for(self, one: Seen, choice: Choice, bench: Bench, evidence: Any) -> nn.Module:
+        """For a budget: the layer with its columns of the largest norms."""
+        del choice, bench, evidence
+        norms = column_norms(one.layer.weight.detach(), groups_of(one))
+        alive = surviving({"": norms}, {"": torch.ones_like(norms, dtype=torch.bool)}, self.density, across=False)
+        return group_sparse_layer(one.layer, alive[""])
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
         return scan(model, self._objection, self.skip)

@@ -43,8 +43,8 @@ from karui.errors import require
 from karui.lowrank._calibrate import Calibration
 from karui.lowrank._choice import Choice
 from karui.lowrank._common import carry_out, fine_tune, require_data, require_fine_tuning, tracked
-from karui.lowrank._per_layer import LOOKED_AT, Offering
-from karui.lowrank._scan import Seen, filters_of, groups_of, is_layer, scan
+from karui.lowrank._per_layer import LOOKED_AT, Offering, all_others
+from karui.lowrank._scan import Seen, filters_of, groups_of, scan
 from karui.lowrank._sums import assembled, regularised
 from karui.lowrank._watching import Shelf
 from karui.model import replace_layers
@@ -220,7 +220,6 @@ class LowRankAndSparse(Offering):
 
     def alone(self, model: Model, one: Seen, speedup: float) -> tuple[LowRankAndSparse, Choice]:
         """For a budget: the settings that do this to one layer and nothing else, and what becomes of it."""
-        others = [path for path, layer in model.module.named_modules() if is_layer(layer) and path != one.path]
         bare = replace(
             self,
             budget=1 / speedup,
@@ -229,7 +228,7 @@ class LowRankAndSparse(Offering):
             density=0.0,
             asymmetric=False,
             sweeps=_QUICK,
-            skip=tuple(others),
+            skip=tuple(all_others(model, one)),
             epochs=0,
             **LOOKED_AT,
         )

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from karui.recipes.budget.timing import Stopwatch
     from karui.technique import Bench
 
-KINDS = ("cut", "replace", "forward")
-"""Kinds of technique that change a trained network at once, without a training of their own."""
+KINDS = ("cut", "replace", "forward", "influence")
+"""Kinds of technique that can change a trained network at once, without a training of their own."""
 CAP = 1e6
 """Harm of a candidate whose output is not finite: never worth it, and still a number."""
 
