@@ -95,3 +95,19 @@ def test_codewords_are_the_least_squares_solution_and_codes_the_best_of_all() ->
     torch.testing.assert_close(found.books[0, :, 0], start.books[0, :, 0])  # as no response shows it
     errors = (left[:, :, None] - (x[:, :2] @ found.books[0].T)[:, None, :]).square().sum(0)
     assert torch.equal(found.codes[:, 0, 0], errors.argmin(1))
+
+
+def test_isotropic_inputs_keep_codewords_of_the_weights_size() -> None:
+    kernel = planted(16, 12, 1)
+    x = torch.randn(40, 12).double()
+    x[:, :4] *= 1e-3  # inputs that hardly occur here
+    plain = Quadratic.of(Moments.of(x, x @ kernel.flatten(1).T), None)
+    start, held = product_code(kernel, 4, 4), plain.regularised(kernel, 0.01)
+    other = kernel + 0.1 * torch.randn_like(kernel)
+    ridge = 0.01 * float(x.square().sum(0).mean())
+    assert held.error(other) == pytest.approx(plain.error(other) + ridge * float((other - kernel).square().sum()))
+    free, kept = (corrected(start, wanted, sweeps=4).kernel() for wanted in (plain, held))
+    seen = torch.randn(400, 12).double()  # where they do occur
+    lost = [float((seen @ (made - kernel).flatten(1).T).norm()) for made in (free, kept, start.kernel())]
+    assert lost[1] < 0.7 * lost[0]
+    assert lost[1] < 1.2 * lost[2]

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from karui.model import Model
     from karui.technique import Bench
 
+RIDGE = 0.01
+"""Isotropic inputs that are added to those seen, as a share of their mean variance, where a fit would else be free."""
+
 
 @dataclass(frozen=True)
 class Calibration:

