@@ -101,11 +101,9 @@ def test_isotropic_inputs_keep_codewords_of_the_weights_size() -> None:
     kernel = planted(16, 12, 1)
     x = torch.randn(40, 12).double()
     x[:, :4] *= 1e-3  # inputs that hardly occur here
-    plain = Quadratic.of(Moments.of(x, x @ kernel.flatten(1).T), None)
-    start, held = product_code(kernel, 4, 4), plain.regularised(kernel, 0.01)
-    other = kernel + 0.1 * torch.randn_like(kernel)
-    ridge = 0.01 * float(x.square().sum(0).mean())
-    assert held.error(other) == pytest.approx(plain.error(other) + ridge * float((other - kernel).square().sum()))
+    moments = Moments.of(x, x @ kernel.flatten(1).T)
+    held = moments.with_isotropic(kernel.flatten(1), 0.01 * float(x.square().mean()))
+    start, plain, held = product_code(kernel, 4, 4), Quadratic.of(moments, None), Quadratic.of(held, None)
     free, kept = (corrected(start, wanted, sweeps=4).kernel() for wanted in (plain, held))
     seen = torch.randn(400, 12).double()  # where they do occur
     lost = [float((seen @ (made - kernel).flatten(1).T).norm()) for made in (free, kept, start.kernel())]

@@ -42,6 +42,16 @@ def test_the_error_needs_no_samples() -> None:
     assert moments.error(weight) == pytest.approx(float((y - x @ weight.T).square().sum()))
 
 
+def test_isotropic_pairs_add_the_error_of_the_weight_alone() -> None:
+    x, y = pairs()
+    weight, other, offset = torch.randn(5, 7).double(), torch.randn(5, 7).double(), torch.randn(5).double()
+    moments = Moments.of(x, y)
+    held = moments.with_isotropic(weight, 0.3)
+    more = 0.3 * len(x) * float((other - weight).square().sum())
+    assert held.error(other, offset) == pytest.approx(moments.error(other, offset) + more)
+    torch.testing.assert_close(held.centred().xx, moments.centred().xx + 0.3 * torch.eye(7).double())
+
+
 @pytest.mark.paper(16)
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_no_other_map_of_the_rank_is_better(rank: int) -> None:

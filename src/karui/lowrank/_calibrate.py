@@ -92,5 +92,20 @@ class Calibration:
         return moments
 
 
+def regularised(moments: Moments, weight: Float[Tensor, "filters *seen"], *, centred: bool) -> Moments:
+    """With a little of isotropic inputs, to which the weight itself responds.
+
+    Directions in which the calibration inputs hardly vary would else be free to take any size, and inputs that do vary
+    in them would meet it.
+
+    Args:
+        moments: of one group.
+        weight: of that group, before the fit.
+        centred: whether variance counts around the means, as where a bias is fitted too, or around zero.
+    """
+    seen = moments.centred().xx if centred else moments.xx / moments.count
+    return moments.with_isotropic(weight.flatten(1), RIDGE * float(seen.diagonal().mean()))
+
+
 def _no_moments(one: Seen) -> list[Moments]:
     return [Moments.zeros(0, filters_of(one)) for _ in range(groups_of(one))]

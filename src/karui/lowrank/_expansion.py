@@ -51,11 +51,21 @@ class Expanded:
         lost = (kernel - made).norm() / kernel.norm().clamp(min=1e-300)
         return replace(self, error=float(lost))
 
-    def fitted(self, moments: Sequence[Moments], iterations: int) -> tuple[Expanded, float]:
-        """The factors that imitate responses, from these, and the relative error of the responses."""
+    def fitted(self, moments: Sequence[Moments], iterations: int) -> Expanded:
+        """The factors that imitate responses, from these."""
         found = fit_expansion(moments, self.design, self.first, self.last, iterations)
         bias = torch.cat(found.offsets(moments, self.design))
-        return replace(self, first=found.first, last=found.last, bias=bias).measured(), found.errors[-1]
+        return replace(self, first=found.first, last=found.last, bias=bias).measured()
+
+    def response_error(self, moments: Sequence[Moments]) -> float:
+        """The error of the responses, relative to their own variance."""
+        biases = torch.zeros(self.layer.out_channels) if self.bias is None else self.bias
+        parts = zip(moments, self.last, biases.double().chunk(len(moments)), strict=True)
+        lost = sum(
+            one.error(last @ self.design(self.first, group), bias) for group, (one, last, bias) in enumerate(parts)
+        )
+        total = sum(one.count * float(one.centred().yy.trace()) for one in moments)
+        return math.sqrt(lost / max(total, 1e-300))
 
     def build(self) -> nn.Module:
         """The new layer."""

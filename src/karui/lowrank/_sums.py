@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,25 +11,21 @@ from torch import Tensor, nn
 
 from karui.layers.factored import factor_conv, factor_linear
 from karui.layers.low_rank_sparse import LowRankPlusSparse
-from karui.lowrank._calibrate import RIDGE
+from karui.lowrank._calibrate import regularised
 from karui.numerics.bilateral import LowRankSparse
 from karui.numerics.regression import Moments
 
 
-def regularised(moments: Moments, weight: Tensor, *, bias: bool) -> Moments:
+def for_one_sample(moments: Moments, weight: Tensor, *, bias: bool) -> Moments:
     """Second moments for one sample: around the means where a bias makes up for these, else around zero.
 
-    A little of isotropic inputs, to which the weight itself responds, is added: else directions in which the inputs
-    hardly vary would be free to take any size, and retraining would start from there.
+    A little of isotropic inputs is added, so that retraining does not start from weights of any size.
     """
-    n, weight = moments.count, weight.detach().double().flatten(1)
+    moments = regularised(moments, weight, centred=bias)
     if bias:
-        moments = moments.centred()
-    else:
-        moments = Moments(n, moments.x / n, moments.y / n, moments.xx / n, moments.yx / n, moments.yy / n)
-    ridge = RIDGE * float(moments.xx.diagonal().mean())
-    xx = moments.xx + ridge * torch.eye(len(moments.xx), dtype=torch.float64)
-    return replace(moments, xx=xx, yx=moments.yx + ridge * weight, yy=moments.yy + ridge * weight @ weight.T)
+        return moments.centred()
+    n = moments.count
+    return Moments(n, moments.x / n, moments.y / n, moments.xx / n, moments.yx / n, moments.yy / n)
 
 
 def assembled(layer: Any, fits: Sequence[LowRankSparse], bias: Tensor | None) -> nn.Module:

@@ -15,7 +15,9 @@ Paper -> here: `s_m = v_m h_m^T` -> filters, `a` -> mix, `M` (scheme 1), `K` (sc
 `Phi` -> inputs, `C`, `N` -> channels, filters.
 
 DEPARTURE: data reconstruction descends by back-propagation on the exact error over all calibration windows, which
-their second moments tell, in place of stochastic steps on the windows; and the bias is fitted with the factors.
+their second moments tell, in place of stochastic steps on the windows; and the bias is fitted with the factors. A
+hundredth of isotropic inputs is added to those seen, so that factors do not grow and cancel one another where the
+inputs hardly vary.
 
 DEPARTURE: filter reconstruction of scheme 2 is in closed form, whose alternating solution the paper computes; `solver`
 gives that one.
@@ -36,14 +38,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from karui.errors import require
-from karui.lowrank._calibrate import Calibration
+from karui.lowrank._calibrate import Calibration, regularised
 from karui.lowrank._choice import Choice
 from karui.lowrank._common import carry_out, fine_tune, require_data, require_fine_tuning, require_ranks, tracked
 from karui.lowrank._expansion import SCHEMES, Expanded, Joint, Separable, choose_rank, flat_objection
 from karui.lowrank._per_layer import LARGE, Offering, PerLayer
-from karui.lowrank._scan import Seen, scan
+from karui.lowrank._scan import Seen, groups_of, scan
 from karui.lowrank._watching import Shelf
 from karui.model import replace_layers
+from karui.numerics.unfold import split_groups
 from karui.technique import Bench, Card, technique
 
 if TYPE_CHECKING:
@@ -167,7 +170,11 @@ class LowRankExpansion(PerLayer, Offering):
         expanded = self._expanded(one, choice.ranks[0])
         error = expanded.error
         if self.objective == "data":
-            expanded, error = expanded.fitted(calibration.moments(source, one), self.iterations)
+            weights = split_groups(one.layer.weight.detach(), groups_of(one))
+            moments = calibration.moments(source, one)
+            held = [regularised(each, weight, centred=True) for each, weight in zip(moments, weights, strict=True)]
+            expanded = expanded.fitted(held, self.iterations)
+            error = expanded.response_error(moments)
         return expanded.build(), replace(choice, error=error)
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:

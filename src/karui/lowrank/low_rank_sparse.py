@@ -45,7 +45,7 @@ from karui.lowrank._choice import Choice
 from karui.lowrank._common import carry_out, fine_tune, require_data, require_fine_tuning, tracked
 from karui.lowrank._per_layer import LOOKED_AT, Offering, all_others
 from karui.lowrank._scan import Seen, filters_of, groups_of, scan
-from karui.lowrank._sums import assembled, regularised
+from karui.lowrank._sums import assembled, for_one_sample
 from karui.lowrank._watching import Shelf
 from karui.model import replace_layers
 from karui.numerics.bilateral import LowRankSparse, low_rank_sparse
@@ -213,7 +213,7 @@ class LowRankAndSparse(Offering):
         """The layer, the fit of each group, and the relative error."""
         biased = one.layer.bias is not None
         weights = one.layer.weight.chunk(groups_of(one))
-        moments = [regularised(group, weight, bias=biased) for group, weight in zip(found, weights, strict=True)]
+        moments = [for_one_sample(group, weight, bias=biased) for group, weight in zip(found, weights, strict=True)]
         fits, error = self._fitted(moments, self.sizes(one))
         offsets = [group.y - fit.matrix() @ group.x for fit, group in zip(fits, moments, strict=True)]
         return assembled(one.layer, fits, torch.cat(offsets) if biased else None), fits, error

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from karui.errors import require
 from karui.layers.product_quantized import MOST_CODEWORDS, quantized_layer
-from karui.lowrank._calibrate import RIDGE, Calibration
+from karui.lowrank._calibrate import Calibration, regularised
 from karui.lowrank._choice import Choice
 from karui.lowrank._common import carry_out
 from karui.lowrank._per_layer import Offering, PerLayer
@@ -240,9 +240,10 @@ class ProductQuantization(PerLayer, Offering):
         wanted = [Quadratic.of(each, own) for each, own in zip(moments, biases, strict=True)]
         total = max(sum(each.yy for each in wanted), 1e-300)
 
+        held = [regularised(each, kernel, centred=False) for each, kernel in zip(moments, kernels, strict=True)]
         fixed = [
-            corrected(code, each.regularised(kernel, RIDGE), sweeps=self.sweeps, turns=self.turns)
-            for code, each, kernel in zip(codes, wanted, kernels, strict=True)
+            corrected(code, Quadratic.of(each, own), sweeps=self.sweeps, turns=self.turns)
+            for code, each, own in zip(codes, held, biases, strict=True)
         ]
         lost = [
             sum(each.error(code.kernel()) for code, each in zip(side, wanted, strict=True)) for side in (codes, fixed)

@@ -108,15 +108,6 @@ class Quadratic:
         total = moments.yy.trace() - 2 * fixed @ moments.y + moments.count * fixed @ fixed
         return cls(moments.xx, moments.yx - fixed.outer(moments.x), float(total))
 
-    def regularised(self, kernel: Float[Tensor, "filters channels taps"], share: float) -> Quadratic:
-        """With isotropic inputs, of that share of the mean square of those seen, to which the kernel itself responds.
-
-        Codewords for inputs that hardly occur are else free to take any size.
-        """
-        flat, ridge = kernel.double().flatten(1), share * float(self.xx.diagonal().mean())
-        xx = self.xx + ridge * torch.eye(len(self.xx), dtype=self.xx.dtype)
-        return Quadratic(xx, self.yx + ridge * flat, self.yy + ridge * float(flat.square().sum()))
-
     def error(self, kernel: Float[Tensor, "filters channels taps"]) -> float:
         """Sum of the squared errors."""
         flat = kernel.flatten(1)

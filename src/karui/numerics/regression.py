@@ -7,7 +7,7 @@ is kept. All in float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -75,6 +75,15 @@ class Moments:
             (self.yy / self.count, y, y),
         )
         return Moments(self.count, x, y, *(total - left.outer(right) for total, left, right in products))
+
+    def with_isotropic(self, weight: Float[Tensor, "outputs inputs"], variance: float) -> Moments:
+        """With as many pairs again of inputs around zero, of this variance in every direction, and `weight`'s outputs.
+
+        A fit then stays near `weight` where the inputs hardly vary, in place of being free to take any size there.
+        """
+        weight, total = weight.detach().double().cpu(), self.count * variance
+        xx = self.xx + total * torch.eye(len(self.xx), dtype=torch.float64)
+        return replace(self, xx=xx, yx=self.yx + total * weight, yy=self.yy + total * weight @ weight.T)
 
     def error(self, weight: Float[Tensor, "outputs inputs"], offset: Float[Tensor, "outputs"] | None = None) -> float:
         """Sum over the pairs of `||y - weight x - offset||^2`."""
