@@ -16,7 +16,7 @@ from torch import Tensor
 
 from karui.errors import SettingError
 from karui.numerics.cp import CP, balanced, gram, khatri_rao, mttkrp
-from karui.numerics.cp_als import als, greedy, greedy_batch, hosvd_start, random_start
+from karui.numerics.cp_als import _sweep, als, greedy, greedy_batch, hosvd_start, random_start
 from karui.numerics.cp_fit import cp
 from karui.numerics.cp_nls import gauss_newton_product, gradient, nls
 from karui.numerics.unfold import unfold
@@ -112,6 +112,25 @@ def test_the_gauss_newton_product_is_that_of_the_jacobian() -> None:
     wanted = jacobian.T @ (jacobian @ torch.cat([w.flatten() for w in way]))
     found = gauss_newton_product(factors, [f.T @ f for f in factors], way)
     torch.testing.assert_close(torch.cat([f.flatten() for f in found]), wanted)
+
+
+def test_sweeps_that_start_further_on_are_ahead_of_plain_ones() -> None:
+    for seed in range(3):
+        tensor = torch.randn(16, 12, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        start = balanced(random_start(tensor, 12, torch.Generator().manual_seed(seed)))
+        flat, total, plain, error = unfold(tensor, (0,)), float(tensor.square().sum()), start, 1.0
+        for _ in range(30):
+            plain, error = _sweep(flat, plain, 0.0, total)
+        assert als(tensor, start, sweeps=30, tolerance=0.0).error < error - 1e-3
+
+
+def test_a_sweep_that_overshoots_is_undone_and_ends_nothing() -> None:
+    tensor = planted((6, 5, 4), 3)
+    fit = als(tensor, hosvd_start(tensor, 3, torch.Generator().manual_seed(0)), sweeps=60, tolerance=1e-7)
+    stood = [sweep for sweep, (before, after) in enumerate(pairwise(fit.errors)) if before == after]
+    assert stood
+    assert stood[0] < len(fit.errors) - 2
+    assert fit.error < 1e-5
 
 
 def test_errors_never_rise() -> None:

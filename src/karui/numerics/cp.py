@@ -5,7 +5,8 @@ deflation (one component at a time, by power iterations) and alternating least s
 `karui.numerics.cp_als`, non-linear least squares (all factors at once) in `karui.numerics.cp_nls`. All in float64.
 
 TensorLy's `parafac` is alternating least squares too. Here a sweep makes two large products instead of one for each
-mode, a step can never raise the error (it is proximal), and the components' norms are watched: at a rank that suits the
+mode and starts from where the last two lead, a step can never raise the error (it is proximal, and undone where it
+overshoots), and the components' norms are watched: at a rank that suits the
 tensor ill, components of opposite sign grow without bound while their sum barely improves.
 """
 

@@ -19,6 +19,8 @@ from karui.numerics.unfold import unfold
 _PROXIMAL = 1e-12
 # Sweeps between two times that the components' weights are spread evenly.
 _BALANCE = 10
+# Share of the last sweep's change that the next one starts further on, and by how much it grows at each.
+_MOMENTUM, _GROWTH = 0.5, 1.2
 
 
 def hosvd_start(tensor: Float[Tensor, "..."], rank: int, generator: torch.Generator) -> list[Tensor]:
@@ -49,24 +51,41 @@ def als(
 ) -> CP:
     """Alternating least squares from `start`: each factor in turn is the best one for the others.
 
+    Sweeps creep, each a little further the same way. So each starts from where the last two lead, about as far again as
+    the last one went (Mitchell, Ye, De Sterck 2020, "Nesterov acceleration of alternating least squares for canonical
+    tensor decomposition"), and one that ends above the last is undone: the error falls as ever, in half the sweeps.
+
     It ends after `sweeps`, or when a sweep lowers the relative error by less than `tolerance`. `ridge` is the weight
     of the factors' squared norms in the objective, for a tensor of norm 1: a little of it keeps components from
     cancelling one another, and the error then may rise by as little.
     """
     flat, factors = unfold(tensor, (0,)), _as_large(tensor, balanced(start))
     weight, total = ridge_weight(ridge, tensor), float(flat.square().sum())
-    errors = [relative_error(tensor, factors)]
+    errors, before, momentum = [relative_error(tensor, factors)], None, _MOMENTUM
     for sweep in range(sweeps):
-        factors, error = _sweep(flat, factors, weight, total)
+        after, error = _sweep(flat, _further(factors, before, momentum), weight, total)
+        undone = before is not None and error > errors[-1]
+        if undone:
+            error, before, momentum = errors[-1], None, momentum / 2
+        else:
+            momentum = min(1.0, _GROWTH * momentum) if before is not None else momentum
+            before, factors = factors, after
         if sweep % _BALANCE == 0:
-            factors = balanced(factors)
+            before, factors = None, balanced(factors)  # the change of the last sweep was in other scales
         errors.append(error)
         if watch is not None:
             watch("alternating", sweep + 1, error)
-        if errors[-2] - error < tolerance:
+        if not undone and errors[-2] - error < tolerance:
             break
     factors = balanced(factors)
     return CP(tuple(factors), (*errors[:-1], relative_error(tensor, factors)))
+
+
+def _further(factors: list[Tensor], before: list[Tensor] | None, share: float) -> list[Tensor]:
+    """The factors, moved on by a share of how they have changed."""
+    if before is None:
+        return factors
+    return [factor + share * (factor - last) for factor, last in zip(factors, before, strict=True)]
 
 
 def _as_large(tensor: Tensor, factors: list[Tensor]) -> list[Tensor]:
