@@ -15,48 +15,28 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Subset
 
 from _common import CACHE, Ledger, cifar10, claims_table, interval, publish, shown, table
+from _over_seeds import convolutions
 from cifar_resnets import Case, Session, make_bench, published
 from karui.data import load_data
 from karui.layers.factored import factor_conv
 from karui.lowrank import AsymmetricNonlinear, LowRankExpansion
 from karui.measuring import count
 from karui.measuring.values import bytes_text
-from karui.model import Classification, Model, replace_layers
+from karui.model import Model, replace_layers
 from karui.model.responses import responses
 from karui.numerics.svd import truncated_svd
 from karui.technique import Bench, Technique
 from karui.train import Adam, Training
 
 LAYERS = ("convs.1", "convs.2", "convs.3")
-
-
-class Plain(nn.Module):
-    """16, 32, 48 and 48 filters of 3x3 on the 8x8 digits, without normalisation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise((1, 16, 32, 48, 48)))
-        self.head = nn.Linear(48, 10)
-
-    def features(self, x: Tensor) -> Tensor:
-        """The last feature map."""
-        for depth, conv in enumerate(self.convs):
-            x = torch.relu(conv(x))
-            x = nn.functional.max_pool2d(x, 2) if depth == 1 else x
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Class scores."""
-        return self.head(self.features(x).mean((2, 3)))
 
 
 def expansions() -> dict[str, Technique]:
@@ -100,8 +80,7 @@ def one_seed(seed: int) -> dict[str, Any]:
         training=Training(epochs=12, batch_size=32, optimizer=Adam(lr=4e-3)),
         seed=seed,
     )
-    torch.manual_seed(seed)
-    dense = bench.fit(Model(Plain(), example=(torch.zeros(1, 1, 8, 8),), task=Classification()))
+    dense = bench.fit(convolutions(seed, norm=False))
     steps = {**expansions(), **reconstructions()}
     lights = {"dense": dense, **{name: step.apply(dense, bench) for name, step in steps.items()}}
     lights["[16] filters by SVD"] = by_filters(dense)

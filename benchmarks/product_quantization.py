@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from _common import CACHE, Ledger, claims_table, interval, publish, shown, table, unseen
+from _layers import against, race
 from karui.data import load_data
 from karui.layers.product_quantized import quantized_layer
 from karui.lowrank import ProductQuantization
-from karui.measuring import Clock, OnnxRuntime, Torch, time_ratio
+from karui.measuring import Torch
 from karui.model import Classification, Model
 from karui.numerics.kernels import has_numba
 from karui.numerics.product_codes import ProductCode
@@ -70,17 +71,9 @@ def timed(width: int, words: int, size: int, batch: int) -> dict[str, Any]:
     dense = nn.Linear(width, width)
     books = torch.randn(width // size, words, size).double()
     code = ProductCode(books, torch.randint(words, (width, width // size, 1)))
-    example = (torch.randn(1, width),)
-    sides: Any = {
-        "torch": (Torch(), Model(dense.eval(), example=example)),
-        "ONNX Runtime": (OnnxRuntime(), Model(dense, example=example)),
-        "tables": (Torch(), Model(quantized_layer(dense, [code], lookup=True).eval(), example=example)),
-    }
-    clock = Clock(batches=(batch,), threads=(1,), cpu_time=True, rounds=25)
-    found = clock.race(sides, example)
-    times = {name: found.of(name)[0] for name in sides}
-    best = min(("torch", "ONNX Runtime"), key=lambda name: times[name].median)
-    ratio = time_ratio(times[best], times["tables"], across=True)
+    layer = quantized_layer(dense, [code], lookup=True)
+    best, times = race(dense, {"by tables": (Torch(), layer)}, torch.randn(1, width), batch)
+    ratio = against(times, best, "by tables")
     return {"best": best, "ratio": ratio.value, "verdict": ratio.verdict, **{n: str(t) for n, t in times.items()}}
 
 
@@ -127,7 +120,10 @@ def main() -> None:
     }
     kernel = "with the numba kernel" if has_numba() else "in plain torch (numba is not installed)"
     lines = [[n, shown(runs[n]["accuracy"]), f"{runs[n]['error']['mean']:.3f}"] for n in names]
-    rows = [[n, one["torch"], one["ONNX Runtime"], one["tables"], one["verdict"]] for n, one in times.items()]
+    rows = [
+        [n, one["dense, torch"], one["dense, ONNX Runtime"], one["by tables"], one["verdict"]]
+        for n, one in times.items()
+    ]
     text = f"""# Product quantisation (19)
 
 The digits, a perceptron 64-256-256-10, both hidden layers in codewords of eight inputs, eight of them a subspace, that

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from _common import CACHE, Ledger, claims_table, data_folder, interval, publish, shown, table, unseen
+from _layers import against, race
 from karui.layers.svd_softmax import SvdSoftmaxHead, operations
 from karui.lowrank.svd_softmax import agreed
 from karui.measuring import Clock, OnnxRuntime, Torch, time_ratio
@@ -28,19 +29,21 @@ from karui.technique import Bench
 from karui.train import Adam, Training
 
 SEEDS, WIDTH, EPOCHS = 3, 64, 2
+WIDE = 512
+"""Hidden width of the timed layers."""
 SIZES = ((8, 0.03), (16, 0.0), (16, 0.03), (16, 0.05), (16, 0.08), (16, 0.1))
 TIMED = ((50_000, 32, 0.01), (50_000, 64, 0.01), (50_000, 128, 0.01), (50_000, 64, 0.05), (100_000, 64, 0.01))
 
 
-def corpus() -> tuple[Tensor, Tensor, int]:
-    """Word numbers of the two texts, and the number of words."""
+def corpus(least: int = 2) -> tuple[Tensor, Tensor, int]:
+    """Word numbers of the two texts, and the number of words: those that the first holds so many times or more."""
 
     def words(part: str) -> list[str]:
         with gzip.open(data_folder() / "texts" / f"wikitext2_{part}.txt.gz", "rt", encoding="utf-8") as file:
             return file.read().replace("\n", " <eos> ").split()
 
     train, test = words("valid"), words("test")
-    known = [word for word, times in Counter(train).most_common() if times > 1]
+    known = [word for word, times in Counter(train).most_common() if times >= least]
     number = {word: i for i, word in enumerate(known)}
     unknown = number["<unk>"]
     return *(torch.tensor([number.get(word, unknown) for word in text]) for text in (train, test)), len(known)
@@ -120,16 +123,28 @@ def judged(head: SvdSoftmaxHead, hidden: Tensor, exact: Tensor, target: Tensor) 
     }
 
 
-def timed(words: int, window: int, share: float) -> dict[str, str]:
-    """Against the logits and softmax of the plain layer, in turns, for one vector and for sixteen."""
-    width = 512
-    layer = nn.Linear(width, words)
+def heads(words: int, window: int, share: float) -> tuple[nn.Module, nn.Module]:
+    """Logits and softmax of a plain output layer with random weights of a decaying spectrum, and with a preview."""
+    layer = nn.Linear(WIDE, words)
     with torch.no_grad():
-        layer.weight.mul_(torch.arange(1, width + 1) ** -0.5)
-    example = (torch.randn(1, width),)
-    dense = Model(nn.Sequential(layer, nn.Softmax(-1)).eval(), example=example)
+        layer.weight.mul_(torch.arange(1, WIDE + 1) ** -0.5)
     head = SvdSoftmaxHead.from_linear(layer, window, round(share * words))
-    light = Model(nn.Sequential(head, nn.Softmax(-1)).eval(), example=example)
+    return nn.Sequential(layer, nn.Softmax(-1)).eval(), nn.Sequential(head, nn.Softmax(-1)).eval()
+
+
+def raced(words: int, window: int, share: float) -> dict[str, Any]:
+    """One vector: the better of both engines with the preview against the better of both without."""
+    dense, light = heads(words, window, share)
+    sides = {f"previewed, {engine.name}": (engine, light) for engine in (Torch(), OnnxRuntime())}
+    best, times = race(dense, sides, torch.randn(1, WIDE))
+    ratio = against(times, best, min(sides, key=lambda name: times[name].median))
+    return {"best": best, "ratio": ratio.value, "verdict": ratio.verdict}
+
+
+def timed(words: int, window: int, share: float) -> dict[str, str]:
+    """Against the plain layer, in turns, for one vector and for sixteen."""
+    example = (torch.randn(1, WIDE),)
+    dense, light = (Model(one, example=example) for one in heads(words, window, share))
     clock = Clock(batches=(1, 16), threads=(1,), engines=(Torch(), OnnxRuntime()), cpu_time=True)
     found = clock.time({"dense": dense, "light": light})
     sides = zip(found.of("dense"), found.of("light"), strict=True)

@@ -5,41 +5,23 @@ The networks of other people, at full size, are in `cifar_resnets`.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from _common import CACHE, Ledger, claims_table, interval, publish, shown, table, unseen
+from _over_seeds import convolutions
 from karui.data import load_data
 from karui.lowrank import Tucker2
 from karui.measuring import Clock, count, time_ratio
 from karui.measuring.engines import OnnxRuntime
-from karui.model import Classification, Model
+from karui.model import Model
 from karui.technique import Bench
 from karui.train import Adam, Training
 
 SEEDS, EPOCHS, TUNING, RATE = 10, 12, 5, 1e-2
 LAYERS = ((64, 56), (128, 28), (256, 14), (512, 7))
-
-
-class FourConvolutions(nn.Module):
-    """16, 32, 48 and 48 filters of 3x3 with batch normalisation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (1, 16, 32, 48, 48)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
-        self.head = nn.Linear(48, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Class scores."""
-        for depth, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = torch.relu(norm(conv(x)))
-            x = nn.functional.max_pool2d(x, 2) if depth == 1 else x
-        return self.head(x.mean((2, 3)))
 
 
 def size(model: Model, step: Tucker2) -> int:
@@ -50,8 +32,7 @@ def one_seed(seed: int) -> dict[str, Any]:
     data = load_data("digits")
     training = Training(epochs=EPOCHS, batch_size=32, optimizer=Adam(lr=2e-2))
     bench = Bench(train=data.train, validation=data.validation, test=data.test, training=training, seed=seed)
-    torch.manual_seed(seed)
-    dense = bench.fit(Model(FourConvolutions(), example=(torch.zeros(1, 1, 8, 8),), task=Classification()))
+    dense = bench.fit(convolutions(seed))
     bare = Tucker2(epochs=0).apply(dense, bench)
     shares = [step / 100 for step in range(10, 60)]
     ratio = min(shares, key=lambda share: abs(size(dense, Tucker2(ratio=share, epochs=0)) - bare.parameters))
