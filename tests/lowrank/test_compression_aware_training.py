@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from karui.artifact import load, save
 from karui.data import Splits
@@ -263,6 +265,33 @@ def test_training_without_data_is_refused_first() -> None:
 def test_wrong_settings_name_themselves(settings: dict[str, Any], name: str) -> None:
     with pytest.raises(SettingError, match=name):
         technique(**settings)
+
+
+def test_a_training_that_was_killed_goes_on_with_its_record_of_ranks(tmp_path: Path) -> None:
+    x, y = torch.rand(64, 1, 8, 8), torch.arange(64) % 10
+    training = Training(epochs=4, batch_size=16, optimizer=Adam(lr=1e-2), checkpoint_seconds=0.0)
+    bench = Bench(train=TensorDataset(x, y), training=training, checkpoints=tmp_path)
+    step = technique(tau=0.2, warmup=1)
+    steps = step.influence(network(), bench)
+    whole = replace(bench, checkpoints=None).fit(network(), influence=steps)
+
+    class Killed(Influence):
+        def constraints(self, module: nn.Module, moment: Moment) -> None:
+            del module
+            if moment.step == 9 and not done:
+                done.append(True)
+                raise KeyboardInterrupt
+
+    done: list[bool] = []
+    again = step.influence(network(), bench)
+    both = Together(again, Killed())
+    with pytest.raises(KeyboardInterrupt):
+        bench.fit(network(), influence=both)
+    resumed = bench.fit(network(), influence=both)
+    assert len(again.history) == 4
+    assert again.history == steps.history
+    for a, b in zip(whole.module.parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.effect

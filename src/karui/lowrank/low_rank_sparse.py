@@ -13,6 +13,10 @@ does not pay in time: a dense engine multiplies the zeros of the sparse part, an
 where responses fill few dimensions, as on small networks and easy data: there the low-rank end point alone wins, and
 is taken.
 
+Measured on the digits, a perceptron eight times smaller, three seeds (`results/low_rank_sparse.md`): 80 % without
+retraining, where the SVD of the weights has 20 % and magnitude pruning 28 %; dense 95.5 %. Not shown: within a point of
+dense after two epochs (88 %), nor after six (90 %).
+
 Paper -> here: `W` -> weight, `L = U V` -> low, `S` -> sparse, `r` -> rank, `c` -> nonzeros, `X`, `Y` -> moments.
 
 DEPARTURE: the paper's schedule is not known to us in full; see `karui.numerics.bilateral` for the one taken: steps of

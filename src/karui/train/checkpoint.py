@@ -80,11 +80,16 @@ def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, 
 def restore(tensors: Mapping[str, Tensor], module: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
     """Put saved tensors back into a module and its optimizers, in place.
 
+    A tensor without rows may have gathered some before the checkpoint, as a record of the epochs does; it grows again.
+
     Raises:
         TrainingError: the tensors belong to another network.
     """
     own = module_tensors(module)
     saved = {name: value for name, value in tensors.items() if not name.startswith("optimizer:")}
+    for name, value in own.items():
+        if name in saved and value.ndim and not len(value) and value.shape[1:] == saved[name].shape[1:]:
+            value.data = value.new_empty(saved[name].shape)
     if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in saved.items()}:
         raise TrainingError(
             "The checkpoint holds the tensors of another network.", "Remove it, or give another folder for checkpoints."
