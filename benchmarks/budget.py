@@ -29,14 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Subset, TensorDataset
 
 import karui
 from _common import CACHE, Ledger, cifar10, publish, table
 from _plain_int8 import plain_int8
 from cifar_resnets import make_bench, published
 from karui.artifact.files import write_file
-from karui.data import Splits
+from karui.data import Batches, Splits
 from karui.deployment import Deployment
 from karui.measuring import Clock, Timings, known_engine, onnx_form, time_ratio
 from karui.measuring.values import bytes_text
@@ -58,9 +58,11 @@ BAR = {1.0: {"1": (1.4, 1.6), "64": (2.4, 2.4)}, 2.0: {"1": (1.5, 1.65), "64": (
 
 def splits(pictures: int) -> Splits:
     """Training pictures, and the test pictures in two parts: for the floor, and for the verdict."""
-    data = cifar10(pictures)
+    data = cifar10()
+    given = [Batches(part).fetch(torch.arange(len(part))) for part in (data.train, data.validation)]
+    train = TensorDataset(torch.cat([x for (x,), _ in given])[:pictures], torch.cat([y for _, y in given])[:pictures])
     test = data.test
-    return replace(data, validation=Subset(test, range(HELD)), test=Subset(test, range(HELD, len(test))))
+    return replace(data, train=train, validation=Subset(test, range(HELD)), test=Subset(test, range(HELD, len(test))))
 
 
 PREDICTED = """Time of chosen networks at batch 1, as shares of dense in fp32: as the menu predicted it before they were
@@ -70,8 +72,15 @@ the first stage save nothing in 8 bits, and ranks little; what saves most is lea
 few passes."""
 RATIOS = (0.3, 0.5)
 """Shares of the inner channels that Torch-Pruning cuts."""
-RATE = 0.02
-"""Learning rate of all fine-tuning."""
+RATE, BATCH = 0.02, 64
+"""Learning rate and batch size of all fine-tuning."""
+
+
+def bench_of(data: Splits, folder: Path) -> Bench:
+    """Where all networks are trained, and their parts kept."""
+    bench = make_bench(data, folder)
+    training = replace(with_rate(bench.training, RATE), batch_size=BATCH, channels_last=True)
+    return replace(bench, training=training)
 
 
 def int8_of(model: Model, bench: Bench, name: str) -> Deployment:
@@ -175,8 +184,7 @@ def run(
         ratios: of Torch-Pruning.
     """
     dense, ledger = published(network), Ledger(folder / f"{network}.json")
-    bench = make_bench(data, folder)
-    bench = replace(bench, training=with_rate(bench.training, RATE))
+    bench = bench_of(data, folder)
     forms = peers(dense, bench, passes[0], folder / network, ratios)
     runs: dict[float, dict[str, Any]] = {}
     yield {"network": network, **rows(forms, runs, dense, data, ledger)}
@@ -312,9 +320,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description="A budget against one-line int8")
     options.add_argument("--smoke", action="store_true", help="a few pictures; keeps nothing")
     options.add_argument("--network", default="resnet20", choices=("resnet20", "resnet56"))
-    options.add_argument("--epochs", type=int, default=8, help="passes of recovery for each row")
-    options.add_argument("--search", type=int, default=16, help="passes of recovery for each search of karui")
-    options.add_argument("--pictures", type=int, default=13_500, help="training pictures")
+    options.add_argument("--epochs", type=int, default=6, help="passes of recovery for each row")
+    options.add_argument("--search", type=int, default=12, help="passes of recovery for each search of karui")
+    options.add_argument("--pictures", type=int, default=15_000, help="training pictures")
     options.add_argument("--only", type=float, choices=DROPS, help="one budget")
     options.add_argument("--ratio", type=float, choices=RATIOS, action="append", help="of Torch-Pruning; all if none")
     asked = options.parse_args()

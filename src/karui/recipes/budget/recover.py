@@ -6,12 +6,18 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from karui.distill import KnowledgeDistillation
-from karui.model import Classification
+from karui.measuring.inference import inference, tensors_of
+from karui.model import Classification, Note
+from karui.recipes.budget.harm import change
 from karui.train import range_test
 from karui.train.teaching import MEMORY, answer_bytes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from karui.model import Model
     from karui.technique import Bench
     from karui.train import Influence
@@ -20,6 +26,8 @@ TRIAL = 24
 """Steps that are timed to tell how many epochs fit into some minutes."""
 STEPS = 60
 """Steps of the test for a learning rate."""
+SEEN, BATCH = 512, 128
+"""Samples that normalisations see anew, and how many at a time."""
 
 
 def recover(model: Model, dense: Model, bench: Bench, epochs: int, label: str) -> Model:
@@ -38,6 +46,45 @@ def recover(model: Model, dense: Model, bench: Bench, epochs: int, label: str) -
     if not epochs or bench.train is None or model.task is None:
         return model
     return bench.fit(model, epochs=epochs, influence=_teaching(model, dense, bench, epochs), label=label)
+
+
+def settled(model: Model, dense: Model, bench: Bench) -> Model:
+    """The model with its batch normalisations seen anew on calibration data, where that brings it nearer to the dense.
+
+    For networks that no training follows: its first steps do the same, and harms are judged with it.
+
+    Args:
+        model: what was compressed.
+        dense: what its outputs are held against.
+        bench: calibration data.
+    """
+    fresh = model.copy()
+    norms = [n for n in fresh.module.modules() if isinstance(n, _BatchNorm) and n.track_running_stats]
+    if not norms or bench.train is None:
+        return model
+    with inference(fresh.module) as module:
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.train()
+        for inputs in bench.calibration(SEEN, BATCH):
+            if len(tensors_of(inputs)[0]) > 1:
+                module(*inputs)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    nearer = _apart(fresh, dense, bench) < _apart(model, dense, bench)
+    return fresh.evolve(fresh.module, Note("batch normalisations seen anew", {"samples": SEEN})) if nearer else model
+
+
+def _apart(model: Model, dense: Model, bench: Bench) -> float:
+    """How far the outputs of a model are from those of the dense one, for a batch of calibration data."""
+    inputs = next(iter(bench.calibration(BATCH, BATCH)))
+    found = []
+    for each in (dense, model):
+        with inference(each.module) as module:
+            found.append(tensors_of(module(*inputs)))
+    return change(*found, model.task)
 
 
 def rate_for(model: Model, dense: Model, bench: Bench) -> float | None:

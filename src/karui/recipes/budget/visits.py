@@ -19,7 +19,7 @@ from karui.recipes.budget.choice import cheapest, choose
 from karui.recipes.budget.deployments import NARROW, Forms
 from karui.recipes.budget.front import Point
 from karui.recipes.budget.menu import Menu, menu
-from karui.recipes.budget.recover import rate_for, recover
+from karui.recipes.budget.recover import rate_for, recover, settled
 from karui.recipes.keeping import POINTS, Tell, digest_of, read_record, replayable, write_record
 from karui.train import with_rate
 
@@ -162,7 +162,7 @@ class Visitor:
     def _recovered(self, model: Model, epochs: int, before: int = 0) -> Model:
         """The model trained; with smaller steps where it has been trained before, as large ones would undo that."""
         if not epochs:
-            return model
+            return settled(model, self.dense, self.bench)
         if self.find_rate and self.rate is None:
             self.rate = rate_for(model, self.dense, self.bench)
             if self.rate is not None:
