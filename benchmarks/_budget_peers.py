@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 import torch_pruning
@@ -14,17 +15,28 @@ from karui.recipes.budget.recover import recover
 from karui.technique import Bench
 
 
-def group_norm_pruned(dense: Model, bench: Bench, ratio: float, epochs: int) -> Model:
+def outer(net: nn.Module) -> list[str]:
+    """Layers of a CIFAR ResNet that are not the first of a block.
+
+    Torch-Pruning's result does not run where the shortcut pads with zeros, as it does in these networks, and the
+    stream between the blocks goes through it: only the inner widths of blocks can be cut.
+    """
+    inner = {id(block.conv1) for block in net.modules() if isinstance(block, BasicBlock)}
+    layers = ((path, layer) for path, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear))
+    return [path for path, layer in layers if id(layer) not in inner]
+
+
+def group_norm_pruned(dense: Model, bench: Bench, ratio: float, epochs: int, kept: Collection[str]) -> Model:
     """The network with its weakest groups cut, over all layers at once, and trained with the dense one as teacher.
 
-    Only the inner widths of blocks are cut: Torch-Pruning's result does not run where the shortcut pads with zeros, as
-    it does in these networks, and the stream between the blocks goes through it.
+    Args:
+        dense: the network.
+        bench: data and training.
+        ratio: share of the channels.
+        epochs: passes of the training.
+        kept: layers whose outputs are not cut, by path.
     """
     net = copy.deepcopy(dense.module)
-    inner = {id(block.conv1) for block in net.modules() if isinstance(block, BasicBlock)}
-    kept: list[nn.Module] = [
-        layer for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear) and id(layer) not in inner
-    ]
     pruner = torch_pruning.pruner.BasePruner(
         net,
         torch.zeros(2, *dense.example[0].shape[1:]),
@@ -32,7 +44,7 @@ def group_norm_pruned(dense: Model, bench: Bench, ratio: float, epochs: int) -> 
         pruning_ratio=ratio,
         global_pruning=True,
         round_to=8,
-        ignored_layers=kept,
+        ignored_layers=[net.get_submodule(path) for path in kept],
     )
     pruner.step()
     light = Model(net.eval(), example=dense.example, task=dense.task)

@@ -172,13 +172,15 @@ class WordLstm(nn.Module):
         return self.head(self.cells(self.words(context))[0][:, -1])
 
 
+def windows(text: Tensor, step: int) -> TensorDataset:
+    """Every so many words of a text: the words before one, and that one."""
+    found = text.unfold(0, CONTEXT + 1, step)
+    return TensorDataset(found[:, :-1].contiguous(), found[:, -1].contiguous())
+
+
 def words() -> Net:
     """An LSTM of 128 cells on WikiText-2's validation text, judged on its test text."""
     train, test, vocabulary = corpus()
-
-    def samples(text: Tensor, step: int) -> TensorDataset:
-        windows = text.unfold(0, CONTEXT + 1, step)
-        return TensorDataset(windows[:, :-1].contiguous(), windows[:, -1].contiguous())
 
     def untrained(seed: int) -> Model:
         torch.manual_seed(seed)
@@ -187,7 +189,7 @@ def words() -> Net:
 
     def bench(seed: int) -> Bench:
         training = Training(batch_size=256, optimizer=Adam(lr=5e-4), schedule=Cosine())
-        return Bench(train=samples(train, 8), test=samples(test, 40), training=training, seed=seed)
+        return Bench(train=windows(train, 8), test=windows(test, 40), training=training, seed=seed)
 
     return Net(
         name="words",

@@ -98,7 +98,7 @@ def peers(dense: Model, bench: Bench, epochs: int, folder: Path, ratios: Sequenc
     found = {"dense, fp32": fp32_of(dense, "dense"), "dense, one-line int8": int8_of(dense, bench, "int8")}
     if importlib.util.find_spec("torch_pruning") is None:
         return found
-    from _budget_peers import group_norm_pruned
+    from _budget_peers import group_norm_pruned, outer
 
     for ratio in RATIOS:
         names = [f"Torch-Pruning {ratio:g}, {precision}" for precision in ("fp32", "int8")]
@@ -106,7 +106,7 @@ def peers(dense: Model, bench: Bench, epochs: int, folder: Path, ratios: Sequenc
         if not files[1].is_file():
             if ratio not in ratios:
                 continue
-            light = group_norm_pruned(dense, bench, ratio, epochs)
+            light = group_norm_pruned(dense, bench, ratio, epochs, outer(dense.module))
             for file, made in zip(files, (fp32_of(light, ""), int8_of(light, bench, "")), strict=True):
                 write_file(file, made.data)
         for name, file, precision in zip(names, files, ("fp32", "int8"), strict=True):

@@ -105,14 +105,13 @@ def measure(
     scale = max((float(t.abs().max()) for t in single if t.numel()), default=0.0)
     effect = difference(whole, single)
 
+    # A cut that needs no program is doubled only when the masked model is done with: large ones are few at a time.
     dense = doubled(drawn)
     own = candidate.programs is None and candidate.step.programs is None
-    cut = doubled(light) if own else candidate.build(dense, torch.float64)
-    exact: list[Tensor] | None = None
-    if not effect > FAINT * scale:
+    cut = None if own else candidate.build(dense, torch.float64)
+    faint = not effect > FAINT * scale
+    if faint:
         whole = run_double(dense, double(pair[1]), training=training)
-        exact = run_double(cut, double(pair[1]), training=training)
-        effect = difference(whole, exact)
     mask(dense, candidate.analysis, candidate.removed)
     inputs: list[tuple[Any, ...]] = [joined(*pair)]
     try:
@@ -120,11 +119,21 @@ def measure(
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError):  # its batch is fixed
         inputs = list(pair)
         masked = _masked(dense, candidate, inputs, training=training)
+    kept = None if cut is None else dense
+    del dense
+    cut = doubled(light) if cut is None else cut
+    exact: list[Tensor] | None = None
+    if faint:
+        exact = run_double(cut, double(pair[1]), training=training)
+        effect = difference(whole, exact)
     shrunk = [run_double(cut, double(given), training=training) for given in inputs]
     # A program keeps the path of the batch that it was captured with; so that batch is looked at, too.
-    alone = own or len(inputs) > 1
-    if not alone and not (candidate.exact and _alike(drawn, dense, pair[1], single, shrunk[0], training=training)):
-        masked += _masked(dense, candidate, [pair[1]], training=training)
+    if (
+        kept is not None
+        and len(inputs) == 1
+        and not (candidate.exact and _alike(drawn, kept, pair[1], single, shrunk[0], training=training))
+    ):
+        masked += _masked(kept, candidate, [pair[1]], training=training)
         shrunk.append(run_double(cut, double(pair[1]), training=training))
     gap = max(difference(one, other) for one, other in zip(masked, shrunk, strict=True))
     if kind is torch.float64:

@@ -37,7 +37,7 @@ def front_plot(budget: Mapping[str, Any] | None) -> Plot | None:
         )
     _lines(figure, budget, first, unit)
     figure.update_layout(
-        xaxis={"title": "time, as a share of the dense model's", "rangemode": "tozero"},
+        xaxis={"title": "time (dense: 1)", "rangemode": "tozero"},
         yaxis={"title": f"{first['metric']} on validation data{', %' if unit == 100 else ''}"},
         legend={"orientation": "h", "y": 1.1},
     )

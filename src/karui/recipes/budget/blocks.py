@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 HEAVY = ("Conv", "Gemm", "MatMul")
 FUSED = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Add", "Mul", "Gelu", "Elu")
-"""Element-wise operators that follow a heavy one and are timed with it."""
+POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
+FOLLOWERS = (*FUSED, *POOLS)
+"""Operators that follow a heavy one and are timed with it: they work on each channel by itself, and take less time
+where there are fewer."""
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers whose widths can be read off, and whose blocks can be resized."""
 
@@ -126,7 +129,7 @@ class Graph:
 
 
 def blocks_of(model: Model, batch: int) -> Graph:
-    """The heavy operators of the model's ONNX form, each with what follows it element by element.
+    """The heavy operators of the model's ONNX form, each with what follows it channel by channel.
 
     Raises:
         CaptureError: the model cannot be exported.
@@ -179,13 +182,13 @@ def _shapes(form: OnnxForm, example: tuple[Any, ...], batch: int) -> dict[str, t
 def _with_followers(
     node: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]], claimed: set[str], outputs: set[str]
 ) -> list[onnx.NodeProto]:
-    """The node and the chain of element-wise ones that alone read it."""
+    """The node and the chain of followers that alone read it."""
     nodes = [node]
     while True:
         value = nodes[-1].output[0]
         after = readers.get(value, [])
         whole = len({id(step) for step in after}) == 1 and value not in outputs
-        if not whole or after[0].op_type not in FUSED or after[0].name in claimed:
+        if not whole or after[0].op_type not in FOLLOWERS or after[0].name in claimed:
             return nodes
         claimed.add(after[0].name)
         nodes.append(after[0])

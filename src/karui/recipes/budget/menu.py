@@ -149,8 +149,14 @@ def collect(model: Model, bench: Bench, multiple: int) -> tuple[list[Candidate],
     return found, tuple(notes)
 
 
-def menu(model: Model, bench: Bench, watch: Stopwatch) -> Menu:
+def menu(model: Model, bench: Bench, watch: Stopwatch, known: dict[str, float] | None = None) -> Menu:
     """Everything that can be done to the model, measured.
+
+    Args:
+        model: what it is for.
+        bench: calibration data, seed.
+        watch: times layers.
+        known: harms that were measured before, of the same model; those that are measured now are added.
 
     Raises:
         NeedError: there is no calibration data.
@@ -166,7 +172,7 @@ def menu(model: Model, bench: Bench, watch: Stopwatch) -> Menu:
     coster = Coster(model, analysis, watch)
     costs = coster.alone(candidates)
     kept = [k for k, cost in enumerate(costs) if not cost.slower]
-    harm = harms(model, [candidates[k] for k in kept], analysis, bench)
+    harm = _harms(model, [candidates[k] for k in kept], analysis, bench, {} if known is None else known)
     offers: dict[str, list[Offer]] = {}
     for k, each in zip(kept, harm, strict=True):
         offer = Offer(candidate=candidates[k], harm=each, seconds=costs[k].seconds.settled, bytes=costs[k].bytes)
@@ -181,6 +187,20 @@ def menu(model: Model, bench: Bench, watch: Stopwatch) -> Menu:
         notes=notes,
         slower=len(candidates) - len(kept),
     )
+
+
+def _harms(
+    model: Model, candidates: Sequence[Candidate], analysis: Analysis | None, bench: Bench, known: dict[str, float]
+) -> list[float]:
+    """Measured where it is not known yet: by place, technique and words, and by number where those are equal."""
+    names: list[str] = []
+    for candidate in candidates:
+        name = f"{place_of(candidate)}, {type(candidate.technique).__name__}: {candidate.text}"
+        names.append(f"{name} {sum(other.startswith(name) for other in names)}")
+    fresh = {name: candidate for name, candidate in zip(names, candidates, strict=True) if name not in known}
+    if fresh:
+        known.update(zip(fresh, harms(model, list(fresh.values()), analysis, bench), strict=True))
+    return [known[name] for name in names]
 
 
 def _nothing_to_cut(analysis: Analysis | None) -> str:

@@ -28,6 +28,9 @@ CELLS = 256
 """Combinations of neighbours' settings that are timed for a layer; beyond, each place is timed by itself."""
 
 
+EXPECTED = "expected time"
+"""Quantity of a table: seconds as they were measured. A choice goes by "time", where what the clock cannot tell apart
+is nothing; to foretell what it takes, small savings in many places are added up, though each drowns in the noise."""
 DOUBT = 5.0
 """A candidate that looks slower by fewer standard errors is timed head to head with what it replaces, and so is one
 whose time is within the noise of that."""
@@ -276,7 +279,11 @@ class Coster:
 
     def _single_table(self, place: str, candidates: Sequence[Candidate]) -> Table:
         costs = [self.singles[id(c)] for c in candidates]
-        amounts = {"time": [0.0, *(c.seconds.settled for c in costs)], "bytes": [0.0, *(c.bytes for c in costs)]}
+        amounts = {
+            "time": [0.0, *(c.seconds.settled for c in costs)],
+            "bytes": [0.0, *(c.bytes for c in costs)],
+            EXPECTED: [0.0, *(c.seconds.value for c in costs)],
+        }
         return Table((place,), {name: np.array(values) for name, values in amounts.items()})
 
     def _settings(self, path: str, place: str, menu: Mapping[str, Sequence[Candidate]]) -> list[dict[int, int] | _Cell]:
@@ -317,14 +324,15 @@ class Coster:
         """A layer's changes over the settings of some places; with `exclusive`, only which of them go together."""
         sides = [self._settings(path, place, menu) for place in places]
         shape = tuple(map(len, sides))
-        amounts = {quantity: np.zeros(shape) for quantity in ("time", "bytes")}
+        amounts = {quantity: np.zeros(shape) for quantity in ("time", "bytes", EXPECTED)}
         whole = self._cell(path, {})
         for index in np.ndindex(*shape):
             found = self._together([side[k] for side, k in zip(sides, index, strict=True)], path, apart=exclusive)
             if found is None:
-                amounts["time"][index] = amounts["bytes"][index] = math.inf
+                for held in amounts.values():
+                    held[index] = math.inf
             elif not exclusive:
-                amounts["time"][index] = found.change.settled
+                amounts["time"][index], amounts[EXPECTED][index] = found.change.settled, found.change.value
                 amounts["bytes"][index] = found.bytes - whole.bytes
         return Table(tuple(places), amounts)
 

@@ -20,6 +20,7 @@ from karui.recipes.budget.deployments import NARROW, Forms
 from karui.recipes.budget.front import Point
 from karui.recipes.budget.menu import Menu, menu
 from karui.recipes.budget.recover import rate_for, recover, settled
+from karui.recipes.budget.tables import EXPECTED
 from karui.recipes.keeping import POINTS, Tell, digest_of, read_record, replayable, write_record
 from karui.train import with_rate
 
@@ -30,6 +31,19 @@ if TYPE_CHECKING:
 POINT = "point.json"
 TRIES = 4
 """Choices that are made for one target: where the measured model misses it, another with the correction."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What was chosen: in words by place, what was predicted of it, and the model, until it is taken."""
+
+    told: dict[str, str]
+    predicted: dict[str, float]
+    light: list[Model]
+
+    def taken(self) -> Model:
+        """The model, which is not held here from then on."""
+        return self.light.pop()
 
 
 @dataclass(kw_only=True)
@@ -71,6 +85,7 @@ class Visitor:
     rate: float | None = None
     _held: tuple[int, Model] | None = None
     _menu: tuple[int, Menu] | None = None
+    _harms: tuple[int, dict[str, float]] = field(default_factory=lambda: (-1, {}))
 
     def start(self) -> Point:
         """The dense model as point 0."""
@@ -176,41 +191,44 @@ class Visitor:
 
     def _lightened(self, parent: Point, target: dict[str, float], epochs: int) -> Point | None:
         self.tell(f"point {self.count - 1}: aiming at {_told(target)} from point {parent.number}")
-        model = self.model_of(parent)
-        offers = self._menu_of(parent, model)
-        found = self._chosen(parent, offers, target)
+        found = self._chosen(parent, target)
+        if parent.number:
+            # The parent's own network goes before the new one is trained: dense, new and trained are three already.
+            self._menu = self._held = None
         if found is None:
             return None
-        light, chosen, predicted = found
         made = Point(
             number=self.count - 1,
             parent=parent.number,
             target=target,
-            predicted=predicted,
+            predicted=found.predicted,
             foreseen=parent.form.name if parent.form.told == NARROW else parent.fp32.name,
             epochs=parent.epochs + epochs,
-            chosen=chosen,
+            chosen=found.told,
         )
-        return self._finished(self._recovered(light, epochs), made)
+        return self._finished(self._recovered(found.taken(), epochs), made)
 
-    def _menu_of(self, parent: Point, model: Model) -> Menu:
+    def _menu_of(self, parent: Point) -> Menu:
         if self._menu is None or self._menu[0] != parent.number:
             self._menu = None
-            made = menu(model, self.bench, replace(self.watch, narrow=parent.form.told == NARROW))
+            if self._harms[0] != parent.number:
+                self._harms = (parent.number, {})
+            watch = replace(self.watch, narrow=parent.form.told == NARROW)
+            made = menu(self.model_of(parent), self.bench, watch, self._harms[1])
             self._menu = (parent.number, made)
             self.notes += [note for note in made.notes if note not in self.notes]
             count = sum(map(len, made.offers.values()))
             self.tell(f"  {count} candidates at {len(made.offers)} places; {made.slower} more measured slower")
         return self._menu[1]
 
-    def _chosen(
-        self, parent: Point, offers: Menu, target: Mapping[str, float]
-    ) -> tuple[Model, dict[str, str], dict[str, float]] | None:
+    def _chosen(self, parent: Point, target: Mapping[str, float]) -> _Choice | None:
         """Choose, carry out and measure, until the measured model is at the target or as light as the menu can."""
+        offers = self._menu_of(parent)
         scale = Scale.of(parent, self.seconds, len(self.data))
         wanted = {q: share / scale.factors[q] for q, share in target.items()}
         aims = Aims(wanted)
-        best: tuple[Model, dict[str, str], dict[str, float]] | None = None  # one model at a time: they may be large
+        best: _Choice | None = None
+        made: list[dict[str, int]] = []
         tried: list[dict[str, str]] = []
         for _ in range(TRIES):
             limits = {q: share * scale.whole[q] - scale.now[q] for q, share in aims.next.items()}
@@ -219,12 +237,14 @@ class Visitor:
             if chosen is None:
                 chosen = self._farthest(offers, limits, scale.now)
             problem = offers.problem(limits)
-            predicted = {q: (scale.now[q] + problem.total(chosen, q)) / scale.whole[q] for q in scale.whole}
+            counted = {q: (scale.now[q] + problem.total(chosen, q)) / scale.whole[q] for q in scale.whole}
+            seconds = scale.now["time"] + problem.total(chosen, EXPECTED)
             if not any(chosen.values()):
                 break
             told = {place: offer.candidate.text for place, offer in offers.taken(chosen).items()}
             if told in tried:
                 break
+            best = None if best is None else replace(best, light=[])  # one model at a time: they may be large
             try:
                 light = offers.carry_out(chosen)
             except SurgeryError as error:
@@ -232,12 +252,15 @@ class Visitor:
                 continue
             time = self.watch.ratio(self.dense, self.forms.file(light, scale.timed), self.data).value
             tried.append(told)
-            aims.see(predicted, {"time": time, "bytes": len(onnx_form(light).data) / len(self.data)})
+            made.append(chosen)
+            aims.see(counted, {"time": time, "bytes": len(onnx_form(light).data) / len(self.data)})
             if aims.nearest == len(tried) - 1:
-                best = (light, told, predicted)
+                best = _Choice(told, {**counted, "time": seconds / scale.whole["time"]}, [light])
             del light
             if exhausted or aims.met:
                 break
+        if best is not None and not best.light:
+            best = replace(best, light=[offers.carry_out(made[aims.nearest])])
         return best
 
     def _farthest(self, offers: Menu, limits: Mapping[str, float], now: Mapping[str, float]) -> dict[str, int]:

@@ -1,0 +1,123 @@
+"""A budget holds three copies of a model at most, and calibration data one batch at a time."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import karui
+import karui.data
+from karui.data import calibration
+from karui.model import Classification, Model
+from karui.recipes.budget import harm
+from karui.technique import Bench
+from karui.train import SGD, Training
+
+LARGE = 20_000
+"""Values of a parameter that is counted."""
+
+
+@dataclass
+class Alive:
+    """Large parameters that are there at once, shared ones counted once."""
+
+    seen: dict[int, weakref.ref[nn.Parameter]] = field(default_factory=dict)
+    most: int = 0
+
+    def add(self, parameter: nn.Parameter) -> None:
+        """A new parameter: only then can there be more than before."""
+        if parameter.numel() < LARGE:
+            return
+        self.seen[id(parameter)] = weakref.ref(parameter)
+        if self._now() > self.most:
+            gc.collect()  # what only a cycle keeps will go by itself
+            self.most = max(self.most, self._now())
+
+    def _now(self) -> int:
+        here = [parameter for held in self.seen.values() if (parameter := held()) is not None]
+        return sum(
+            {p.data_ptr(): p.numel() for p in here if type(p) is nn.Parameter and p.device.type == "cpu"}.values()
+        )
+
+
+@pytest.fixture
+def alive(monkeypatch: pytest.MonkeyPatch) -> Alive:
+    """Every parameter that is made is counted."""
+    made, plain = Alive(), nn.Parameter.__new__
+
+    def counted(cls: type, data: Any = None, requires_grad: bool = True) -> nn.Parameter:
+        parameter = plain(cls, data, requires_grad)
+        made.add(parameter)
+        return parameter
+
+    monkeypatch.setattr(nn.Parameter, "__new__", counted)
+    return made
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many calibration batches were there at once, at each that was drawn; harm sees small ones."""
+    held: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    counts: list[int] = []
+    drawn = calibration.calibration_batches
+
+    def watched(*given: Any, **named: Any) -> Iterator[tuple[Any, ...]]:
+        for batch in drawn(*given, **named):
+            held.update(batch)
+            counts.append(len(held))
+            yield batch
+
+    monkeypatch.setattr(calibration, "calibration_batches", watched)
+    monkeypatch.setattr(karui.data, "calibration_batches", watched)
+    monkeypatch.setattr(harm, "BATCH", 16)
+    return counts
+
+
+def dense() -> tuple[Model, int]:
+    """A network, and how many values its large parameters have."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(128, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+        nn.Linear(256, 4),
+    )
+    whole = sum(p.numel() for p in net.parameters() if p.numel() >= LARGE)
+    return Model(net.eval(), example=(torch.zeros(2, 128),), task=Classification()), whole
+
+
+def test_copies_are_counted(alive: Alive):
+    model, whole = dense()
+    assert alive.most == whole
+    copies = [model.copy() for _ in range(3)]
+    assert alive.most == 4 * whole
+    del copies
+    model.copy()
+    assert alive.most == 4 * whole
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("steady")
+@pytest.mark.parametrize("budget", ["bytes=0.8", "bytes=0.2"])
+def test_three_copies_at_most_and_one_batch_at_a_time(alive: Alive, batches: list[int], budget: str):
+    """The dense network, and what is made of it: cut, proved, trained, saved, quantised."""
+    model, whole = dense()
+    draw = torch.Generator().manual_seed(0)
+    rows = TensorDataset(torch.randn(320, 128, generator=draw), torch.randint(4, (320,), generator=draw))
+    bench = Bench(train=rows, test=rows, training=Training(batch_size=64, optimizer=SGD(lr=0.01)))
+    done = karui.compress(model, bench, budget=budget, max_drop=100, epochs=3)
+    assert len(done.record["budget"]["points"]) > 1
+    assert 2 * whole < alive.most <= 3 * whole, f"{alive.most / whole:.2f} copies"
+    assert len(batches) > 8
+    assert max(batches) <= 2  # the one that is used, and the next while it takes its place
