@@ -232,11 +232,11 @@ def report(values: Mapping[str, Any]) -> str:
         f"""# A budget on CIFAR-10 ResNets
 
 Published weights. The floor is held on 2,000 test pictures; accuracy is told on all 10,000 and on the 8,000 that no
-choice has seen. {values["epochs"]} passes over {values["pictures"]:,} training pictures for each row of Torch-Pruning,
-{values["search"]} for each whole search of karui, all points together, at one learning rate ({RATE:g}). One thread,
-processor time, all files of a network in turns in one run; the
-ratio is dense over this, with its 95 % interval. One training each: differences of a few tenths of a point mean
-nothing. Torch-Pruning cuts inner widths of blocks alone: its result does not run where the shortcut pads with zeros."""
+choice has seen. All trainings have the same pictures, learning rate ({RATE:g}), batches of {BATCH} and the dense
+network as teacher; the passes of a search of karui are those of all its points together. One thread, processor time,
+all files of a network in turns in one run; the ratio is dense over this, with its 95 % interval. One training each:
+differences of a few tenths of a point mean nothing. Torch-Pruning cuts inner widths of blocks alone: its result does
+not run where the shortcut pads with zeros."""
     ]
     for told in values["networks"]:
         dense = told["rows"][0]
@@ -261,6 +261,8 @@ nothing. Torch-Pruning cuts inner widths of blocks alone: its result does not ru
         columns = ["floor", "point", "form", "predicted time", "measured time", "off by"]
         parts += [
             f"## {told['network']}",
+            f"{told['epochs']} passes over {told['pictures']:,} training pictures for each row of Torch-Pruning, "
+            f"{told['search']} for each search of karui.",
             table(head, lines),
             *([PREDICTED, table(columns, pairs)] if pairs else []),
             *(f"Floor of {floor}: {text}" for floor, text in told["explanations"].items()),
@@ -320,8 +322,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description="A budget against one-line int8")
     options.add_argument("--smoke", action="store_true", help="a few pictures; keeps nothing")
     options.add_argument("--network", default="resnet20", choices=("resnet20", "resnet56"))
-    options.add_argument("--epochs", type=int, default=6, help="passes of recovery for each row")
-    options.add_argument("--search", type=int, default=12, help="passes of recovery for each search of karui")
+    options.add_argument("--epochs", type=int, default=5, help="passes of recovery for each row")
+    options.add_argument("--search", type=int, default=10, help="passes of recovery for each search of karui")
     options.add_argument("--pictures", type=int, default=15_000, help="training pictures")
     options.add_argument("--only", type=float, choices=DROPS, help="one budget")
     options.add_argument("--ratio", type=float, choices=RATIOS, action="append", help="of Torch-Pruning; all if none")
@@ -334,14 +336,14 @@ def main() -> None:
         few = replace(data, **small)
         with tempfile.TemporaryDirectory() as scratch:
             *_, told = run(asked.network, few, Path(scratch), (1, 2), drops)
-        print(report({"epochs": 1, "search": 2, "pictures": 256, "networks": [told]}))
+        print(report({"networks": [{**told, "epochs": 1, "search": 2, "pictures": 256}]}))
         return
     folder = CACHE / "budget" / f"{asked.pictures}-{asked.epochs}"
-    ledger = Ledger(folder / "networks.json")
+    ledger = Ledger(CACHE / "budget" / "networks.json")
+    passes = {"epochs": asked.epochs, "search": asked.search, "pictures": len(data.train)}
     for told in run(asked.network, data, folder, (asked.epochs, asked.search), drops, ratios=asked.ratio or RATIOS):
-        ledger.keep(asked.network, told)
-        kept = list(ledger.parts.values())
-        values = {"epochs": asked.epochs, "search": asked.search, "pictures": len(data.train), "networks": kept}
+        ledger.keep(asked.network, {**told, **passes})
+        values = {"networks": [ledger.parts[name] for name in sorted(ledger.parts)]}
         publish("budget", values, report(values))
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from karui.deployment.layers import INTEGER, Layers, integer_layers, layers_of, parsed, with_added
+from karui.deployment.pools import average_pools
 from karui.deployment.shortcuts import channels_of, integer_shortcuts
 from karui.deployment.stored import store_weights
 from karui.errors import DataError, UsageError, require
@@ -218,6 +219,7 @@ def _with_integers(
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
     told, channels = (proto.producer_name, proto.producer_version), channels_of(proto)
+    average_pools(proto, channels)
     with _quiet():
         try:
             quantiser = QDQQuantizer(
@@ -240,8 +242,18 @@ def _with_integers(
     made = quantiser.model.model
     integer_shortcuts(made, channels)
     made.producer_name, made.producer_version = told
-    del made.metadata_props[:]
+    del made.metadata_props[:], made.graph.value_info[:]  # engines work out shapes for themselves
+    _without_unread(made)
     return made
+
+
+def _without_unread(proto: onnx.ModelProto) -> None:
+    """The graph without constants that nothing reads, in place: what was put in the place of others leaves some."""
+    read = {name for node in proto.graph.node for name in node.input} | {put.name for put in proto.graph.output}
+    kept = [tensor for tensor in proto.graph.initializer if tensor.name in read]
+    if not any(attribute.HasField("g") for node in proto.graph.node for attribute in node.attribute):  # no inner graphs
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(kept)
 
 
 class _Once:
