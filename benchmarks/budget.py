@@ -261,13 +261,17 @@ not run where the shortcut pads with zeros."""
         columns = ["floor", "point", "form", "predicted time", "measured time", "off by"]
         parts += [
             f"## {told['network']}",
-            f"{told['epochs']} passes over {told['pictures']:,} training pictures for each row of Torch-Pruning, "
-            f"{told['search']} for each search of karui.",
+            _passes(told),
             table(head, lines),
             *([PREDICTED, table(columns, pairs)] if pairs else []),
             *(f"Floor of {floor}: {text}" for floor, text in told["explanations"].items()),
         ]
     return "\n\n".join([*parts, _bar(values), WHY])
+
+
+def _passes(told: Mapping[str, Any]) -> str:
+    peers = f"{told['epochs']} passes over {told['pictures']:,} training pictures for each row of Torch-Pruning"
+    return f"{peers}, {told['search']} for each search of karui."
 
 
 def _shown(time: Mapping[str, float]) -> str:

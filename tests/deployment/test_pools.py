@@ -37,7 +37,7 @@ def kinds(data: bytes) -> set[str]:
 
 def outputs(data: bytes) -> np.ndarray:
     x = torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(1)).numpy()
-    return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    return np.asarray(onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0])
 
 
 def test_a_mean_over_all_pixels_is_a_pool_that_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 from karui.model import Classification, Model
 from karui.recipes.budget.harm import harms, seen_anew
 from karui.recipes.budget.recover import settled
+from karui.recipes.budget.skips import LeaveOut
 from karui.technique import Bench, Candidate
 
 
@@ -24,14 +25,20 @@ def normalised() -> Model:
     return Model(module.eval(), example=(torch.zeros(2, 6),), task=Classification())
 
 
-def exchanged(model: Model, scale: float) -> Candidate:
-    """The first layer's weights and bias, this many times as large; a normalisation that sees them undoes that."""
-    old = model.module[0]
+def scaled(model: Model, scale: float) -> nn.Linear:
+    """The first layer with weights and bias this many times as large; a normalisation that sees it undoes that."""
+    old = model.module.get_submodule("0")
+    assert isinstance(old, nn.Linear)
     new = nn.Linear(6, 8)
     with torch.no_grad():
         new.weight.copy_(old.weight * scale)
         new.bias.copy_(old.bias * scale)
-    return Candidate(place="0", technique=None, text=f"{scale:g} times", layers=lambda: {"0": new})
+    return new
+
+
+def exchanged(model: Model, scale: float) -> Candidate:
+    new = scaled(model, scale)
+    return Candidate(place="0", technique=LeaveOut(part="0"), text=f"{scale:g} times", layers=lambda: {"0": new})
 
 
 def test_what_normalisations_put_right_is_little_harm(normalised: Model) -> None:
@@ -44,7 +51,7 @@ def test_what_normalisations_put_right_is_little_harm(normalised: Model) -> None
     with torch.no_grad():
         module = normalised.copy().module
         plain = module(inputs).log_softmax(1)
-        module[0] = exchanged(normalised, 10.0).layers()["0"]
+        module.set_submodule("0", scaled(normalised, 10.0))
         moved = (plain.exp() * (plain - module(inputs).log_softmax(1))).sum(1).mean()
     assert large < 0.2 * float(moved)
     assert all(torch.equal(value, before[name]) for name, value in normalised.module.state_dict().items())
@@ -52,15 +59,16 @@ def test_what_normalisations_put_right_is_little_harm(normalised: Model) -> None
 
 def test_seeing_anew_leaves_statistics_as_they_are(normalised: Model) -> None:
     """Running statistics, their count and the mode come back untouched."""
-    norm = normalised.module[1]
-    kept = [norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()]
+    norm = normalised.module.get_submodule("1")
+    assert isinstance(norm, nn.BatchNorm1d)
+    kept = {name: value.clone() for name, value in norm.state_dict().items()}
     with torch.no_grad(), seen_anew(normalised.module) as norms:
         normalised.module(torch.randn(32, 6) * 5)
     assert norms == [norm]
     assert not norm.training
     assert norm.track_running_stats
-    now = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+    assert len(kept) == 5
+    assert all(torch.equal(value, kept[name]) for name, value in norm.state_dict().items())
 
 
 def test_without_training_normalisations_are_seen_anew_where_that_helps(normalised: Model) -> None:
@@ -68,11 +76,12 @@ def test_without_training_normalisations_are_seen_anew_where_that_helps(normalis
     bench = Bench(train=TensorDataset(torch.randn(512, 6), torch.zeros(512, dtype=torch.long)))
     assert settled(normalised, normalised, bench) is normalised
     light = normalised.copy()
-    light.module[0] = exchanged(normalised, 10.0).layers()["0"]
+    light.module.set_submodule("0", scaled(normalised, 10.0))
     mended = settled(light, normalised, bench)
     x = torch.randn(256, 6)
     with torch.no_grad():
         wanted, before, after = (m.module(x) for m in (normalised, light, mended))
     assert (after - wanted).square().mean() < 0.1 * (before - wanted).square().mean()
-    assert mended.module[1].momentum == normalised.module[1].momentum
-    assert not mended.module[1].training
+    norms = [model.module.get_submodule("1") for model in (normalised, mended)]
+    assert norms[0].momentum == norms[1].momentum
+    assert not norms[1].training

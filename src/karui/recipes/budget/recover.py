@@ -80,11 +80,12 @@ def settled(model: Model, dense: Model, bench: Bench) -> Model:
 def _apart(model: Model, dense: Model, bench: Bench) -> float:
     """How far the outputs of a model are from those of the dense one, for a batch of calibration data."""
     inputs = next(iter(bench.calibration(BATCH, BATCH)))
-    found = []
-    for each in (dense, model):
+
+    def told(each: Model) -> list[Tensor]:
         with inference(each.module) as module:
-            found.append(tensors_of(module(*inputs)))
-    return change(*found, model.task)
+            return tensors_of(module(*inputs))
+
+    return change(told(dense), told(model), model.task)
 
 
 def rate_for(model: Model, dense: Model, bench: Bench) -> float | None:
