@@ -125,5 +125,7 @@ class Shelf:
         layer = build_layer(*told["layer"])
         layer.load_state_dict(tensors, assign=True)
         layer.to(one.layer.weight.device).requires_grad_(one.layer.weight.requires_grad).train(one.layer.training)
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in told["choice"].items()}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in told["choice"].items()
+        }
         return layer, Choice(**values)
