@@ -27,6 +27,7 @@ from karui.errors import KaruiError, NeedError, SettingError
 from karui.model import Classification, Model, resolve
 from karui.technique import Bench
 from karui.train import Adam, Moment, Training
+from karui.train.companion import Companion
 from karui.train.guide import Guide
 
 pytestmark = pytest.mark.paper(35)
@@ -129,7 +130,7 @@ def test_a_student_that_is_its_teacher_pays_for_the_labels_alone(micro: Any, dig
         made.bias.zero_()  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
     part = DetectionGuidance(guide=Guide(model, ("body",)), task=micro.TASK, layer="body", theirs="body", hard=1.0)
     module = torch.nn.Module()
-    module.add_module(ADAPTATION, made)
+    Companion(ADAPTATION, lambda: made).attach(module)
     with torch.no_grad():
         outputs, shown = Guide(model, ("body",))((x,))
     loss = micro.TASK.loss(outputs, y)

@@ -15,9 +15,10 @@ from karui.errors import NeedError, SettingError
 from karui.measuring import evaluate
 from karui.model import Classification, Model, taps
 from karui.technique import Bench
-from karui.train import SGD, Adam, Constant, Moment, Training
+from karui.train import SGD, Adam, Constant, Moment, Together, Training
 from karui.train.guide import Guide
-from karui.train.teaching import Teachers
+from karui.train.masks import MaskKeeper
+from karui.train.teaching import SoftTargets, Teachers
 
 pytestmark = pytest.mark.paper(33)
 
@@ -116,6 +117,22 @@ def test_stage_one_uses_no_label(digits: Splits) -> None:
     right = technique.apply(net(4, 6, 6), bench)
     wrong = technique.apply(net(4, 6, 6), replace(bench, train=shuffled))
     assert all(torch.equal(value, state(wrong)[name]) for name, value in state(right).items())
+
+
+def test_another_teacher_speaks_in_the_second_stage_alone_and_masks_hold_in_both(digits: Splits) -> None:
+    """Stage 1 has no outputs that soft targets could be compared with."""
+    student, teacher = net(4, 6, 6), net(12, 16, seed=1)
+    masks = {"3.weight": torch.rand(6, 4, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5}
+    spoken = SoftTargets(teachers=Teachers((teacher,)))
+    technique = FitNets(teacher=teacher, layer="5", teacher_layer="2", hint_epochs=1, epochs=0, keep_zeros=False)
+    bench = bench_of(digits)
+    first = technique.apply(student, bench.under(Together(MaskKeeper(masks), spoken)))
+    masked = technique.apply(student, bench.under(MaskKeeper(masks)))
+    assert all(torch.equal(value, state(masked)[name]) for name, value in state(first).items())
+    assert not first.module.get_parameter("3.weight")[~masks["3.weight"]].any()
+    both = replace(technique, epochs=1)
+    alone, beside = (state(both.apply(student, one)) for one in (bench, bench.under(spoken)))
+    assert any(not torch.equal(value, beside[name]) for name, value in alone.items())
 
 
 def test_stage_two_starts_where_stage_one_ended(digits: Splits) -> None:

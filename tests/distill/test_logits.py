@@ -205,6 +205,27 @@ def test_zeros_stay_and_another_training_can_run_under_it(digits: Splits) -> Non
     assert not same(under, bench_of(digits).fit(mlp(8)))
 
 
+class Watch(Influence):
+    """Keeps the outputs of each step."""
+
+    def __init__(self) -> None:
+        self.outputs: list[torch.Tensor] = []
+
+    def objective(self, loss: torch.Tensor, moment: Moment) -> torch.Tensor:
+        self.outputs.append(moment.outputs.detach())
+        return loss
+
+
+def test_another_influence_sees_logits_on_their_own_scale(digits: Splits) -> None:
+    """Soft targets beside it would be compared with normalised outputs otherwise."""
+    teacher, watch = bench_of(digits, 3).fit(mlp(16, seed=1)), Watch()
+    with torch.no_grad():
+        teacher.module.get_parameter("3.bias").add_(40.0)
+    first = LogitRegression(teacher=teacher, epochs=1).apply(teacher.copy(), bench_of(digits).under(watch))
+    assert all(float(outputs.mean()) > 30 for outputs in watch.outputs)
+    assert float(first.module(inputs_of(digits)).detach().mean()) > 30
+
+
 def test_a_new_shallow_student_is_taught_by_the_given_model(digits: Splits) -> None:
     deep = bench_of(digits, 3).fit(mlp(24, 24, seed=1))
     technique = LogitRegression(parameters=3000, rank=8, epochs=4)

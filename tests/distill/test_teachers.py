@@ -28,6 +28,7 @@ from karui.data.splits import take
 from karui.distill._onnx_teachers import onnx_teacher
 from karui.distill._teachers import remark, teachers_of
 from karui.distill.attention import AttentionTransfer
+from karui.distill.born_again import BornAgain
 from karui.distill.data_free import DataFree
 from karui.distill.detection import DetectionDistillation
 from karui.distill.hint import FitNets
@@ -37,13 +38,15 @@ from karui.distill.munge import ModelCompression
 from karui.distill.mutual import MutualLearning
 from karui.distill.neurons import NeuronSelection
 from karui.distill.predictors import FLOOR, predictor
+from karui.distill.transparent import TransparentDistillation
 from karui.errors import NeedError
-from karui.model import Classification, Model, Regression
+from karui.model import Classification, Model, Origin, Regression
 from karui.recipes import recipe_from_values
 from karui.recipes.recipe import recipe_from
 from karui.technique import Bench, lacking
 from karui.train import SGD, Adam, Constant, Training
 from karui.train.fingerprint import fingerprint
+from karui.train.guide import Guide
 from karui.train.teaching import Teachers
 
 OUTPUTS_ALONE: tuple[Callable[..., Any], ...] = (KnowledgeDistillation, LogitRegression, ModelCompression)
@@ -194,6 +197,79 @@ def test_the_teacher_is_in_evaluation_mode_without_gradient_and_on_the_device_of
     assert list(predictor(forest).parameters()) == list(predictor(forest).buffers()) == []
 
 
+class Watched(nn.Module):
+    """A network with statistics and dropout that notes, at each call, in what state it was asked."""
+
+    def __init__(self, seen: list[tuple[bool, bool]]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.hidden = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(256, 12)
+        self.drop, self.last, self.seen = nn.Dropout(0.5), nn.Linear(12, 10), seen
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        self.seen.append((self.training, trained))
+        maps = torch.relu(self.norm(self.conv(x)))
+        return self.last(self.drop(torch.relu(self.hidden(maps.flatten(1)))))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watched:
+        copied = Watched(self.seen)  # one list for all copies
+        copied.load_state_dict(self.state_dict())
+        return copied.train(self.training)
+
+
+def student() -> Model:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 10))
+    return Model(nn.Sequential(*layers), example=(torch.zeros(1, 1, 8, 8),), task=Classification())
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        pytest.param(KnowledgeDistillation(epochs=1), marks=pytest.mark.paper(30)),
+        pytest.param(LogitRegression(epochs=1), marks=pytest.mark.paper(31)),
+        pytest.param(NeuronSelection(epochs=1, number=5), marks=pytest.mark.paper(32)),
+        pytest.param(FitNets(layer="1", teacher_layer="norm", hint_epochs=1, epochs=1), marks=pytest.mark.paper(33)),
+        pytest.param(
+            AttentionTransfer(layers=("1",), teacher_layers=("norm",), soft=0.5, epochs=1), marks=pytest.mark.paper(34)
+        ),
+        pytest.param(AttentionTransfer(by="gradients", epochs=1), marks=pytest.mark.paper(34)),
+        pytest.param(DetectionDistillation(epochs=1), marks=pytest.mark.paper(35)),
+        pytest.param(ModelCompression(copies=1, epochs=1), marks=pytest.mark.paper(36)),
+        pytest.param(TransparentDistillation(rounds=2, bags=1), marks=pytest.mark.paper(40)),
+        pytest.param(DataFree(samples=2, iterations=2, epochs=1), marks=pytest.mark.paper(41)),
+    ],
+    ids=lambda step: f"{type(step).__name__} {getattr(step, 'by', '')}".strip(),
+)
+def test_no_technique_trains_its_teacher_or_keeps_any_of_it(technique: Any, bench: Bench, tmp_path: Path) -> None:
+    seen: list[tuple[bool, bool]] = []
+    module = Watched(seen).train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    taught = replace(technique, teacher=module).apply(student(), bench)
+    assert set(seen) == {(False, False)}, "in evaluation mode, and no parameter wants a gradient"
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items()), "statistics, too"
+    assert all(part.training for part in module.modules())
+    assert all(p.requires_grad and p.grad is None for p in module.parameters())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    assert not any(isinstance(part, Watched | Guide) for part in taught.module.modules())
+    own = set(taught.module.state_dict())
+    assert technique.card.slug == "transparent_distillation" or own == set(student().module.state_dict())
+    saved = save(replace(taught, lineage=(Origin(f"{__file__}:student"),)), tmp_path / "light", onnx=False)
+    assert {tensor.name for tensor in saved.tensors} == own
+
+
+@pytest.mark.paper(37)
+def test_a_generation_leaves_its_teacher_as_it_is(bench: Bench) -> None:
+    seen: list[tuple[bool, bool]] = []
+    model = Model(Watched(seen).train(), example=(torch.zeros(1, 1, 8, 8),), task=Classification())
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    taught = BornAgain(epochs=1).apply(model, bench)
+    assert set(seen) == {(False, False), (True, True)}, "the teacher, and the generation"
+    assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.module.parameters())
+    assert not torch.equal(taught.module.get_buffer("norm.running_mean"), before["norm.running_mean"])
+
+
 def test_a_wrong_shape_names_both(forest: RandomForestClassifier, onnx_file: Path, bench: Bench) -> None:
     wide = torch.zeros(4, 1, 9, 9)
     with pytest.raises(NeedError, match=r"RandomForestClassifier, takes tables of shape \(batch, 64\).*\(4, 1, 9, 9\)"):
@@ -229,6 +305,29 @@ def test_who_looks_inside_says_which_teachers_can_be_looked_into(technique: Any,
     assert technique.card.slug in caught.value.message
     assert "torch module" in caught.value.hint
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        AttentionTransfer(layers=("2",), teacher_layers=("2",)),
+        AttentionTransfer(by="gradients"),
+        FitNets(layer="2", teacher_layer="2"),
+        DetectionDistillation(hint=0.0),
+        DataFree(),
+    ],
+    ids=lambda step: f"{type(step).__name__} {getattr(step, 'by', '')}".strip(),
+)
+def test_who_matches_inner_layers_refuses_several_teachers_and_passes_none_over(technique: Any, bench: Bench) -> None:
+    for several in ((mlp(8, seed=1), mlp(8, seed=2)), f"{__file__}:two"):
+        with pytest.raises(NeedError, match="was given 2 teachers") as caught:
+            replace(technique, teacher=several).apply(mlp(8), bench)
+        assert "knowledge_distillation" in caught.value.hint
+
+
+def two() -> list[nn.Module]:
+    """A factory that makes an ensemble."""
+    return [mlp(8, seed=1).module, mlp(8, seed=2).module]
 
 
 def test_what_cannot_teach_is_refused_in_one_line(bench: Bench, few: TensorDataset, tmp_path: Path) -> None:

@@ -6,16 +6,18 @@ what `package.module:factory` or `file.py:factory` makes, or several of these.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from karui.data import Batches
 from karui.distill.predictors import Classifier, Predictor, Regressor, predictor
-from karui.errors import KaruiError, NeedError, require
+from karui.errors import KaruiError, NeedError, require, told
+from karui.measuring.inference import inference
 from karui.model import Model, Note, Regression
 from karui.model.importing import load_callable, told_of
 from karui.train.teaching import MEMORY, Teachers, answer_bytes
@@ -94,6 +96,57 @@ def teachers_of(
     told = f"'{slug}' {whole}, and {', '.join(outside)} gives outputs alone."
     require(not (whole and outside), told, WHOLE, NeedError)
     return teachers
+
+
+def teacher_of(slug: str, teacher: Teacher | None, student: Model, bench: Bench, *, whole: str) -> Model:
+    """The one teacher of a technique that matches a single network's inner layers; as `teachers_of`.
+
+    Raises:
+        NeedError: as there, or there are several: none of them may be passed over in silence.
+    """
+    found = teachers_of(slug, teacher, student, bench, whole=whole)
+    require(
+        len(found) == 1,
+        f"'{slug}' {whole}, and was given {len(found)} teachers.",
+        "Give one. Ensembles teach by their outputs: knowledge_distillation, logit_regression, munge_compression.",
+        NeedError,
+    )
+    return found[0]
+
+
+def spoken(slug: str, teachers: tuple[Model, ...], like: Model) -> Model:
+    """Teachers as one model that answers in the shape of another: of several, the mean of their logits or numbers.
+
+    Args:
+        slug: of the technique, for errors.
+        teachers: as `teachers_of` gives them.
+        like: whose inputs, task and shape of outputs it has.
+    """
+    with inference(like.module) as module:
+        outputs = module(*like.example)
+    shape = tuple(outputs.shape[1:]) if isinstance(outputs, Tensor) else None
+    asked = Teachers(teachers, classes=not isinstance(like.task, Regression))
+    return Model(_Spoken(slug, asked, shape), example=like.example, task=like.task)
+
+
+class _Spoken(nn.Module):
+    """What teachers say, as a module without parameters."""
+
+    def __init__(self, slug: str, teachers: Teachers, shape: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.slug, self.teachers, self.shape = slug, teachers, shape
+
+    def forward(self, *inputs: Any) -> Tensor:
+        said = self.teachers(inputs).mean(0)
+        fits = self.shape is not None and said[0].numel() == math.prod(self.shape)
+        wanted = "no tensor" if self.shape is None else f"outputs of shape {('batch', *self.shape)}".replace("'", "")
+        require(
+            fits,
+            f"'{self.slug}': the model gives {wanted} and the teacher {told(said)}.",
+            "A teacher must know the same classes, or give as many numbers.",
+            NeedError,
+        )
+        return said.reshape(len(said), *(self.shape or ()))
 
 
 def _models(slug: str, one: Any, student: Model) -> tuple[Model, ...]:

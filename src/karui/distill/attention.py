@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karui.distill._maps import paired_layers
-from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
+from karui.distill._teachers import Teacher, lacking_teachers, remark, teacher_of
 from karui.errors import NeedError, SettingError, require, told
 from karui.model import Model, Task
 from karui.numerics.soft_targets import distillation_loss, soften
@@ -310,9 +310,9 @@ class AttentionTransfer:
         return bench.fit(model, epochs=self.epochs, influence=self.influence(model, bench), label="attend")
 
     def _maps(self, model: Model, bench: Bench) -> Influence:
-        teacher = teachers_of(
+        teacher = teacher_of(
             "attention_transfer", self.teacher, model, bench, whole="looks at inner layers of its teacher"
-        )[0]
+        )
         own, theirs = paired_layers("attention_transfer", model, teacher, self.layers, self.teacher_layers)
         return AttentionMaps(
             guide=Guide(teacher, theirs),
@@ -337,9 +337,7 @@ class AttentionTransfer:
         guide = None
         if self.by == "gradients":
             guide = Guide(
-                teachers_of(
-                    "attention_transfer", self.teacher, model, bench, whole="looks at inner layers of its teacher"
-                )[0]
+                teacher_of("attention_transfer", self.teacher, model, bench, whole="differentiates its teacher")
             )
         return InputGradients(guide=guide, task=model.task, beta=self._beta(), decay=self.decay)
 

@@ -45,7 +45,7 @@ from torch.utils.data import TensorDataset
 from karui.distill._reconstruction import Descent, Rebuilt, reconstruct
 from karui.distill._recording import record
 from karui.distill._records import KINDS, Kind, Record, load_record
-from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
+from karui.distill._teachers import Teacher, lacking_teachers, remark, teacher_of
 from karui.errors import require
 from karui.model import Model, Note
 from karui.technique import Card, require_passes, technique
@@ -189,9 +189,9 @@ class DataFree:
         return taught.evolve(taught.module, Note(f"taught on inputs rebuilt from an {held.describe()}", facts))
 
     def _teacher(self, model: Model, bench: Bench) -> Model:
-        return teachers_of(
+        return teacher_of(
             "data_free_distillation", self.teacher, model, bench, whole="looks at inner layers of its teacher"
-        )[0]
+        )
 
     def _at_hand(self) -> bool:
         return isinstance(self.record, Record) or (self.record is not None and Path(self.record).is_file())

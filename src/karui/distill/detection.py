@@ -33,13 +33,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karui.distill._maps import last_of_each_size, sizes_of_outputs
-from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
+from karui.distill._teachers import Teacher, lacking_teachers, remark, teacher_of
 from karui.errors import NeedError, SettingError, require, told
 from karui.model import Detection, Model
 from karui.model.detection import mean_over
 from karui.technique import Card, technique
 from karui.train import Influence, Moment, Together
-from karui.train.companion import Companion
+from karui.train.companion import Companion, companion_of
 from karui.train.guide import Guide
 from karui.train.masks import MaskKeeper, zero_masks
 
@@ -195,7 +195,7 @@ class DetectionGuidance(Influence):
         else:
             loss = loss + self._of_boxes(self.task, moment, answers)
         if self.hint > 0:
-            adapted = moment.module.get_submodule(ADAPTATION)(moment.taps[self.layer])
+            adapted = companion_of(moment.module, ADAPTATION)(moment.taps[self.layer])
             loss = loss + self.hint * hint_distance(adapted, shown[self.theirs], self.resize)
         return loss
 
@@ -297,9 +297,9 @@ class DetectionDistillation:
 
     def influence(self, model: Model, bench: Bench) -> Influence:
         """The three parts, for a training of `model` or of what becomes of it."""
-        teacher = teachers_of(
+        teacher = teacher_of(
             "detection_distillation", self.teacher, model, bench, whole="looks at inner layers of its teacher"
-        )[0]
+        )
         layer, theirs = self._layers(model, teacher) if self.hint > 0 else ("", "")
         parts: list[Influence] = []
         if self.hint > 0:

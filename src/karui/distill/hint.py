@@ -23,7 +23,7 @@ ones. Weights that are exactly zero stay so (`keep_zeros`), so that a pruned net
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -31,15 +31,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from karui.distill._maps import sizes_of_outputs
-from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teachers_of
+from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teacher_of
 from karui.errors import NeedError, SettingError, require, told
 from karui.measuring.inference import inference
 from karui.model import Model, layer_at
 from karui.numerics.soft_targets import soft_cross_entropy, soften
 from karui.technique import Card, technique
 from karui.train import Influence, Moment, Together, Turn
-from karui.train.companion import Companion
+from karui.train.companion import Companion, companion_of
 from karui.train.guide import Guide
+from karui.train.influence import Speechless
 from karui.train.masks import MaskKeeper, zero_masks
 from karui.train.teaching import Teachers
 
@@ -135,7 +136,7 @@ class _Hint:
         del targets
         with torch.no_grad():
             hint = output_of(self.guide.on(inputs), self.teacher_layer, inputs)
-        predicted = module.get_submodule(REGRESSOR)(output_of(module, self.layer, inputs))
+        predicted = companion_of(module, REGRESSOR)(output_of(module, self.layer, inputs))
         return predicted, hint_loss(predicted, hint)
 
 
@@ -255,9 +256,7 @@ class FitNets:
         """The student, taught in two stages."""
         if self.hint_epochs == 0 and self.epochs == 0:
             return model
-        teacher = teachers_of(
-            "fitnets_hint", self.teacher, model, bench, whole="looks at an inner layer of its teacher"
-        )[0]
+        teacher = teacher_of("fitnets_hint", self.teacher, model, bench, whole="looks at an inner layer of its teacher")
         hinted = self._hinted(model, teacher, bench) if self.hint_epochs else model
         if self.epochs == 0:
             return hinted
@@ -285,6 +284,8 @@ class FitNets:
             activation = "relu" if _is_positive(teacher, teacher_layer, bench) else "none"
         influence = self._with_zeros(model, Companion(REGRESSOR, lambda: regressor(guided, hint, activation)))
         objective = _Hint(Guide(teacher), layer, teacher_layer)
+        if bench.influence is not None:  # what else teaches has to wait: there are no outputs yet
+            bench = replace(bench, influence=Speechless(bench.influence))
         return bench.fit(
             model, epochs=self.hint_epochs, influence=influence, turns=(Turn(name="hint", objective=objective),),
             label="hint",

@@ -16,8 +16,8 @@ y = beta f(U V x) -> `karui.distill.shallow`: `shallow_student`, or `factored_fi
 Targets are normalised to mean 0 and variance 1 for each class over the transfer set; after training, mean and
 deviation are folded into the last layer, so that the student gives logits on the teacher's scale. A student that is
 given keeps its function at the start: its last layer is unfolded first. Where the last layer cannot hold them (it has
-no bias, or its output is worked on afterwards) the loss is normalised instead, which is the same up to the scale of
-that layer's steps.
+no bias, or its output is worked on afterwards) or must not (the bench trains under another influence, which looks at
+logits, too) the loss is normalised instead, which is the same up to the scale of that layer's steps.
 
 Measured on the digits, a 64-32-10 student of two 64-128-128-10 teachers, five seeds: on 100 points their logits give
 95 % where labels give 90 %, normalised ones 1.4 points more than plain ones; a pool of 1,080 adds 0.7. On a made-up
@@ -253,7 +253,8 @@ class LogitRegression:
         teachers = kept.teachers(models)
         scale = scale_of(teachers, train) if self.normalise else None
         head = head_of(model)
-        folded = scale is not None and can_hold(model, head, len(scale.mean))
+        # Another influence on this training has to see logits as they are.
+        folded = scale is not None and bench.influence is None and can_hold(model, head, len(scale.mean))
         part = _Normalised(scale, head) if scale is not None and head is not None and folded else Influence()
         turn = Turn(name="logits", objective=_Match(teachers, scale, folded))
         training = bench.training

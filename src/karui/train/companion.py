@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -21,10 +22,13 @@ class Companion(Influence):
         make: makes the layer.
 
     Example:
+        >>> import torch
         >>> net, part = nn.Sequential(nn.Linear(2, 2)), Companion("_hint", lambda: nn.Linear(2, 5))
         >>> part.attach(net)
-        >>> [name for name, _ in net.named_children()], len(part.finish(net))
-        (['0', '_hint'], 1)
+        >>> companion_of(net, "_hint")(torch.zeros(1, 2)).shape, net(torch.zeros(1, 2)).shape
+        (torch.Size([1, 5]), torch.Size([1, 2]))
+        >>> len(part.finish(net))
+        1
     """
 
     name: str
@@ -34,9 +38,25 @@ class Companion(Influence):
         """Put it into the module, on its device."""
         made = self.make()
         like = next(module.parameters(), None)
-        module.add_module(self.name, made if like is None else made.to(like.device, like.dtype))
+        module.add_module(self.name, _Passed(made if like is None else made.to(like.device, like.dtype)))
 
     def finish(self, module: nn.Module) -> nn.Module:
         """Throw it away."""
         delattr(module, self.name)
         return module
+
+
+class _Passed(nn.Module):
+    """Holds a companion, and gives what it is given: a network that calls its children in turn runs as without it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+def companion_of(module: nn.Module, name: str) -> nn.Module:
+    """The layer that a `Companion` of this name has put into a network."""
+    return module.get_submodule(f"{name}.layer")

@@ -120,3 +120,33 @@ class Together(Influence):
         for part in reversed(self.parts):
             module = part.finish(module)
         return module
+
+
+@dataclass(frozen=True, eq=False)
+class Speechless(Influence):
+    """An influence without its say in the loss: it attaches, constrains and finishes, and looks at no output.
+
+    For a training whose outputs are not those of the network, such as a stage that runs its lower half alone: masks
+    must hold there too, while soft targets would be compared with something else.
+
+    Settings:
+        part: the influence.
+
+    Example:
+        >>> Speechless(Influence()).taps
+        ()
+    """
+
+    part: Influence
+
+    def attach(self, module: nn.Module) -> None:
+        """The part's."""
+        self.part.attach(module)
+
+    def constraints(self, module: nn.Module, moment: Moment) -> None:
+        """The part's."""
+        self.part.constraints(module, moment)
+
+    def finish(self, module: nn.Module) -> nn.Module:
+        """The part's."""
+        return self.part.finish(module)
