@@ -12,8 +12,8 @@ Measured on the breast cancer data, five splits, of a perceptron of 32 units: th
 variance of its logits, the same student taught by labels 53 to 67 %; AUC 0.989 and 0.991 of the network. Boosted trees
 of depth 2 reach 98 % too, one tree of depth 4 only 90 %. Pairs add nothing there.
 
-Paper -> here: f_T -> the given model, h_i and h_ij -> `Shapes.mains` and `Shapes.tables`, b -> `Shapes.intercept`, the
-direct student -> `karui.distill.comparison.compare`.
+Paper -> here: f_T -> the given model, or `teacher`, h_i and h_ij -> `Shapes.mains` and `Shapes.tables`, b ->
+`Shapes.intercept`, the direct student -> `karui.distill.comparison.compare`.
 
 DEPARTURE: trees of pairs are 2x2 cuts (one cut in each input), by which FAST ranks the pairs, too.
 
@@ -37,6 +37,7 @@ from torch import Tensor
 from karui.data import Batches
 from karui.distill._fidelity import r_squared
 from karui.distill._students import additive_layer, forest_layer, tree_layer
+from karui.distill._teachers import Teacher, lacking_teachers, remark, spoken, teachers_of
 from karui.errors import NeedError, SettingError, require, told
 from karui.layers.additive import Form
 from karui.measuring.bar import bar
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 Student = Literal["ga2m", "boosted_trees", "tree"]
 STUDENTS = ("ga2m", "boosted_trees", "tree")
 Target = Literal["logit", "probability"]
+SLUG = "transparent_distillation"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,7 @@ def scores_of(outputs: Tensor, *, classes: bool) -> tuple[Float[Tensor, "samples
     """
     require(
         isinstance(outputs, Tensor) and outputs.ndim <= 2 and outputs.is_floating_point(),
-        f"'transparent_distillation' needs outputs [batch] or [batch, outputs]; the model gives {told(outputs)}.",
+        f"'{SLUG}' needs outputs [batch] or [batch, outputs]; the model gives {told(outputs)}.",
         "It is for classifiers and regressions on tabular data.",
         NeedError,
     )
@@ -104,7 +106,7 @@ def lesson_of(model: Model, dataset: Any, target: Target = "logit") -> tuple[Les
     parts = [batches.fetch(index) for index in torch.arange(len(batches)).split(256)]
     require(
         all(len(inputs) == 1 for inputs, _ in parts),
-        "'transparent_distillation' needs a model of one input tensor.",
+        f"'{SLUG}' needs a model of one input tensor.",
         "Put the columns of a table into one tensor.",
         NeedError,
     )
@@ -148,6 +150,10 @@ class TransparentDistillation:
     """Replace a network on tabular data by an additive model, or by trees, that learns what it says.
 
     Settings:
+        teacher: whose outputs are learned: a karui Model, the folder of a saved one, a torch module, a fitted
+            scikit-learn estimator, the path of an .onnx file, a function, "file.py:factory" or
+            "package.module:factory" that makes one, or several of these, of which the mean of logits or numbers counts;
+            None is the given model, whose place the student takes in either case.
         student: "ga2m", "boosted_trees" (scikit-learn's), or one "tree".
         target: "logit", by squared error; "probability", by log loss with soft targets (GA2M only).
         rounds: of boosting.
@@ -164,7 +170,8 @@ class TransparentDistillation:
 
     Raises:
         SettingError: a setting is out of range.
-        NeedError: the model does not take one tensor, or gives more than one number for each class.
+        NeedError: the model does not take one tensor, or gives more than one number for each class, or the teacher is
+            not there, or not of the same classes.
 
     Relations: `KnowledgeDistillation` teaches a network, which no person can read. `export_shapes` writes the tables,
     `karui.distill.shape_plots` draws them.
@@ -174,6 +181,7 @@ class TransparentDistillation:
         'ga2m'
     """
 
+    teacher: Teacher | tuple[Teacher, ...] | None = None
     student: Student = "ga2m"
     target: Target = "logit"
     rounds: int = 200
@@ -205,14 +213,20 @@ class TransparentDistillation:
     def remarks(self, model: Model) -> tuple[str, ...]:
         """What `karui plan` tells of it."""
         inputs = model.example[0][0].numel() if isinstance(model.example[0], Tensor) else 0
-        return (f"a {self.student} of {inputs} inputs takes the place of the whole network, which is its teacher",)
+        place = f"a {self.student} of {inputs} inputs takes the place of the whole network"
+        return (f"{place}, which is its teacher",) if self.teacher is None else (place, remark(self.teacher))
+
+    def lacks(self, bench: Bench, *, first: bool) -> list[tuple[str, str]]:
+        """What is missing for a teacher that is named, before any work starts: (message, remedy) pairs."""
+        return [] if self.teacher is None else lacking_teachers(SLUG, self.teacher, bench, first=first)
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """The student in place of the network."""
-        lesson, _ = lesson_of(model, bench.train, self.target)
+        teacher = model if self.teacher is None else spoken(SLUG, teachers_of(SLUG, self.teacher, model, bench), model)
+        lesson, _ = lesson_of(teacher, bench.train, self.target)
         layer = self.grow(lesson, bench.seed, progress=bench.progress)
         student = replace_layers(model, {"": layer}, f"the network taught a {self.student} and gave it its place")
-        return student.evolve(student.module, Note("student of the network", _facts(student, model, bench)))
+        return student.evolve(student.module, Note("student of the network", _facts(student, teacher, bench)))
 
     def grow(self, lesson: Lesson, seed: int = 0, *, progress: bool = False) -> nn.Module:
         """The student of a lesson, as a layer."""
