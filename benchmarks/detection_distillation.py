@@ -9,55 +9,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from _common import CACHE, Ledger, claims_table, interval, publish, shown, table, unseen
 from karui.data import load_data
-from karui.distill.detection import DetectionDistillation, mean_over
+from karui.distill.detection import DetectionDistillation
 from karui.model import Model
 from karui.technique import Bench
-from karui.train import Adam, Influence, Moment, Training
+from karui.train import Adam, Training
 from karui.train.guide import Guide
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "distill"))
-from micro_detection import TASK, detector, mean_precision, scenes
+from micro_detection import Drawn, Noised, detector, mean_precision, scenes
 
 SEEDS, MANY, FEW, TEST = 5, 1200, 300, 300
 EPOCHS, TEACHER_EPOCHS, WIDTH, TEACHER_WIDTH = 40, 14, 8, 16
-NOISE = 0.5
-
-
-class Noised(nn.Module):
-    """A detector whose boxes are off by chance, the same way for the same picture."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.body = inner, inner.get_submodule("body")
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits as they are, offsets moved by up to NOISE."""
-        logits, offsets = self.inner(x)
-        return logits, offsets + NOISE * torch.sin(1e4 * offsets)
-
-
-@dataclass(frozen=True, eq=False)
-class Drawn(Influence):
-    """The control: boxes are drawn to the teacher's, with the weight of the bounded part."""
-
-    guide: Guide
-
-    def objective(self, loss: Tensor, moment: Moment) -> Tensor:
-        """The loss and half the squared distance to the teacher's boxes."""
-        with torch.no_grad():
-            (_, offsets), _ = self.guide(moment.inputs)
-        labels, _ = TASK.matched(moment.targets)
-        return loss + 0.5 * mean_over((moment.outputs[1] - offsets).square().sum(1), labels > 0)
 
 
 def bench_of(data: TensorDataset, seed: int, batch: int = 16) -> Bench:

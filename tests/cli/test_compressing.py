@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from karui.artifact import load
+from karui.artifact import export_onnx, load
 from karui.cli.app import run
 from karui.data import Splits
+from karui.model import Model
 from karui.survey.papers import catalogue
 
 WITHOUT_TECHNIQUE = next((row.slug for row in catalogue() if row.technique is None), "")
@@ -88,6 +89,36 @@ def test_json_is_alone_on_stdout_and_the_network_is_trained_first(folder: Path, 
     assert [step["technique"] for step in record["steps"]] == ["dense", "l1_filter_pruning", "knowledge_distillation"]
     assert "comes without weights, so it is trained first, for 2 epochs" in told.err
     assert (folder / "light" / "dense" / "model.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.paper(30)
+@pytest.mark.paper(31)
+def test_teachers_of_other_kinds_are_named_on_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]):
+    """An ensemble of an ONNX file and a factory in a recipe's file, and one teacher in a recipe that is a line."""
+    teacher = Model(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)), example=(torch.zeros(2, 1, 8, 8),)
+    )
+    export_onnx(teacher, folder / "teacher.onnx")
+    head = (folder / "recipe.toml").read_text().partition("[[step]]")[0]
+    step = '[[step]]\ntechnique = "knowledge_distillation"\nepochs = 1\nteacher = ["teacher.onnx", "net.py:net"]\n'
+    (folder / "taught.toml").write_text(head + step)
+    assert run([*COMPRESS[:-1], "taught.toml", "--out", "taught"]) == 0
+    assert run(["plan", "net.py:net", "--recipe", "taught.toml"]) == 0
+    assert "the teacher is teacher.onnx and net.py:net" in " ".join(capsys.readouterr().out.split())
+    light = load(folder / "taught")
+    assert len(light.module.state_dict()) == 11, "the student's tensors, and none of a teacher"
+    told = json.loads((folder / "taught" / "run.json").read_text())["asked"]
+    assert "net.py:net" in json.dumps(told)
+    for lost, words in (
+        ("lost.onnx", "no file lost.onnx"),
+        ("lost.py:net", "no file lost.py"),
+        ("nowhere", "no saved"),
+    ):
+        line = f"logit_regression:teacher={lost},epochs=1"
+        assert run([*COMPRESS[:-1], line, "--out", "x"]) == 2
+        assert words in capsys.readouterr().err
+        assert not (folder / "x" / "model.json").exists()
 
 
 @pytest.mark.slow

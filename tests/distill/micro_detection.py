@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +13,10 @@ from torch.utils.data import TensorDataset
 
 from karui.data import Splits
 from karui.model import Detection, Model, grid_anchors
+from karui.model.detection import mean_over
 from karui.numerics.boxes import mean_average_precision
+from karui.train import Influence, Moment
+from karui.train.guide import Guide
 
 SIDE, STRIDE, SIZES = 32, 8, (8, 12)
 TASK = Detection(anchors=grid_anchors((SIDE // STRIDE,) * 2, STRIDE, [(s, s) for s in SIZES]), confidence=0.3)
@@ -44,6 +48,32 @@ def canvases(digits: Sequence[tuple[Tensor, int]], count: int, seed: int) -> Ten
             picture[0, y, x : x + length] = picture[0, y, x : x + length].clamp(min=0.5)
         picture.add_(torch.from_numpy(draw.normal(0, 0.1, picture.shape)).float())
     return TensorDataset(pictures, targets)
+
+
+class Noised(nn.Module):
+    """A detector whose boxes are off by chance, the same way for the same picture."""
+
+    def __init__(self, inner: nn.Module, noise: float = 0.5) -> None:
+        super().__init__()
+        self.inner, self.body, self.noise = inner, inner.get_submodule("body"), noise
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits as they are, offsets moved by up to the noise."""
+        logits, offsets = self.inner(x)
+        return logits, offsets + self.noise * torch.sin(1e4 * offsets)
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn(Influence):
+    """The control: boxes are drawn to the teacher's, with the weight of the bounded part."""
+
+    guide: Guide
+
+    def objective(self, loss: Tensor, moment: Moment) -> Tensor:
+        """The loss and half the squared distance to the teacher's boxes."""
+        (_, offsets), _ = self.guide.told(moment.inputs)
+        labels, _ = TASK.matched(moment.targets)
+        return loss + 0.5 * mean_over((moment.outputs[1] - offsets).square().sum(1), labels > 0)
 
 
 class MicroDetector(nn.Module):

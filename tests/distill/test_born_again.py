@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from karui.architectures.perceptron import perceptron
 from karui.artifact import load, save
 from karui.data import Splits, hold_out
-from karui.distill.born_again import BornAgain, confidence_weights, permuted, weighted_cross_entropy
+from karui.distill.born_again import BornAgain, confidence_weights, passes_of, permuted, weighted_cross_entropy
 from karui.errors import NeedError, SettingError, UsageError
 from karui.measuring import evaluate
 from karui.model import Classification, Model, Origin, Regression, averaged
@@ -91,6 +91,18 @@ def test_each_generation_starts_anew_and_is_taught_by_the_one_before(digits: Spl
     again = BornAgain(generations=2, epochs=1).study(start, bench)
     assert same(first, again[0])
     assert same(second, again[1])
+
+
+def test_every_generation_tells_as_many_passes_as_the_first_network_had(digits: Splits) -> None:
+    """A fair comparison is one of equal trainings: the lineage says how long each of them was."""
+    bench = bench_of(digits, 3)
+    first = bench.fit(mlp(12))
+    generations = BornAgain(generations=2).study(first, bench)
+    assert [passes_of(model) for model in (first, *generations)] == [3, 3, 3]
+    (remark,) = BornAgain(generations=2, epochs=7).remarks(first)
+    assert "7 passes each, the given network had 3" in remark
+    assert "passes" not in BornAgain(generations=2, epochs=3).remarks(first)[0]
+    assert "passes" not in BornAgain(generations=2, epochs=7).remarks(mlp(12))[0], "nobody knows how many it had"
 
 
 def test_a_generation_is_distillation_at_temperature_one_from_the_one_before(digits: Splits) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -248,24 +249,41 @@ def test_a_killed_training_goes_on(digits: Splits, tmp_path: object) -> None:
     assert not same(first, technique.apply(mlp(8), replace(bench, train=few)))
 
 
+def taught_by_forests(digits: Splits, samples: int, seed: int) -> tuple[Bench, ModelCompression]:
+    """So few digits, and two forests fitted to the same."""
+    order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(seed))
+    few = take(digits.train, order[:samples])
+    x, y = few.tensors[0].flatten(1).double().numpy(), few.tensors[1].numpy()
+    forests = tuple(kind(60, random_state=seed).fit(x, y) for kind in (RandomForestClassifier, ExtraTreesClassifier))
+    settings = Training(batch_size=64, optimizer=Adam(lr=1e-2), schedule=Cosine())
+    return replace(bench_of(digits, seed=seed), train=few, training=settings), ModelCompression(teacher=forests)
+
+
+@pytest.mark.effect
+def test_the_error_falls_with_the_number_of_copies(digits: Splits) -> None:
+    """k = 10 over k = 1 at equal steps, 100 and 300 digits, four seeds each; 1.1 and 0.3 points in the benchmark."""
+    gains = []
+    for samples, seed in itertools.product((100, 300), range(4)):
+        bench, technique = taught_by_forests(digits, samples, seed)
+        many, once = (
+            evaluate(replace(technique, copies=k, epochs=epochs).apply(mlp(32, seed=seed), bench), digits.test).value
+            for k, epochs in ((10, 14), (1, 75))
+        )
+        gains.append(100 * (many - once))
+    assert sum(gains) / len(gains) >= 0.2, gains
+
+
 @pytest.mark.effect
 def test_pseudo_data_teach_better_than_independent_draws(digits: Splits) -> None:
-    """2.4 points [1.4, 3.4] over five seeds in the benchmark, so half a point over three is asked.
+    """2.4 points [1.4, 3.4] over five seeds in the benchmark, where the section asks for 3; over three here half a one.
 
-    The gain over hard labels is half a point there and within chance: none is asserted.
+    Over hard labels, where the section asks for one point, it is half a one there and within chance: none is asserted.
     """
     gains = []
     for seed in range(3):
-        order = torch.randperm(len(digits.train), generator=torch.Generator().manual_seed(seed))
-        few = take(digits.train, order[:300])
-        x, y = few.tensors[0].flatten(1).double().numpy(), few.tensors[1].numpy()
-        forests = tuple(
-            kind(60, random_state=seed).fit(x, y) for kind in (RandomForestClassifier, ExtraTreesClassifier)
-        )
-        settings = Training(epochs=400, batch_size=64, optimizer=Adam(lr=1e-2), schedule=Cosine())
-        bench, student = replace(bench_of(digits, seed=seed), train=few, training=settings), mlp(32, seed=seed)
-        alone = ModelCompression(teacher=forests, epochs=15, originals=False)
-        made = [replace(alone, generator=kind).apply(student, bench) for kind in ("munge", "random")]
+        bench, technique = taught_by_forests(digits, 300, seed)
+        alone = replace(technique, epochs=15, originals=False)
+        made = [replace(alone, generator=kind).apply(mlp(32, seed=seed), bench) for kind in ("munge", "random")]
         accuracy = [100 * evaluate(model, digits.test).value for model in made]
         gains.append(accuracy[0] - accuracy[1])
     assert sum(gains) / 3 >= 0.5, gains

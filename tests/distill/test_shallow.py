@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from time import process_time
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from karui.artifact import load, save
+from karui.distill.logits import LogitRegression
 from karui.distill.shallow import factored_first_layer, multiplied_out, shallow_student, wide_shallow, widest
 from karui.errors import SettingError, SurgeryError, UsageError
 from karui.layers.factored import FactoredLinear
 from karui.model import Classification, Model
+from karui.technique import Bench
+from karui.train import SGD, Constant, Training
 
 pytestmark = pytest.mark.paper(31)
 
@@ -92,6 +97,35 @@ def test_what_cannot_be_built_is_told() -> None:
         shallow_student(Model(nn.Linear(64, 10), example=(torch.zeros(1, 64),)), 5000, filters=4)
     with pytest.raises(UsageError, match="one score for each class"):
         shallow_student(replace(picture_model(), module=nn.Identity()), 5000)
+
+
+@pytest.mark.effect
+@pytest.mark.slow
+def test_a_bottleneck_reaches_a_loss_for_which_the_full_layer_needs_longer() -> None:
+    """4,096 hidden units on 784 inputs, a made-up teacher: in as much processor time the full layer is behind."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 10))
+    data = TensorDataset(torch.randn(1500, 784, generator=draw))
+    teacher = Model(net, example=(torch.zeros(1, 784),))
+    bench = Bench(train=data, validation=data, training=Training(optimizer=SGD(lr=0.01), schedule=Constant()))
+
+    def reached(rank: int, epochs: int) -> tuple[float, float]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            student = Model(wide_shallow(784, 4096, 10, rank=rank), example=(torch.zeros(1, 784),))
+        before = process_time()
+        taught = LogitRegression(teacher=teacher, epochs=epochs, remember=1500).apply(student, bench)
+        return process_time() - before, taught.lineage[-1].settings["history"][-1]["loss"]
+
+    took, wanted = reached(100, 12)
+    longer, loss = 0.0, 0.0
+    epochs = 2
+    while longer < took:
+        longer, loss = reached(0, epochs)
+        epochs += 1
+    assert loss > 1.2 * wanted, (took, wanted, longer, loss)
 
 
 def test_a_wide_layer_behind_a_bottleneck_costs_a_fraction_of_the_work() -> None:

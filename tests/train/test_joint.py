@@ -24,11 +24,12 @@ PLAIN = Training(
 )
 
 
-def net(seed: int, width: int = 6, norm: bool = True) -> Model:
+def net(seed: int, width: int = 6, norm: bool = True, dropout: float = 0.0) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         between = [nn.BatchNorm1d(width)] if norm else []
-        module = nn.Sequential(nn.Linear(5, width), *between, nn.ReLU(), nn.Linear(width, 3))
+        after = [nn.Dropout(dropout)] if dropout else []
+        module = nn.Sequential(nn.Linear(5, width), *between, nn.ReLU(), *after, nn.Linear(width, 3))
         return Model(module, example=(torch.zeros(2, 5),), task=Classification())
 
 
@@ -52,9 +53,9 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 @pytest.mark.parametrize("alternating", [True, False])
 def test_without_a_pull_each_trains_as_it_does_alone_bit_for_bit(alternating: bool) -> None:
-    """Running statistics too: the passes that only tell what a member says leave no trace."""
+    """Running statistics and dropout, too: the passes that only tell what a member says leave no trace."""
     data, training = data_of(30), replace(PLAIN, epochs=3, optimizer=Adam())
-    models = (net(0), net(1), net(2, width=9))
+    models = (net(0, dropout=0.5), net(1, dropout=0.5), net(2, width=9, dropout=0.3))
     bench = Bench(train=data, validation=data, training=training)
     together = fit_together(models, bench, pull=no_pull, alternating=alternating)
     for model, trained in zip(models, together, strict=True):
@@ -99,12 +100,27 @@ def test_others_answers_have_no_gradient_and_their_layers_are_shown() -> None:
     assert seen == [(0, True, False, ("0",)), (1, True, False, ("0",))]
 
 
+def test_members_of_equal_values_say_the_same_under_dropout() -> None:
+    """Else what they say of their layers would differ by chance alone."""
+    apart: list[float] = []
+
+    def watch(number: int, hard: Tensor, targets: Any, own: Answer, others: tuple[Answer, ...]) -> Tensor:
+        apart.append(float((own.outputs - others[0].outputs).detach().abs().max()))
+        return hard
+
+    bench = Bench(train=data_of(), validation=data_of(), training=PLAIN)
+    fit_together((net(0, dropout=0.5), net(0, dropout=0.5)), bench, pull=watch, alternating=False)
+    assert apart == [0.0, 0.0] or max(apart) < 1e-6
+
+
 def test_a_silent_pass_leaves_no_trace() -> None:
-    module = net(0).module.train()
+    module = net(0, dropout=0.5).module.train()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    answer = silent(module, (torch.randn(8, 5),), ("3",))
+    x, drawn = torch.randn(8, 5), torch.get_rng_state()
+    answer = silent(module, (x,), ("4",))
+    assert torch.equal(torch.get_rng_state(), drawn)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert torch.equal(answer.outputs, answer.layers["3"])
+    assert torch.equal(answer.outputs, answer.layers["4"])
     assert not answer.outputs.requires_grad
 
 

@@ -124,6 +124,19 @@ class Generation(Influence):
         return loss + soft if self.labels else soft
 
 
+def passes_of(model: Model) -> int | None:
+    """Passes over the data of the last training that a model's lineage tells of; None where it tells of none.
+
+    Example:
+        >>> from torch import nn
+        >>> trained = Note("trained", {"training": {"epochs": 3}})
+        >>> passes_of(Model(nn.Linear(2, 2), example=(torch.zeros(1, 2),), lineage=(trained,)))
+        3
+    """
+    told_of = (step.settings.get("training") for step in reversed(model.lineage) if isinstance(step, Note))
+    return next((training["epochs"] for training in told_of if training), None)
+
+
 def _flat(logits: Float[Tensor, "batch classes *positions"]) -> Float[Tensor, "samples classes"]:
     """Each position of a sample as a sample of its own."""
     return logits.movedim(1, -1).reshape(-1, logits.shape[1])
@@ -183,9 +196,10 @@ class BornAgain:
 
     def remarks(self, model: Model) -> tuple[str, ...]:
         """What `karui plan` tells of it."""
-        del model
         size = f"the result is as large as {self.generations} of it" if self.ensemble else "the result is as large"
-        return (f"{self.generations} trainings from new initial values; {size}",)
+        had = passes_of(model)
+        unfair = f"; {self.epochs} passes each, the given network had {had}" if had not in (None, self.epochs) else ""
+        return (f"{self.generations} trainings from new initial values; {size}{unfair if self.epochs else ''}",)
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """The last generation, or the mean of all."""

@@ -2,7 +2,7 @@
 
 The networks are members of one module, so that devices, processes and checkpoints need not know of them. A member's
 gradient moves that member alone; the others' answers are given without gradient and leave no trace in their running
-statistics, which each network takes from its own forward passes.
+statistics, which each network takes from its own forward passes. What is random in a step is the same for all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from karui.errors import NeedError, require
 from karui.model import Model, Task, copied, taps
 from karui.train.guide import statistics_kept
 from karui.train.influence import Influence, Moment
+from karui.train.randomness import undisturbed
 from karui.train.turn import Turn
 
 
@@ -135,7 +136,9 @@ class _Objective:
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], targets: Any) -> tuple[Any, Tensor]:
         others = self._others(module, inputs)
         member = _member(module, self.number)
-        with taps(member, self.layers) as seen:  # comes last, so that an influence's own taps hold this pass
+        # The taps come last, so that an influence's own hold this pass; and each member draws, in each step, what it
+        # would if it trained alone: its dropout is that of the others, so that their layers can be compared.
+        with undisturbed(), taps(member, self.layers) as seen:
             outputs = member(*inputs)
         own = Answer(outputs, dict(seen))
         return outputs, self.pull(self.number, self.task.loss(outputs, targets), targets, own, others)
@@ -155,8 +158,11 @@ class _Objective:
 
 @torch.no_grad()
 def silent(module: nn.Module, inputs: tuple[Any, ...], layers: Iterable[str] = ()) -> Answer:
-    """What a network says as it stands, in the mode that it is in: without gradient, and without a trace in it."""
-    with statistics_kept(module), taps(module, layers) as seen:
+    """What a network says as it stands, in the mode that it is in: without gradient, and without a trace.
+
+    Neither in it nor in the random generators, of which its dropout draws.
+    """
+    with undisturbed(), statistics_kept(module), taps(module, layers) as seen:
         outputs = module(*inputs)
     return Answer(outputs, dict(seen))
 
