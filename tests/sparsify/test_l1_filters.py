@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from statistics import fmean
+from statistics import fmean, median
+from time import process_time
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.data import TensorDataset
 from karui.architectures.cifar_resnet import cifar_resnet
 from karui.errors import NeedError, SettingError
 from karui.measuring import count
+from karui.measuring.inference import inference
 from karui.model import Classification, Model, Note
 from karui.sparsify import L1Filters
 from karui.technique import Bench, Then
@@ -272,6 +274,23 @@ def test_small_filters_cost_less_than_large_ones_and_than_chance(
     assert ahead("largest", 0.5) >= 0.03
     assert ahead("largest", 0.75) >= 0.20
     assert ahead("random", 0.75) >= 0.03
+
+
+@pytest.mark.effect
+def test_half_of_the_filters_of_wide_layers_take_well_under_the_time() -> None:
+    """A batch of 256, layers of 64 filters, processor time in turns; the benchmark has it in ONNX Runtime, too."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    dense = Model(net, example=(torch.rand(2, 1, 12, 12),))
+    light, x, took = cut(dense, ratio=0.5), torch.rand(256, 1, 12, 12), ([], [])
+    with inference(dense.module) as whole, inference(light.module) as thin:
+        for _ in range(7):
+            for module, seconds in zip((whole, thin), took, strict=True):
+                before = process_time()
+                module(x)
+                seconds.append(process_time() - before)
+    assert median(took[0]) >= 1.5 * median(took[1]), took
 
 
 @pytest.mark.effect

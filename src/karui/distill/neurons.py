@@ -20,6 +20,9 @@ seeds, 68.7, 68.4 and 68.6 %): the paper's claim that selection makes better stu
 DEPARTURE: the paper's energy terms are not told exactly; those here are the definite ones of `karui.numerics.neurons`:
 cost = (best area over nuisances) - (mean area over identities), likeness a Gaussian of two neurons' descriptors.
 
+DEPARTURE: mean field starts at a temperature of 1, where all choices are open, and cools; the paper's energy has one
+temperature, at which it would stop in the nearest minimum.
+
 DEPARTURE: where no attributes are labelled, identities stand for the wanted ones and four changes of the picture
 (brightness, noise, shift, rotation) for the unwanted ones.
 
