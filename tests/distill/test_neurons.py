@@ -14,7 +14,14 @@ from torch.utils.data import TensorDataset
 from karui.architectures.perceptron import perceptron
 from karui.data import Splits
 from karui.distill._nuisances import NUISANCES, changed
-from karui.distill._selection import chosen, cost_of, descriptors_of, select_neurons, verification_accuracy
+from karui.distill._selection import (
+    chosen,
+    cost_of,
+    descriptors_of,
+    responses_of,
+    select_neurons,
+    verification_accuracy,
+)
 from karui.distill.logits import logit_loss
 from karui.distill.neurons import NeuronSelection, last_hidden, with_outputs
 from karui.errors import NeedError, SettingError, UsageError
@@ -137,6 +144,19 @@ def test_neurons_that_are_not_kept_do_not_count(digits: Splits, teacher: Model) 
     right = replace(technique, teacher=other).apply(mlp(16), bench_of(digits))
     for a, b in zip(left.module.parameters(), right.module.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_neurons_are_taken_before_a_relu_also_where_it_works_in_place(inplace: bool, digits: Splits) -> None:
+    """Behind it most targets are zero, which the regression would not tell."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.ReLU(inplace=inplace), nn.Linear(20, 10))
+    model = Model(net, example=(torch.zeros(1, 1, 8, 8),), task=Classification())
+    x = torch.stack([x for x, _ in digits.validation])
+    values, _ = responses_of(model, "1", digits.validation)
+    torch.testing.assert_close(values, net[1](x.flatten(1)).detach())
+    taught = NeuronSelection(teacher=model, number=6, epochs=4).apply(mlp(24), bench_of(digits))
+    assert float((taught.module(x) < 0).float().mean()) > 0.15
 
 
 def test_the_neurons_of_several_teachers_stand_side_by_side(digits: Splits, teacher: Model) -> None:

@@ -30,6 +30,51 @@ def test_values_keep_their_gradient() -> None:
     assert module[0].weight.grad is not None
 
 
+class InPlace(nn.Module):
+    """What torchvision's residual blocks do to the output of their last normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.second = nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.second(self.act(self.first(x)))
+        out += x
+        return self.act(out)
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_values_are_those_of_the_layer_whatever_writes_over_them_in_place(graded: bool) -> None:
+    module, x = InPlace(), torch.randn(6, 4)
+    first = module.first(x)
+    second = module.second(first.relu())
+    with torch.set_grad_enabled(graded), taps(module, ["first", "second"]) as seen:
+        out = module(x)
+    assert (first < 0).any()
+    assert torch.equal(seen["first"], first)
+    assert torch.equal(seen["second"], second)
+    assert torch.equal(out, (second + x).relu())
+    if graded:
+        (through,) = torch.autograd.grad(out.sum(), seen["second"])
+        assert torch.equal(through, (second + x > 0).float()), "the loss depends on what was seen"
+
+
+def test_several_values_are_kept_too() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(3, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            outputs, _ = self.gru(x)
+            return outputs.relu_()
+
+    module, x = Recurrent(), torch.randn(2, 5, 3)
+    with torch.no_grad(), taps(module, ["gru"]) as seen:
+        module(x)
+    assert torch.equal(seen["gru"][0], module.gru(x)[0])
+
+
 def test_a_repeated_layer_leaves_its_last_output() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -53,8 +98,8 @@ def test_a_shared_layer_is_seen_under_each_of_its_paths() -> None:
     module = nn.Sequential(shared, shared)
     with taps(module, ["0", "1"]) as seen:
         out = module(torch.randn(2, 3))
-    assert seen["0"] is out
-    assert seen["1"] is out
+    assert torch.equal(seen["0"], out)
+    assert torch.equal(seen["1"], out)
 
 
 def test_hooks_are_gone_also_after_an_error() -> None:

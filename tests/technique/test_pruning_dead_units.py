@@ -74,6 +74,32 @@ def test_dead_units_to_the_fixed_point_leave_the_outputs(seed: int) -> None:
     assert all(torch.equal(again.module.state_dict()[k], v) for k, v in working.module.state_dict().items())
 
 
+class Overwritten(nn.Module):
+    """One layer reads what the first one gives; then a ReLU writes over it in place, and another layer reads that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.early, self.late = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        early = self.early(x)
+        return early + self.late(x.relu_())
+
+
+def test_a_constant_is_what_its_reader_was_given_not_what_became_of_it() -> None:
+    torch.manual_seed(0)
+    net = Overwritten().eval()
+    with torch.no_grad():
+        net.first.weight[2] = 0.0
+        net.first.bias[2] = -3.0
+    model, x = Model(net, example=(torch.randn(2, 5),)), torch.randn(7, 5)
+    before, working = outputs(model, x), model.copy()
+    assert settle(working, coupled_groups(model)).folded == 1
+    torch.testing.assert_close(outputs(working, x), before)
+    assert not working.module.get_parameter("early.weight")[:, 2].any()
+
+
 def test_a_unit_dies_of_its_neighbours() -> None:
     """Nobody reads the head's only input, so nobody reads what feeds it, and so on up."""
     model = branches()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from karui.errors import KaruiError, UsageError
 
@@ -42,7 +42,8 @@ def taps(module: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Within the block, each call of `module` leaves the outputs of the layers at `paths` in the dict that is given.
 
     A layer that is called several times in one forward pass leaves its last output; one that was not called leaves
-    none. Outputs keep their gradient graph. The hooks are gone after the block, also after an error.
+    none. Outputs keep their gradient graph, and their values: what follows a layer is given a copy, as it may write
+    over it in place (a ReLU, the sum of a residual block). The hooks are gone after the block, also after an error.
 
     Args:
         module: the network; its class is not touched.
@@ -63,9 +64,10 @@ def taps(module: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Any]]:
     seen: dict[str, Any] = {}
 
     def keep(path: str) -> Any:
-        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
-            del layer, inputs
+        def hook(layer: nn.Module, inputs: Any, output: Any) -> Any:
+            del inputs
             seen[path] = output
+            return None if layer is module else _copied(output)  # nothing of the network follows the whole of it
 
         return hook
 
@@ -75,3 +77,10 @@ def taps(module: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Any]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _copied(output: Any) -> Any:
+    """A tensor, or a tuple or list of them, to go on with; other outputs as they are."""
+    if isinstance(output, Tensor):
+        return output.clone()
+    return type(output)(map(_copied, output)) if type(output) in (tuple, list) else output

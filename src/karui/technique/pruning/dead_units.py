@@ -164,7 +164,7 @@ def _inputs(model: Model, paths: list[str]) -> dict[str, Tensor]:
     def hook(path: str) -> Any:
         def keep(_layer: nn.Module, inputs: tuple[Any, ...]) -> None:
             if inputs and isinstance(inputs[0], Tensor):
-                seen.setdefault(path, []).append(inputs[0])
+                seen.setdefault(path, []).append(inputs[0].clone())  # what comes later may write over it in place
 
         return keep
 
