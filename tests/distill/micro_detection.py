@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -63,11 +62,11 @@ class Noised(nn.Module):
         return logits, offsets + self.noise * torch.sin(1e4 * offsets)
 
 
-@dataclass(frozen=True, eq=False)
 class Drawn(Influence):
     """The control: boxes are drawn to the teacher's, with the weight of the bounded part."""
 
-    guide: Guide
+    def __init__(self, guide: Guide) -> None:
+        self.guide = guide
 
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The loss and half the squared distance to the teacher's boxes."""

@@ -220,6 +220,9 @@ def test_mistakes_name_the_layer(digits: Splits) -> None:
     other = Model(nn.Sequential(*list(staged(8).module)[:-1], nn.Linear(16, 7)), example=(torch.zeros(1, 1, 8, 8),))
     with pytest.raises(NeedError, match="same classes"):
         AttentionTransfer(teacher=other, soft=0.5).apply(staged(4), bench)
+    words = Model(nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 10)), (torch.zeros(1, 3).long(),))
+    with pytest.raises(NeedError, match="with respect to the input"):
+        AttentionTransfer(by="symmetry").apply(replace(words, task=Classification()), bench)
     with pytest.raises(SettingError, match="soft targets go with activations"):
         AttentionTransfer(by="gradients", soft=0.5)
 

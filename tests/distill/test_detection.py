@@ -25,6 +25,7 @@ from karui.distill.detection import (
 )
 from karui.errors import KaruiError, NeedError, SettingError
 from karui.model import Classification, Model, resolve
+from karui.sparsify import L1Filters
 from karui.technique import Bench
 from karui.train import Adam, Moment, Training
 from karui.train.companion import Companion
@@ -130,7 +131,7 @@ def test_a_student_that_is_its_teacher_pays_for_the_labels_alone(micro: Any, dig
         made.bias.zero_()  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
     part = DetectionGuidance(guide=Guide(model, ("body",)), task=micro.TASK, layer="body", theirs="body", hard=1.0)
     module = torch.nn.Module()
-    Companion(ADAPTATION, lambda: made).attach(module)
+    Companion(ADAPTATION, lambda _: made).attach(module)
     with torch.no_grad():
         outputs, shown = Guide(model, ("body",))((x,))
     loss = micro.TASK.loss(outputs, y)
@@ -155,6 +156,16 @@ def test_nothing_of_the_teacher_is_left(micro: Any, digits: Splits, tmp_path: Pa
     again = load(tmp_path / "light")
     assert again.task == micro.TASK
     assert all(torch.equal(value, state(after)[name]) for name, value in state(again).items())
+
+
+def test_a_pruned_detector_is_retrained_under_a_teacher_that_it_was_not_pruned_for(micro: Any, digits: Splits):
+    """The adaptation layer fits what the network has become, also where it was asked for before the cut."""
+    data, teacher, dense = micro.canvases(digits.train, 16, 0), micro.detector(6, seed=1), micro.detector(4)
+    guidance = DetectionDistillation(teacher=teacher).influence(dense, bench_of(data))
+    light = L1Filters(ratio=0.5, epochs=1).apply(dense, bench_of(data).under(guidance))
+    assert light.parameters < dense.parameters
+    assert light.module.get_parameter("head.weight").shape[1] == 8
+    assert state(light).keys() == state(dense).keys()
 
 
 def test_other_boxes_are_refused(micro: Any, digits: Splits):

@@ -10,7 +10,7 @@ from karui.train.companion import Companion, companion_of
 
 def test_it_takes_the_type_of_the_network_and_is_taken_off():
     net = nn.Linear(2, 2).to(torch.float64)
-    part = Companion("_extra", lambda: nn.Linear(2, 3))
+    part = Companion("_extra", lambda _: nn.Linear(2, 3))
     part.attach(net)
     assert companion_of(net, "_extra").weight.dtype == torch.float64
     assert len(list(net.parameters())) == 4
@@ -21,7 +21,7 @@ def test_it_takes_the_type_of_the_network_and_is_taken_off():
 def test_a_network_that_calls_its_children_in_turn_runs_as_without_it():
     net, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU()), torch.randn(5, 4)
     before = net(x)
-    part = Companion("_extra", lambda: nn.Linear(9, 2))
+    part = Companion("_extra", lambda _: nn.Linear(9, 2))
     part.attach(net)
     assert torch.equal(net(x), before)
     assert companion_of(net, "_extra")(torch.zeros(1, 9)).shape == (1, 2)
@@ -31,5 +31,5 @@ def test_a_network_that_calls_its_children_in_turn_runs_as_without_it():
 
 def test_a_network_without_parameters_takes_one_too():
     net = nn.Sequential(nn.ReLU())
-    Companion("_extra", lambda: nn.Linear(2, 3)).attach(net)
+    Companion("_extra", lambda _: nn.Linear(2, 3)).attach(net)
     assert len(list(net.parameters())) == 2

@@ -334,6 +334,13 @@ class AttentionTransfer:
             NeedError,
         )
         assert model.task is not None  # noqa: S101  (just required; for the type checker)
+        x = model.example[0]
+        require(
+            isinstance(x, Tensor) and x.is_floating_point(),
+            f"'attention_transfer' differentiates with respect to the input, and the model takes {told(x)}.",
+            "Set by='activations'.",
+            NeedError,
+        )
         guide = None
         if self.by == "gradients":
             guide = Guide(

@@ -303,9 +303,14 @@ class DetectionDistillation:
         layer, theirs = self._layers(model, teacher) if self.hint > 0 else ("", "")
         parts: list[Influence] = []
         if self.hint > 0:
-            sizes = sizes_of_outputs(model)[layer], sizes_of_outputs(teacher)[theirs]
-            adaptation(*sizes)  # shapes that do not fit are told now
-            parts.append(Companion(ADAPTATION, lambda: adaptation(*sizes)))
+            wanted, example = sizes_of_outputs(teacher)[theirs], model.example
+            adaptation(sizes_of_outputs(model)[layer], wanted)  # shapes that do not fit are told now
+
+            def fitting(module: nn.Module) -> nn.Module:
+                """For the network as it is then: another technique may have cut it."""
+                return adaptation(sizes_of_outputs(Model(module, example=example))[layer], wanted)
+
+            parts.append(Companion(ADAPTATION, fitting))
         parts.append(
             DetectionGuidance(
                 guide=Guide(teacher, (theirs,) if theirs else ()),

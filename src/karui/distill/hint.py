@@ -282,7 +282,7 @@ class FitNets:
         activation = self.activation
         if activation == "auto":
             activation = "relu" if _is_positive(teacher, teacher_layer, bench) else "none"
-        influence = self._with_zeros(model, Companion(REGRESSOR, lambda: regressor(guided, hint, activation)))
+        influence = self._with_zeros(model, Companion(REGRESSOR, lambda _: regressor(guided, hint, activation)))
         objective = _Hint(Guide(teacher), layer, teacher_layer)
         if bench.influence is not None:  # what else teaches has to wait: there are no outputs yet
             bench = replace(bench, influence=Speechless(bench.influence))

@@ -19,11 +19,11 @@ class Companion(Influence):
 
     Settings:
         name: where it is put; a name that the network does not have.
-        make: makes the layer.
+        make: makes the layer, given the network as it is when its training begins.
 
     Example:
         >>> import torch
-        >>> net, part = nn.Sequential(nn.Linear(2, 2)), Companion("_hint", lambda: nn.Linear(2, 5))
+        >>> net, part = nn.Sequential(nn.Linear(2, 2)), Companion("_hint", lambda _: nn.Linear(2, 5))
         >>> part.attach(net)
         >>> companion_of(net, "_hint")(torch.zeros(1, 2)).shape, net(torch.zeros(1, 2)).shape
         (torch.Size([1, 5]), torch.Size([1, 2]))
@@ -32,11 +32,11 @@ class Companion(Influence):
     """
 
     name: str
-    make: Callable[[], nn.Module]
+    make: Callable[[nn.Module], nn.Module]
 
     def attach(self, module: nn.Module) -> None:
         """Put it into the module, on its device."""
-        made = self.make()
+        made = self.make(module)
         like = next(module.parameters(), None)
         module.add_module(self.name, _Passed(made if like is None else made.to(like.device, like.dtype)))
 
