@@ -19,7 +19,7 @@ from karui.artifact import export_onnx
 from karui.distill._fidelity import Difference, auc, r_squared
 from karui.distill._teachers import spoken, teachers_of
 from karui.distill.comparison import compare
-from karui.distill.shape_plots import shape_figure
+from karui.distill.shape_plots import partial_dependence, shape_figure
 from karui.distill.transparent import TransparentDistillation, export_shapes, hard_lesson, lesson_of
 from karui.errors import NeedError, SettingError
 from karui.measuring.engines import onnx_session
@@ -211,6 +211,29 @@ def test_plots_show_the_tables_as_they_are() -> None:
     assert np.array(figure.data[-1].z).tolist() == shapes.tables[0][:, :, 1].T.tolist()
     with pytest.raises(SettingError, match="output is 3"):
         shape_figure(shapes, output=3)
+
+
+def test_partial_dependence_of_an_additive_network_is_its_students_shapes() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sin(2 * x[:, 0]) + x[:, 1].square() - x[:, 2]
+
+    model = Model(Sum(), example=(torch.zeros(1, 4),), task=Regression())
+    bench = bench_of(model, 1500)
+    lesson, _ = lesson_of(model, bench.train)
+    shapes = TransparentDistillation(bags=1, bins=24, rounds=100).shapes(lesson)
+    tables = partial_dependence(model, bench.train, shapes, samples=50)
+    assert [table.shape for table in tables] == [main.shape for main in shapes.mains]
+    for table, main, weights in zip(tables, shapes.mains, shapes.weights, strict=True):
+        assert abs((weights[:, None] * table).sum()) < 1e-6 * weights.sum()
+        assert np.average(np.abs(table - main)[:, 0], weights=weights) < 0.12, "bins have a width"
+    figure = shape_figure(shapes, beside={"network": tables, "labels": shapes.mains})
+    dashed = [curve for curve in figure.data if curve.name == "network"]
+    assert len(dashed) == 4
+    first = int(np.argsort(-shapes.importance()[:, 0], kind="stable")[0])
+    assert dashed[0].y.tolist() == np.repeat(tables[first][:, 0], 2).tolist()
+    assert dashed[0].line.dash == "dash"
+    assert [curve.showlegend for curve in dashed] == [True, False, False, False]
 
 
 @pytest.mark.effect

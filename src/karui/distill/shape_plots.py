@@ -1,21 +1,70 @@
-"""What an additive student says, as plots: a curve with its band for each input, a map for each pair."""
+"""What an additive student says, as plots: a curve with its band for each input, a map for each pair.
+
+Beside the student's curves others can be laid: those of the same student taught by labels, which tell what the network
+has learned that the labels alone do not say, and the network's own partial dependence, as a check.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from jaxtyping import Float
 
+from karui.distill.transparent import lesson_of, scores_of
 from karui.errors import require
-from karui.numerics.additive import Shapes
+from karui.measuring.inference import inference
+from karui.model import Classification, Model
+from karui.numerics.additive import Shapes, binned
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 COLUMNS = 3
+DASHED = ("firebrick", "steelblue", "darkgreen")
 
 
-def shape_figure(shapes: Shapes, names: tuple[str, ...] = (), *, output: int = 0, most: int = 12) -> go.Figure:
+def partial_dependence(
+    model: Model, dataset: Any, shapes: Shapes, *, samples: int = 200, seed: int = 0
+) -> tuple[Float[np.ndarray, "bins outputs"], ...]:
+    """A network's mean scores where one input is set and the others stay as samples have them (Friedman 2001).
+
+    For each input a table like that of a student's shape, with the weighted mean zero. Where inputs go together it also
+    asks about samples that there are none of, which a student's shapes do not.
+
+    Args:
+        model: the network.
+        dataset: its inputs.
+        shapes: of a student, for the bins; an input is set to the median of each.
+        samples: how many are looked at, drawn at random.
+        seed: draws them.
+    """
+    lesson, _ = lesson_of(model, dataset)
+    picked = np.random.default_rng(seed).permutation(len(lesson.inputs))[:samples]
+    classes, tables = isinstance(model.task, Classification), []
+    with inference(model.module) as module:
+        for number, (edges, weights) in enumerate(zip(shapes.edges, shapes.weights, strict=True)):
+            column, table = lesson.inputs[:, number], []
+            for place in range(len(edges) + 1):
+                changed = lesson.inputs[picked].copy()
+                changed[:, number] = np.median(column[binned(column, edges) == place])
+                given = torch.from_numpy(changed).reshape(-1, *model.example[0].shape[1:]).to(model.example[0])
+                table.append(scores_of(module(given), classes=classes)[0].double().mean(0).numpy())
+            made = np.stack(table)
+            tables.append(made - (weights[:, None] * made).sum(0) / weights.sum())
+    return tuple(tables)
+
+
+def shape_figure(
+    shapes: Shapes,
+    names: tuple[str, ...] = (),
+    *,
+    output: int = 0,
+    most: int = 12,
+    beside: Mapping[str, Sequence[Float[np.ndarray, "bins outputs"]]] | None = None,
+) -> go.Figure:
     """The shapes of the inputs that matter most, then those of the pairs, as one plotly figure.
 
     Args:
@@ -23,6 +72,8 @@ def shape_figure(shapes: Shapes, names: tuple[str, ...] = (), *, output: int = 0
         names: of the inputs.
         output: whose shapes, of several.
         most: at most so many inputs, by importance.
+        beside: by name, further tables over the same bins, one for each input, drawn dashed: the `mains` of a student
+            taught by labels, or a `partial_dependence`.
 
     Raises:
         SettingError: there is no such output.
@@ -53,6 +104,12 @@ def shape_figure(shapes: Shapes, names: tuple[str, ...] = (), *, output: int = 0
             figure.add_trace(edge, row=row, col=column)
         curve = go.Scatter(x=x, y=height, line={"color": "black"}, showlegend=False)
         figure.add_trace(curve, row=row, col=column)
+        for which, (name, tables) in enumerate((beside or {}).items()):
+            other = go.Scatter(
+                x=x, y=np.repeat(tables[number][:, output], 2), name=name, legendgroup=name, showlegend=place == 0,
+                line={"dash": "dash", "color": DASHED[which % len(DASHED)]},
+            )  # fmt: skip
+            figure.add_trace(other, row=row, col=column)
     for place, ((i, j), table) in enumerate(zip(shapes.pairs, shapes.tables, strict=True), start=len(inputs)):
         x, y = (_middles(shapes.coarse[number]) for number in (i, j))
         cells = go.Heatmap(x=x, y=y, z=table[:, :, output].T, colorscale="RdBu", zmid=0, showscale=False)
