@@ -30,6 +30,7 @@ from karui.technique import Bench
 from karui.train import Adam, Constant, Training
 
 pytestmark = pytest.mark.paper(32)
+BY_LIGHT = {"brightness": NUISANCES["brightness"]}
 
 
 def mlp(*widths: int, seed: int = 0) -> Model:
@@ -102,6 +103,9 @@ def test_a_neuron_of_light_alone_is_not_kept_and_one_of_identity_is() -> None:
     assert float(wanted[0].max()) < 0.65
     assert float(unwanted[0, 0]) > 0.99, "brightness"
     assert select_neurons(model, "1", data, 1).tolist() == [1]
+    lit = descriptors_of(model, "1", data, wanted={"bright": x.mean((1, 2, 3)) > x.mean()}, changes=BY_LIGHT)
+    assert lit[0].shape == lit[1].shape == (2, 1)
+    assert select_neurons(model, "1", TensorDataset(x), 1, wanted={"contrast": identity == 1}).tolist() == [1]
     given = {"light": torch.rand(200, generator=draw) < 0.5}
     assert descriptors_of(model, "1", data, given)[1].shape == (2, 1)
 

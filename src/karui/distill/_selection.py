@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from karui.data import Batches
-from karui.distill._nuisances import NUISANCES, changed
+from karui.distill._nuisances import NUISANCES, Change, changed
 from karui.errors import NeedError, UsageError, require
 from karui.model import Model
 from karui.numerics.neurons import likeness, mean_field, one_neuron_auc
@@ -37,35 +37,44 @@ def descriptors_of(
     dataset: Any,
     attributes: Mapping[str, Bool[Tensor, "samples"]] | None = None,
     seed: int = 0,
+    *,
+    wanted: Mapping[str, Bool[Tensor, "samples"]] | None = None,
+    changes: Mapping[str, Change] = NUISANCES,
 ) -> tuple[Float[Tensor, "neurons wanted"], Float[Tensor, "neurons unwanted"]]:
     """How well each neuron alone tells each wanted and each unwanted attribute, on data that it was not trained on.
 
     Args:
         model: the teacher.
         layer: path of its layer.
-        dataset: held-out (picture, identity) pairs; identities are the wanted attributes.
+        dataset: held-out (picture, identity) pairs.
         attributes: unwanted ones by name, True where a sample has one; None changes the pictures instead.
         seed: draws which way each picture is changed.
+        wanted: wanted attributes by name, such as sex and age, True where a sample has one; None takes the identities.
+        changes: what is done to the pictures.
 
     Raises:
-        NeedError: targets are not class numbers, or inputs are not pictures and no attributes are given.
+        NeedError: targets are not class numbers and no attributes are wanted instead, or inputs are not pictures and no
+            attributes are given.
     """
     values, identity = responses_of(model, layer, dataset)
-    numbered = isinstance(identity, Tensor) and identity.ndim == 1 and not identity.is_floating_point()
-    require(numbered, "Selection needs identities.", "Give (input, class number) pairs.", NeedError)
-    wanted = one_neuron_auc(values, identity[:, None] == identity.unique()[None])  # pyright: ignore[reportOptionalSubscript]
+    if wanted is not None:
+        good = one_neuron_auc(values, torch.stack(list(wanted.values()), 1))
+    else:
+        numbered = isinstance(identity, Tensor) and identity.ndim == 1 and not identity.is_floating_point()
+        require(numbered, "Selection needs identities.", "Give (input, class number) pairs, or wanted=...", NeedError)
+        good = one_neuron_auc(values, identity[:, None] == identity.unique()[None])  # pyright: ignore[reportOptionalSubscript]
     if attributes is not None:
-        return wanted, one_neuron_auc(values, torch.stack(list(attributes.values()), 1))
+        return good, one_neuron_auc(values, torch.stack(list(attributes.values()), 1))
     pictures = Batches(dataset).fetch(torch.arange(len(values)))[0][0]
     is_picture = isinstance(pictures, Tensor) and pictures.ndim == 4
     require(is_picture, "The inputs are not pictures.", "Give attributes=... that are to be left alone.", NeedError)
     unwanted, guide = [], Guide(model, (layer,))
-    for number, change in enumerate(NUISANCES.values()):
+    for number, change in enumerate(changes.values()):
         other, more = changed(pictures, change, seed_of(seed, "nuisance", number))
         with torch.no_grad():
             rows = [flattened(guide((part,))[1], (layer,))[layer] for part in other.split(256)]
         unwanted.append(one_neuron_auc(torch.cat(rows), more[:, None]))
-    return wanted, torch.cat(unwanted, 1)
+    return good, torch.cat(unwanted, 1)
 
 
 def cost_of(
@@ -108,7 +117,8 @@ def chosen(
 def select_neurons(
     model: Model, layer: str, dataset: Any, number: int | None = None, *,
     attributes: Mapping[str, Bool[Tensor, "samples"]] | None = None, redundancy: float = 0.01, width: float = 0.1,
-    seed: int = 0,
+    seed: int = 0, wanted: Mapping[str, Bool[Tensor, "samples"]] | None = None,
+    changes: Mapping[str, Change] = NUISANCES,
 ) -> Int[Tensor, "kept"]:  # fmt: skip
     """The neurons of a layer that tell identities, leave alone what is unwanted, and do not repeat one another.
 
@@ -121,9 +131,11 @@ def select_neurons(
         redundancy: lambda, the weight of pairs.
         width: s, the distance of descriptors at which two neurons are alike.
         seed: draws which way each picture is changed.
+        wanted: wanted attributes by name; None takes the identities.
+        changes: what is done to the pictures where no attributes are given.
     """
-    wanted, unwanted = descriptors_of(model, layer, dataset, attributes, seed)
-    return chosen(wanted, unwanted, number, redundancy=redundancy, width=width)
+    good, unwanted = descriptors_of(model, layer, dataset, attributes, seed, wanted=wanted, changes=changes)
+    return chosen(good, unwanted, number, redundancy=redundancy, width=width)
 
 
 def verification_accuracy(
