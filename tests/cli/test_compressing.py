@@ -104,7 +104,7 @@ def test_teachers_of_other_kinds_are_named_on_the_command_line(folder: Path, cap
     step = '[[step]]\ntechnique = "knowledge_distillation"\nepochs = 1\nteacher = ["teacher.onnx", "net.py:net"]\n'
     (folder / "taught.toml").write_text(head + step)
     assert run([*COMPRESS[:-1], "taught.toml", "--out", "taught"]) == 0
-    assert run(["plan", "net.py:net", "--recipe", "taught.toml"]) == 0
+    assert run(["plan", "net.py:net", "--data", "digits", "--recipe", "taught.toml"]) == 0
     assert "the teacher is teacher.onnx and net.py:net" in " ".join(capsys.readouterr().out.split())
     light = load(folder / "taught")
     assert len(light.module.state_dict()) == 11, "the student's tensors, and none of a teacher"
