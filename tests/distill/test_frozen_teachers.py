@@ -20,6 +20,7 @@ from karui.distill import (
     AttentionTransfer,
     BornAgain,
     DataFree,
+    DetectionDistillation,
     FitNets,
     KnowledgeDistillation,
     LogitRegression,
@@ -40,13 +41,14 @@ TAUGHT: dict[str, Callable[[Model], Any]] = {
     "fitnets_hint": lambda t: FitNets(teacher=t, layer="1", teacher_layer="1", hint_epochs=1, epochs=1),
     "attention_transfer": lambda t: AttentionTransfer(teacher=t, layers=("1",), soft=0.5, epochs=1),
     "attention_transfer by gradients": lambda t: AttentionTransfer(teacher=t, by="gradients", epochs=1),
+    "detection_distillation": lambda t: DetectionDistillation(teacher=t, epochs=1),
     "munge_compression": lambda t: ModelCompression(teacher=t, copies=1, epochs=1),
     "data_free_distillation": lambda t: DataFree(teacher=t, kind="top", samples=4, iterations=5, epochs=1),
 }
 
 
 class Watched(nn.Sequential):
-    """Convolutions with everything that tells the two modes apart, which notes the mode that it is called in."""
+    """Convolutions with everything that tells the two modes apart, which notes whether it is called to train."""
 
     def __init__(self, seen: list[bool], width: int) -> None:
         super().__init__(
@@ -56,8 +58,9 @@ class Watched(nn.Sequential):
         self.seen = seen
 
     def forward(self, x: Tensor) -> Tensor:
-        """As a sequence, noting the mode."""
-        self.seen.append(self.training)
+        """As a sequence; a mode for training, or a parameter that wants a gradient, is noted."""
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        self.seen.append(self.training or trains)
         return super().forward(x)
 
     def __deepcopy__(self, memo: Any) -> Watched:
@@ -88,7 +91,8 @@ def test_the_teacher_stays_as_it_was_and_out_of_the_artifact(slug: str, bench: B
     seen.clear()
     made = TAUGHT[slug](teacher).apply(student(), bench)
     assert seen, "it was asked"
-    assert not any(seen), "in evaluation mode each time"
+    assert not any(seen), "in evaluation mode each time, and no parameter wants a gradient"
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in teacher.module.modules())
     assert teacher.module.training, "and the one that was given is in the mode that it was in"
     assert all(torch.equal(value, before[name]) for name, value in teacher.module.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in teacher.module.parameters())

@@ -42,23 +42,6 @@ def test_it_is_frozen_in_evaluation_mode_and_its_statistics_rest(ask: object) ->
     assert all(torch.equal(value, given[name]) for name, value in model.module.state_dict().items())
 
 
-def test_gradients_reach_inputs_that_want_them_and_no_parameter() -> None:
-    guide, x = Guide(network()), torch.randn(4, 5, requires_grad=True)
-    guide((x,))[0].sum().backward()
-    assert x.grad is not None
-    assert x.grad.abs().max() > 0
-    assert all(p.grad is None for p in guide.module.parameters())
-    assert not guide.told((x,))[0].requires_grad
-
-
-def test_it_answers_on_the_device_of_the_inputs_and_leaves_the_given_network_where_it_is() -> None:
-    model = network()
-    guide = Guide(model, ("0",))
-    outputs, shown = guide((torch.zeros(3, 5, device="meta"),))
-    assert {outputs.device.type, shown["0"].device.type} == {"meta"}
-    assert next(model.module.parameters()).device.type == "cpu"
-
-
 def test_a_layer_that_is_not_there_is_told_before_any_training() -> None:
     with pytest.raises(UsageError, match="no layer '9'"):
         Guide(network(), ("9",))
