@@ -126,6 +126,7 @@ def recovers(told: Trials, ratio: float) -> bool:
 def test_after_equal_fine_tuning_chance_is_as_good_as_the_best_criterion(
     digits_networks: dict[int, Model], digits_bench: Bench
 ) -> None:
+    """Three draws and two seeds of the section's five and three, which the benchmark has."""
     models = {seed: digits_networks[seed] for seed in (0, 1)}
     criteria = {"random": [Uniform(draw) for draw in range(3)], "l1": [L1], "entropy": [ByActivations(entropy)]}
     told = compare_criteria(models, digits_bench, criteria, (0.25, 0.5), epochs=8)

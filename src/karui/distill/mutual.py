@@ -10,7 +10,7 @@ costs one training, this one for each peer), or where labels are many. Nothing g
 Measured on 300 to 400 digits, two peers, 6 seeds in each of three settings: predictions are softer than those of
 networks that train alone (their entropy is higher in all 18 pairs), but accuracy is the same: 92.9 and 92.8 %, with two
 hidden layers 93.1 and 93.3, with a fifth of the labels at random 88.3 and 88.3; weight noise raises the loss as much.
-The paper's gain of two points and its flatter minima do not show on networks this small. Nor does a small network (10
+The paper's gain in accuracy and its flatter minima do not show on networks this small. Nor does a small network (10
 units) gain beside a large one (256, 256): 89.3 alone, 89.1 with it, and the large one falls from 94.2 to 92.9.
 
 Paper -> here: Theta_1 -> the given model, Theta_2 ... Theta_K -> further peers, p_k -> softmax of a peer's outputs,

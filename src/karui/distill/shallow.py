@@ -62,7 +62,7 @@ def shallow_student(
     Args:
         model: read for its input, outputs and task.
         parameters: the budget; the hidden layer is as wide as it allows.
-        rank: units of the bottleneck; 0 leaves it out. None takes a seventh of the inputs, as the paper's 250 of 1,845.
+        rank: units of the bottleneck; 0 leaves it out. None takes a seventh of the inputs.
         filters: of a convolution before, for pictures; 0 leaves it out.
         seed: draws the weights.
 
