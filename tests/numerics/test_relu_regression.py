@@ -69,3 +69,23 @@ def test_a_target_of_another_network_is_met_half_way() -> None:
     drift = torch.eye(12) + 0.3 * torch.randn(12, 12)
     fit = relu_regression(y @ drift + 0.2, y, 12, sweeps=3)
     assert fit.error < 1e-5
+
+
+def test_isotropic_pairs_hold_the_map_where_rows_are_few() -> None:
+    """As many rows as directions, and inputs that have drifted: the plain fit is of these rows alone."""
+    y = responses(4000, 48)
+    drifted = y + 0.05 * torch.randn_like(y)
+    rows, others = slice(0, 50), slice(1000, 4000)
+    variance = 0.01 * float(drifted[rows].var(0).mean())
+    plain, held = (relu_regression(drifted[rows], y[rows], 40, sweeps=5, variance=one) for one in (0.0, variance))
+    for trace in held.relaxed:
+        assert all(after <= before * (1 + 1e-9) for before, after in pairwise(trace))
+    wanted = y[others].double().clamp(min=0)
+    lost = [
+        float((wanted - fit.found(drifted[others].double()).clamp(min=0)).norm() / wanted.norm())
+        for fit in (plain, held)
+    ]
+    assert plain.error < held.error  # on the rows themselves
+    assert lost[1] < 0.5 * lost[0]
+    whole = relu_regression(y, y, 48, sweeps=2, variance=variance)
+    torch.testing.assert_close(whole.found.matrix(), torch.eye(48).double(), rtol=0, atol=1e-6)

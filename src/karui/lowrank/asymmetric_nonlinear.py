@@ -26,6 +26,10 @@ of multiply-adds holds as counted; the paper takes `rank / filters` of the dense
 DEPARTURE: of all iterates, the linear start included, the one with the smallest error after the ReLU is kept; the
 paper takes the last.
 
+DEPARTURE: isotropic responses, which the map should leave as they are, are added to those seen, a hundredth as many as
+there are filters: with as few rows as filters the fit would else be of the rows alone. A perceptron of 784-512-512 for
+MNIST at an eighth of its ranks, 500 pictures: the error of the outputs on others falls from 0.23 to 0.02 by it.
+
 DEPARTURE: the groups of a grouped convolution are fitted one by one, at one rank. The paper has none.
 """
 
@@ -41,7 +45,7 @@ import torch
 from torch import Tensor, nn
 
 from karui.errors import require
-from karui.lowrank._calibrate import Calibration
+from karui.lowrank._calibrate import RIDGE, Calibration
 from karui.lowrank._choice import Choice, unless_larger
 from karui.lowrank._common import carry_out, fine_tune, require_data, require_fine_tuning, require_ranks, tracked
 from karui.lowrank._per_layer import LARGE, LOOKED_AT, Offering
@@ -314,12 +318,14 @@ class AsymmetricNonlinear(Offering):
 
     def _fit(self, made: Tensor, wanted: Tensor, rank: int, *, through: bool) -> tuple[AffineMap, float, float]:
         """The map of one group, the squared error of its outputs as the network uses them, and their squares."""
+        moments = Moments.of(made, wanted)
+        few = made.shape[1] / len(made)  # with many rows it is next to nothing
+        variance = RIDGE * few * float(moments.centred().xx.diagonal().mean())
         if through:
-            fit = relu_regression(made, wanted, rank, self.penalties, self.sweeps)
+            fit = relu_regression(made, wanted, rank, self.penalties, self.sweeps, variance=variance)
             size = float(wanted.double().clamp(min=0).square().sum())
             return fit.found, fit.error**2 * size, size
-        moments = Moments.of(made, wanted)
-        found = reduced_rank_regression(moments, rank)
+        found = reduced_rank_regression(moments.with_isotropic(torch.eye(made.shape[1]), variance), rank)
         return found, moments.error(found.matrix(), found.offset), float(moments.yy.trace())
 
     def _costed(self, one: Seen, rank: int, step: float, following: Following) -> Choice:

@@ -51,25 +51,38 @@ def relu_regression(
     rank: int,
     penalties: Sequence[float] = (0.01, 1.0),
     sweeps: int = 25,
+    *,
+    variance: float = 0.0,
 ) -> Fit:
     """The map `M, b` of that rank with a small `||relu(wanted) - relu(M made + b)||^2` (section 2.2).
 
     From the linear solution it alternates, `sweeps` times for each penalty: the nearest hidden responses, then the
     best map to them, which is a reduced-rank regression. The relaxed objective never rises at a fixed penalty. Of all
     the maps, the one with the smallest error is kept.
+
+    Args:
+        made: what the map is given.
+        wanted: what comes out of the ReLU, before it.
+        rank: of the map.
+        penalties: weights of the hidden responses' distance from the map's outputs, one after the other.
+        sweeps: alternations at each.
+        variance: of isotropic pairs that are added, to which hidden responses are what is given: with fewer rows than a
+            map has directions it would else fit them and nothing else. Needs as many inputs as outputs.
     """
     moments = Moments.of(made, wanted)
+    if variance:
+        moments = moments.with_isotropic(torch.eye(made.shape[1]), variance)
     inverted = inverse(moments.centred().xx)
     scale = max(float(wanted.double().clamp(min=0).square().sum()), 1e-300)
     current = reduced_rank_regression(moments, rank, inverted)
-    sweep = _look(current, made, wanted, moments, penalties[0])
+    sweep = _look(current, made, wanted, moments, penalties[0], variance=variance)
     best, start, least, relaxed = current, sweep.error, sweep.error, []
     for penalty in penalties:
-        sweep = _look(current, made, wanted, moments, penalty)
+        sweep = _look(current, made, wanted, moments, penalty, variance=variance)
         trace = [sweep.objective]
         for _ in range(sweeps):
             current = reduced_rank_regression(sweep.hidden, rank, inverted)
-            sweep = _look(current, made, wanted, moments, penalty)
+            sweep = _look(current, made, wanted, moments, penalty, variance=variance)
             trace.append(sweep.objective)
             if sweep.error < least:
                 best, least = current, sweep.error
@@ -86,7 +99,9 @@ class _Look:
     error: float
 
 
-def _look(current: AffineMap, made: Tensor, wanted: Tensor, moments: Moments, penalty: float) -> _Look:
+def _look(
+    current: AffineMap, made: Tensor, wanted: Tensor, moments: Moments, penalty: float, *, variance: float
+) -> _Look:
     total, products = torch.zeros_like(moments.y), torch.zeros_like(moments.yx)
     objective = error = 0.0
     # A few rows at a time in float64: all of them would be larger than the network.
@@ -98,4 +113,8 @@ def _look(current: AffineMap, made: Tensor, wanted: Tensor, moments: Moments, pe
         products.addmm_(hidden.T, x)
         objective += float(cost.sum())
         error += float((target - fitted.clamp_(min=0)).square_().sum())
+    if variance:
+        weight, eye = moments.count * variance, torch.eye(len(products), dtype=products.dtype)
+        products += weight * eye
+        objective += penalty * weight * float((current.matrix() - eye).square().sum())
     return _Look(replace(moments, y=total, yx=products), objective, error)
