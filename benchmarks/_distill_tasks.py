@@ -48,7 +48,7 @@ class Task:
     unit: str = "accuracy, %"
 
 
-def pictures(width: float = 0.5, train: int = 3000, test: int = 2000, passes: int = 4) -> Task:
+def pictures(width: float = 0.5, train: int = 2000, test: int = 2000, passes: int = 5) -> Task:
     """CIFAR-10: the published ResNet-56 teaches a ResNet-20, of half the channels or of all."""
     data = cifar10(train)
     few = Subset(data.test, range(test))

@@ -121,6 +121,7 @@ def main() -> None:
     options.add_argument("--smoke", action="store_true", help="one seed, little data; keeps nothing")
     options.add_argument("--report", action="store_true", help="tell what is finished; measure nothing")
     options.add_argument("--only", nargs="+", default=(), metavar="TASK", help="measure these tasks alone")
+    options.add_argument("--ways", nargs="+", default=("",), metavar="PART", help="and of them the ways so named")
     asked = options.parse_args()
     torch.set_num_threads(1)
     quick = [rows(), faces(), speech()]
@@ -139,7 +140,8 @@ def main() -> None:
         for seed in range(SEEDS):
             for task in some:
                 if not asked.only or task.name in asked.only:
-                    run(task, ledger, FOLDER, seed)
+                    named = tuple(arm for arm in task.arms if any(part in arm.name for part in asked.ways))
+                    run(replace(task, arms=named), ledger, FOLDER, seed)
     values = {
         task.name: collected(task, ledger.parts) for task in tasks if f"{task.name}, teacher, seed 0" in ledger.parts
     }
