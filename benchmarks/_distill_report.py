@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from _common import shown, table
+from _common import ROOT, shown, table
 from _distill_arms import ALONE, SOFT
 
 SLUGS = {
@@ -23,6 +24,7 @@ SLUGS = {
     "[40]": "transparent_distillation",
     "[41]": "data_free_distillation",
 }
+ELSEWHERE_ALONE = {"[35]": "detection_distillation", "[38]": "guided_low_bit_training"}
 TITLES = {
     "pictures": "CIFAR-10, ResNet-56 to a ResNet-20 of half the channels",
     "pictures, whole student": "CIFAR-10, ResNet-56 to a ResNet-20",
@@ -92,7 +94,21 @@ def page(tasks: dict[str, Any], *, seeds: int) -> str:
     state = [] if whole and not unmeasured else state
     parts = ["# Distillation: a student alone, taught in every way, and at equal cost", *state, INTRODUCTION]
     parts += [f"## {name[0].upper()}{name[1:]}\n\n{_task(task)}" for name, task in tasks.items()]
-    return "\n\n".join([*parts, ELSEWHERE])
+    return "\n\n".join([*parts, ELSEWHERE, f"## What the papers claim\n\n{inventory()}"])
+
+
+def inventory() -> str:
+    """Of each paper's own benchmark, how many of its claims were seen, and which were not."""
+    body = []
+    for paper, slug in sorted((SLUGS | ELSEWHERE_ALONE).items()):
+        file = ROOT / "results" / f"{slug}.json"
+        if not file.is_file():
+            body.append([paper, "not measured", "", ""])
+            continue
+        claims = json.loads(file.read_text("utf-8"))["claims"]
+        missed = "; ".join(claim for claim, seen in claims.items() if not seen)
+        body.append([paper, f"`results/{slug}.md`", f"{sum(claims.values())} of {len(claims)}", missed])
+    return table(["paper", "its own benchmark", "claims seen", "not seen"], body)
 
 
 def _task(task: dict[str, Any]) -> str:
