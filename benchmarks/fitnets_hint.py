@@ -21,7 +21,7 @@ from karui.train import SGD, Constant, Training
 
 SEEDS, PASSES, HINT, WIDTH = 5, 24, 12, 16
 STUDENTS = {"18 layers of 16": (18, "18"), "3 layers of 16": (3, "4")}
-LABELS, SOFT, HINTED, LATE = "labels alone", "[30] without a hint", "hint, then [30]", "hint from the last hidden layer"
+LABELS, SOFT, HINTED = "labels alone", "[30] without a hint", "hint, then [30]"
 
 
 def small_start(*sizes: int, seed: int) -> Model:
@@ -43,12 +43,10 @@ def arms(digits: Splits, depth: int, layer: str, seed: int) -> dict[str, float]:
     teacher = bench_of(digits, 20, seed).fit(small_start(64, 64, 64, 10, seed=100 + seed))
     bench, student = bench_for(digits, seed), small_start(64, *[WIDTH] * depth, 10, seed=seed)
     taught = FitNets(teacher=teacher, layer=layer, teacher_layer="2", hint_epochs=HINT, epochs=PASSES - HINT)
-    last = str(2 * depth)
     made = {
         LABELS: bench.fit(student),
         SOFT: replace(taught, hint_epochs=0, epochs=PASSES).apply(student, bench),
         HINTED: taught.apply(student, bench),
-        LATE: replace(taught, layer=last, teacher_layer="4").apply(student, bench),
     }
     return {"the teacher": accuracy(teacher, digits)} | {name: accuracy(model, digits) for name, model in made.items()}
 
