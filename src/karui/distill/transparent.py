@@ -8,9 +8,11 @@ Does not pay on pictures, sound or text, whose inputs mean nothing one by one; n
 are larger and slower than a small network. The authors call their own results inconclusive. Shapes of inputs that go
 together share what either explains: read them together.
 
-Measured on the breast cancer data, five splits, of a perceptron of 32 units: the additive student explains 98 % of the
-variance of its logits, the same student taught by labels 53 to 67 %; AUC 0.989 and 0.991 of the network. Boosted trees
-of depth 2 reach 98 % too, one tree of depth 4 only 90 %. Pairs add nothing there.
+Measured on three small tables, five splits, of perceptrons of 32 units (`results/transparent_distillation.md`): the
+additive student explains 97 % of the variance of the network's logits on breast cancer, 93 on wine, and 89 to 91 of a
+regression's outputs (diabetes); the same student that was taught without the network 84 to 87, 88 to 90 and 64 to 67.
+It is as right as the network. Boosted trees reach 92 % of the regression, one tree of depth 4 only 73. Pairs add
+nothing to the classifiers, two points to the regression.
 
 Paper -> here: f_T -> the given model, or `teacher`, h_i and h_ij -> `Shapes.mains` and `Shapes.tables`, b ->
 `Shapes.intercept`, the direct student -> `karui.distill.comparison.compare`.
