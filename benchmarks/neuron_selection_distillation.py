@@ -1,6 +1,6 @@
 """Neuron selection (32): faces of people that nobody was taught, and pairs of digits as a hundred classes.
 
-Faces: neurons of the teacher itself and students of selected, random and all neurons, eight seeds. A hundred classes:
+Faces: neurons of the teacher itself and students of selected, random and all neurons, five seeds. A hundred classes:
 two digits side by side, of which eighty pairs are taught; the student of neurons and the one of soft targets after
 more and more passes, judged on the twenty others, three seeds.
 """
@@ -29,10 +29,15 @@ from karui.technique import Bench
 from karui.train import Adam, Constant, Training
 from karui.train.guide import Guide
 
-SEEDS, PAIRED_SEEDS, DRAWS, NUMBER, FEW = 8, 3, 10, 24, 8
+SEEDS, PAIRED_SEEDS, DRAWS, NUMBER, FEW = 5, 3, 10, 24, 8
 PASSES = (1, 2, 4, 8, 16)
 TAUGHT, PICTURES = 80, 4000
 SELECTED, RANDOM = f"{FEW} selected of the teacher's", f"{FEW} random of the teacher's"
+
+
+def passes_of(number: int) -> str:
+    """So many passes, in words."""
+    return f"{number} pass" if number == 1 else f"{number} passes"
 
 
 def own_neurons(lesson: Lesson) -> dict[str, float]:
@@ -114,7 +119,7 @@ def of_pairs(seed: int) -> dict[str, float]:
             ("neurons", NeuronSelection(teacher=teacher, number=NUMBER, epochs=passes)),
             ("soft targets", KnowledgeDistillation(teacher=teacher, epochs=passes)),
         ):
-            told[f"{name}, {passes} passes"] = verified(step.apply(lesson.student, bench), lesson)
+            told[f"{name}, {passes_of(passes)}"] = verified(step.apply(lesson.student, bench), lesson)
     return told
 
 
@@ -133,8 +138,8 @@ def measured(told: dict[str, Any]) -> dict[str, list[str]]:
             f"targets {shown(face['student of soft targets'])} %"
         ),
         (
-            f"pairs of digits, {TAUGHT} classes: after 1 pass a student of neurons {shown(pair['neurons, 1 passes'])}, "
-            f"of soft targets {shown(pair['soft targets, 1 passes'])}; after {last} "
+            f"pairs of digits, {TAUGHT} classes: after 1 pass a student of neurons {shown(pair['neurons, 1 pass'])}, "
+            f"of soft targets {shown(pair['soft targets, 1 pass'])}; after {last} "
             f"{shown(pair[f'neurons, {last} passes'])} and {shown(pair[f'soft targets, {last} passes'])} %"
         ),
     ]
@@ -154,20 +159,22 @@ def main() -> None:
         "students, selected over all": apart(face_runs, student, "student of all neurons"),
         "students, selected over soft targets": apart(face_runs, student, "student of soft targets"),
         **{
-            f"pairs of digits, {n} passes: neurons over soft targets": apart(
-                pair_runs, f"neurons, {n} passes", f"soft targets, {n} passes"
+            f"pairs of digits, {passes_of(n)}: neurons over soft targets": apart(
+                pair_runs, f"neurons, {passes_of(n)}", f"soft targets, {passes_of(n)}"
             )
             for n in PASSES
         },
     }
-    first = gains[f"pairs of digits, {PASSES[0]} passes: neurons over soft targets"]
+    first = gains[f"pairs of digits, {passes_of(PASSES[0])}: neurons over soft targets"]
     claims = {
-        "neurons of the teacher: selected a point better than random": gains["selected over random, the teacher's own"][
-            "mean"
-        ]
+        "neurons of the teacher: selected a point better than random, on average": gains[
+            "selected over random, the teacher's own"
+        ]["mean"]
         >= 1,
-        "students: selected a point better than random": gains["students, selected over random"]["mean"] >= 1,
-        "students: selected no worse than all": gains["students, selected over all"]["mean"] >= 0,
+        "students: selected a point better than random, on average": gains["students, selected over random"]["mean"]
+        >= 1,
+        "students: selected better than random, beyond chance": gains["students, selected over random"]["low"] > 0,
+        "students: selected no worse than all, on average": gains["students, selected over all"]["mean"] >= 0,
         f"{TAUGHT} classes: soft targets converge slower (worse after one pass, beyond chance)": first["low"] > 0,
     }
     text = f"""# Neuron selection (32)
