@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,11 @@ from scipy.stats import t as student
 from torch.nn import functional
 from torch.utils.data import Subset, TensorDataset
 
+from karui.artifact import save
 from karui.data import Splits, hold_out, load_data, tensors_of
+from karui.measuring import Clock, time_ratio
 from karui.measuring.machine import this_machine
+from karui.model import Model
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "benchmarks"
@@ -92,6 +96,32 @@ class Ledger:
         fresh = self.file.with_suffix(".new")
         fresh.write_text(json.dumps(self.parts, indent=1), "utf-8")
         fresh.replace(self.file)
+
+
+def files(model: Model) -> dict[str, int | None]:
+    """Bytes of the weights and of the ONNX file of a model, as it is saved."""
+    with tempfile.TemporaryDirectory() as scratch:
+        saved = save(model, Path(scratch) / "model")
+    return {"weights file": saved.weights_bytes, "onnx file": saved.onnx_bytes}
+
+
+def times(clock: Clock, dense: Model, light: Model) -> dict[str, dict[str, Any]]:
+    """For each batch size, how many times faster the light model is, with its interval, and the seconds of both."""
+    found = clock.time({"dense": dense, "light": light})
+    return {
+        f"batch {heavy.batch}": {
+            "ratio": (ratio := time_ratio(heavy, lean)).value,
+            "low": ratio.low,
+            "high": ratio.high,
+            "seconds": [heavy.median, lean.median],
+        }
+        for heavy, lean in zip(found.of("dense"), found.of("light"), strict=True)
+    }
+
+
+def shown_times(of: dict[str, dict[str, Any]]) -> list[str]:
+    """The same for a table."""
+    return [f"{one['ratio']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" for one in of.values()]
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The three networks of `low_rank_table`: ResNet-20 on CIFAR-10, a perceptron on spoken digits, an LSTM on words."""
+"""The networks of `low_rank_table`: a perceptron on spoken digits, an LSTM on words, two ResNets on CIFAR-10."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.signal import stft
 from torch import Tensor, nn
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from _common import cifar10, data_folder
 from _low_rank_ways import Way, of_convolutions, of_layers, of_words
 from cifar_resnets import published
+from karui.distill import KnowledgeDistillation
 from karui.measuring import evaluate
 from karui.model import Classification, Model
 from karui.technique import Bench
@@ -36,6 +38,7 @@ class Net:
         ways: what is done to it.
         bench: data and the short training of a seed.
         training: passes and settings of the training from scratch; None where weights are published.
+        first: data of the training from scratch, where the short training has others.
         passes: passes of the short training.
         untrained: the network of a seed.
         score: what is told of a model on test data.
@@ -49,8 +52,15 @@ class Net:
     passes: int
     untrained: Callable[[int], Model]
     training: Training | None = None
+    first: Dataset | None = None
     score: Callable[[Model, Bench], float]
     unit: str = "accuracy, %"
+
+    def scratch(self, seed: int) -> Bench:
+        """Data and settings of the training from scratch."""
+        bench, training = self.bench(seed), self.training
+        assert training is not None  # noqa: S101  (there are no published weights)
+        return replace(bench, training=training, train=bench.train if self.first is None else self.first)
 
     def dense(self, seed: int, folder: Path) -> Model:
         """The trained network of a seed, kept in a folder."""
@@ -59,7 +69,7 @@ class Net:
             return model
         file = folder / f"{self.name}-{seed}.safetensors"
         if not file.is_file():
-            trained = replace(self.bench(seed), training=self.training).fit(model, label=f"{self.name} {seed}")
+            trained = self.scratch(seed).fit(model, label=f"{self.name} {seed}")
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(trained.module.state_dict(), file)
         model.module.load_state_dict(load_file(file))
@@ -81,22 +91,29 @@ def perplexity(model: Model, bench: Bench) -> float:
     return math.exp(lost / len(target))
 
 
-def resnet(pictures: int = 640, test: int = 1000) -> Net:
-    """ResNet-20 with its published weights."""
-    data = cifar10(pictures)
+def residual(name: str, pictures: int = 640, test: int = 1000) -> Net:
+    """A ResNet with its published weights; the short training learns from what it says of the pictures."""
+    data, dense = cifar10(pictures), published(name)
     few = Subset(data.test, range(test))
     training = Training(
-        batch_size=32, optimizer=SGD(lr=0.001, weight_decay=1e-4), schedule=Cosine(), augment=data.augment
+        batch_size=32,
+        optimizer=SGD(lr=0.001, weight_decay=1e-4),
+        schedule=Cosine(),
+        channels_last=True,
     )
 
+    @functools.cache
     def bench(seed: int) -> Bench:
-        return Bench(train=data.train, validation=data.validation, test=few, training=training, seed=seed)
+        # One teacher for all ways: it is asked once for each picture, as all of them train on the same ones.
+        teacher = KnowledgeDistillation(teacher=published(name), remember=pictures, keep_zeros=False)
+        plain = Bench(train=data.train, validation=data.validation, test=few, training=training, seed=seed)
+        return plain.under(teacher.influence(dense, plain))
 
-    dense = published("resnet20")
     return Net(
-        name="resnet20",
-        about=f"ResNet-20 with published weights, CIFAR-10: 2 passes over {pictures:,} pictures (SGD, rate 0.001, "
-        f"cosine), judged on the first {test:,} test pictures",
+        name=name,
+        about=f"ResNet-{name.removeprefix('resnet')} with published weights, CIFAR-10: 2 passes over {pictures:,} "
+        "pictures (SGD, rate 0.001, cosine, no augmentation) under the dense network as a teacher ([30], temperature "
+        f"4, nine tenths of the loss), judged on the first {test:,} test pictures",
         ways=of_convolutions(dense),
         bench=bench,
         passes=2,
@@ -188,18 +205,20 @@ def words() -> Net:
         return Model(WordLstm(vocabulary).eval(), example=example, task=Classification())
 
     def bench(seed: int) -> Bench:
-        training = Training(batch_size=256, optimizer=Adam(lr=5e-4), schedule=Cosine())
-        return Bench(train=windows(train, 8), test=windows(test, 40), training=training, seed=seed)
+        training = Training(batch_size=256, optimizer=Adam(lr=1e-4), schedule=Cosine())
+        return Bench(train=windows(train[4:], 8), test=windows(test, 40), training=training, seed=seed)
 
     return Net(
         name="words",
         about=f"an LSTM of {CELLS} cells over {vocabulary:,} words of WikiText-2's validation text (its test text "
-        "judges): every eighth word to predict, trained for 4 passes (Adam, rate 0.004), then 1 pass at 0.0005",
+        "judges): every eighth word to predict, trained for 4 passes (Adam, rate 0.004), then 1 pass at 0.0001 over "
+        "as many other words",
         ways=of_words(),
         bench=bench,
         passes=1,
         untrained=untrained,
         training=Training(epochs=4, batch_size=256, optimizer=Adam(lr=4e-3), schedule=Cosine()),
+        first=windows(train, 8),
         score=perplexity,
         unit="perplexity",
     )

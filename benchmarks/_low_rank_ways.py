@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +37,9 @@ from karui.lowrank import (
 from karui.measuring import count
 from karui.model import Model
 from karui.model.taps import layer_at
-from karui.technique import Technique
+from karui.technique import Bench, Technique
+from karui.train import Influence
+from karui.train.masks import MaskKeeper, zero_masks
 
 RATIOS = (2, 4)
 SHARES = tuple(step / 50 for step in range(2, 50))
@@ -56,10 +59,12 @@ class Way:
         make: the technique at a setting, without training.
         knobs: settings among which the nearest is looked for; empty where `make` takes the number of times itself.
         size: what is left at a setting, of the whole.
+        ordered: whether more is left the further a setting stands in `knobs` (or less, all along).
         whole: the technique with its own training of that many passes; None trains what it gives as every network is.
-        kind: "fitted" to the trained network, "trained" (changed while it trains), "replaced" (layers drawn anew in
-            the trained network), "scratch" (all drawn anew, and trained as long as the dense network was), or
-            "inference" (for inference only).
+        influence: what acts on that training where the technique asks for it, given its settings and what it gave.
+        kind: "fitted" to the trained network, "trained" (changed while it trains), "taught" (layers drawn anew in
+            the trained network, and taught the responses of those they replace), "scratch" (all drawn anew, and
+            trained as long as the dense network was), or "inference" (for inference only).
     """
 
     name: str
@@ -67,14 +72,28 @@ class Way:
     make: Callable[[Any], Any]
     knobs: Sequence[Any] = ()
     size: Size | None = None
+    ordered: bool = True
     whole: Callable[[Any, int], Technique] | None = None
+    influence: Callable[[Any, Model, Bench], Influence] | None = None
     kind: str = "fitted"
 
     def setting(self, model: Model, times: int) -> Any:
         """The setting that comes nearest to `times` fewer."""
         if self.size is None:
             return times
-        return min(self.knobs, key=lambda knob: abs(self.size(self.make(knob), model) - 1 / times))  # pyright: ignore[reportOptionalCall]
+        size = self.size
+
+        @functools.cache
+        def left(place: int) -> float:
+            return size(self.make(self.knobs[place]), model)
+
+        low, high = 0, len(self.knobs) - 1
+        if self.ordered:
+            rising = left(high) > left(low)
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if (left(middle) > 1 / times) == rising else (middle, high)
+        return self.knobs[min(range(low, high + 1), key=lambda place: abs(left(place) - 1 / times))]
 
 
 def told(step: Any) -> str:
@@ -129,6 +148,17 @@ def halves(step: Any, passes: int) -> Technique:
     return replace(step, epochs=passes // 2, tuning=passes - passes // 2)
 
 
+def zeros_kept(step: Any, light: Model, bench: Bench) -> Influence:
+    """What keeps single weights at zero that are so."""
+    del step, bench
+    return MaskKeeper(zero_masks(light.module))
+
+
+def own(step: Any, light: Model, bench: Bench) -> Influence:
+    """What the technique itself asks of a training."""
+    return step.influence(light, bench)
+
+
 def dictionaries(share: float, model: Model) -> tuple[tuple[str, int], ...]:
     """Sizes of dictionaries as a share of the channels of each 3x3 convolution."""
     convs = [(path, m) for path, m in model.module.named_modules() if getattr(m, "kernel_size", None) == (3, 3)]
@@ -139,7 +169,7 @@ def of_convolutions(dense: Model) -> tuple[Way, ...]:
     """The ways for a convolutional network that was trained."""
     fewer = {"of": "multiply-adds", "size": macs_left}
     drawn: dict[str, Any] = {"draw": False, "epochs": 0}
-    again = {**fewer, "kind": "replaced", "knobs": PARTS}
+    again = {**fewer, "kind": "taught", "knobs": PARTS}
     return (
         Way(name="[12] Tucker-2", make=lambda k: Tucker2(ratio=k, epochs=0), knobs=SHARES, **fewer),
         Way(
@@ -181,12 +211,13 @@ def of_convolutions(dense: Model) -> tuple[Way, ...]:
             make=lambda k: ProductQuantization(conv_sub_dim=k[0], conv_codewords=k[1], images=100),
             knobs=tuple((size, words) for size in (4, 8) for words in (16, 32, 64, 128)),
             size=bytes_left,
+            ordered=False,
         ),
         Way(
             name="[24] low rank plus sparse",
             of="parameters",
-            make=lambda k: LowRankAndSparse(budget=1 / k, images=100, sweeps=10),
-            whole=tuned,
+            make=lambda k: LowRankAndSparse(budget=1 / k, sparse_share=0.5, images=100, sweeps=10),
+            influence=zeros_kept,
         ),
         Way(
             name="[26] group-wise brain damage",
@@ -216,8 +247,8 @@ def of_convolutions(dense: Model) -> tuple[Way, ...]:
             make=lambda k: Lcnn(sizes=dictionaries(k, dense), **drawn),
             knobs=SHARES,
             size=parameters_left,
-            whole=tuned,
-            kind="replaced",
+            influence=own,
+            kind="taught",
         ),
     )
 

@@ -144,6 +144,7 @@ def language() -> Job:
 
     net = replace(
         base,
+        first=None,
         name="lstm",
         about=f"LSTM of 128 cells over {base.untrained(0).module.head.out_features:,} words of WikiText-2's validation "
         f"text: {len(train):,} words to learn to predict, {len(held):,} for the floor, {len(test):,} of the test text "

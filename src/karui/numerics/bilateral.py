@@ -74,21 +74,27 @@ def low_rank_sparse(
     if rank:
         fit.grow(min(part, rank))
     done = 0
+    before = fit.error()
     while done < sweeps:
-        before = fit.error()
         fit.sweep()
+        before, gained = fit.errors[-1], before - fit.errors[-1]
         full = fit.left.shape[1] == rank
         done += full
-        if before - fit.error() > tolerance * before:
+        if gained > tolerance * (before + gained):
             continue
         if full:
             break
         fit.grow(min(part, rank - fit.left.shape[1]))
+        before = fit.errors[-1]
     return LowRankSparse(fit.left, fit.right, fit.sparse, tuple(fit.errors))
 
 
 class _Fit:
-    """The state of a fit; its steps change it in place."""
+    """The state of a fit; its steps change it in place.
+
+    Products with the Gram matrix are most of the work, so that those of both parts are kept beside them, and errors
+    follow from products of small matrices.
+    """
 
     def __init__(self, cross: Tensor, gram: Tensor, size: float, nonzeros: int, generator: torch.Generator) -> None:
         self.cross, self.gram, self.size, self.nonzeros, self.generator = cross, gram, size, nonzeros, generator
@@ -96,37 +102,44 @@ class _Fit:
         self.step = 1 / max(float(torch.linalg.matrix_norm(gram, 2)), 1e-300)
         outputs, inputs = cross.shape
         self.left, self.right = cross.new_zeros(outputs, 0), cross.new_zeros(0, inputs)
-        self.sparse = torch.zeros_like(cross)
+        self.seen = torch.zeros_like(self.right)  # what the right factor makes of the Gram matrix
+        self.sparse, self.sparse_seen = torch.zeros_like(cross), torch.zeros_like(cross)
         self.errors: list[float] = []
 
     def error(self) -> float:
-        whole = self.left @ self.right + self.sparse
-        lost = self.size - 2 * float((whole * self.cross).sum()) + float(((whole @ self.gram) * whole).sum())
+        rest = self.cross - self.sparse_seen
+        lost = self.size - float((self.sparse * (self.cross + rest)).sum())
+        lost -= 2 * float((self.left * (rest @ self.right.T)).sum())
+        lost += float(((self.left.T @ self.left) * (self.seen @ self.right.T)).sum())
         return max(0.0, lost) / max(self.size, 1e-300)
 
     def sweep(self) -> None:
         if self.left.shape[1]:
-            rest = self.cross - self.sparse @ self.gram
-            self.left = rest @ self.right.T @ inverse(self.right @ self.gram @ self.right.T)
+            rest = self.cross - self.sparse_seen
+            self.left = rest @ self.right.T @ inverse(self.seen @ self.right.T)
             self._note()
-            self.left = torch.linalg.qr(self.left).Q
-            self.right = self.left.T @ rest @ self.inverted
-            self._note()
+            self._turn(torch.linalg.qr(self.left).Q, rest)
         if self.nonzeros:
-            rest = self.cross - self.left @ self.right @ self.gram
-            self.sparse = keep_largest(self.sparse + self.step * (rest - self.sparse @ self.gram), self.nonzeros)
-            self._note()
-            self.sparse = solved_on(self.sparse != 0, rest, self.gram)
-            self._note()
+            rest = self.cross - self.left @ self.seen
+            self._put(keep_largest(self.sparse + self.step * (rest - self.sparse_seen), self.nonzeros))
+            self._put(solved_on(self.sparse != 0, rest, self.gram))
 
     def grow(self, by: int) -> None:
         """More columns for the left factor, out of the gradient's range; the right one starts at its best for them."""
-        rest = self.cross - self.sparse @ self.gram
-        gradient = rest - self.left @ self.right @ self.gram
+        rest = self.cross - self.sparse_seen
+        gradient = rest - self.left @ self.seen
         sketch = gradient @ torch.randn(gradient.shape[1], by, generator=self.generator, dtype=gradient.dtype)
         sketch = gradient @ (gradient.T @ sketch)
-        self.left = torch.linalg.qr(torch.cat((self.left, sketch), 1)).Q
-        self.right = self.left.T @ rest @ self.inverted
+        self._turn(torch.linalg.qr(torch.cat((self.left, sketch), 1)).Q, rest)
+
+    def _turn(self, left: Tensor, rest: Tensor) -> None:
+        """An orthonormal left factor, and the right one that is best for it."""
+        self.left, self.right = left, left.T @ rest @ self.inverted
+        self.seen = self.right @ self.gram
+        self._note()
+
+    def _put(self, sparse: Tensor) -> None:
+        self.sparse, self.sparse_seen = sparse, sparse @ self.gram
         self._note()
 
     def _note(self) -> None:
@@ -150,8 +163,8 @@ def solved_on(
     for row, places in enumerate(support):
         index = places.nonzero().flatten()
         if len(index):
-            part = gram[index][:, index]
+            part = gram[index.unsqueeze(1), index]
             # A ridge far below the data keeps constant inputs from blowing up.
-            part = part + 1e-10 * part.diagonal().mean() * torch.eye(len(index), dtype=part.dtype)
+            part.diagonal().add_(1e-10 * part.diagonal().mean())
             solution[row, index] = torch.linalg.solve(part, cross[row, index])
     return solution

@@ -157,12 +157,14 @@ def _better_words(code: ProductCode, wanted: Quadratic, subspace: int) -> Produc
     pull = wanted.yx[:, flat] - code.kernel().flatten(1) @ wanted.xx[:, flat]
     right = torch.zeros(codewords, size, dtype=torch.float64)
     right.index_add_(0, codes.flatten(), pull.reshape(-1, size))
-    chosen = torch.nn.functional.one_hot(codes, codewords).double()
-    normal = torch.zeros(codewords, size, codewords, size, dtype=torch.float64)
-    for one in range(taps):
-        for other in range(taps):
-            met = chosen[:, one].T @ chosen[:, other]
-            normal += torch.einsum("kl,ab->kalb", met, wanted.xx[places[one]][:, places[other]])
+    chosen = torch.nn.functional.one_hot(codes, codewords).double().flatten(1)
+    seen = wanted.xx[flat][:, flat].reshape(taps, size, taps, size)
+    normal = torch.zeros(codewords * codewords, size * size, dtype=torch.float64)
+    for one in range(taps):  # all at once would take memory for every pair of positions
+        met = chosen[:, one * codewords : (one + 1) * codewords].T @ chosen
+        met = met.reshape(codewords, taps, codewords).transpose(1, 2).reshape(-1, taps)
+        normal += met @ seen[one].transpose(0, 1).reshape(taps, -1)
+    normal = normal.reshape(codewords, codewords, size, size).transpose(1, 2)
     step = _least_step(normal.reshape(codewords * size, -1), right.flatten()).reshape(codewords, size)
     books = code.books.clone()
     books[subspace] += step
