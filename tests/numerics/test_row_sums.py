@@ -32,6 +32,33 @@ def test_the_kernel_gives_what_plain_torch_gives(parts: int, columns: int) -> No
 
 
 @needs_numba
+@pytest.mark.parametrize("columns", [2, 8, 64])
+def test_the_loop_of_several_columns_does_where_bags_are_not_taken(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    tables, codes = torch.randn(19, 16, columns), torch.randint(16, (33, 19), dtype=torch.uint8)
+    monkeypatch.setattr(module, "_BAGS", False)
+    made = torch.ops.karui.row_sums(tables, codes)
+    torch.testing.assert_close(made, plain_row_sums(tables, codes), rtol=1e-5, atol=1e-5)
+
+
+@needs_numba
+@pytest.mark.parametrize("inference", [False, True])
+def test_codes_that_change_are_seen(inference: bool) -> None:
+    torch.manual_seed(0)
+    tables = torch.randn(4, 16, 8)
+    with torch.inference_mode(inference):
+        codes = torch.randint(16, (33, 4), dtype=torch.uint8)
+        for _ in range(2):
+            made = row_sums(tables, codes)
+            torch.testing.assert_close(made, plain_row_sums(tables, codes), rtol=1e-5, atol=1e-5)
+            codes.copy_(torch.randint(16, (33, 4), dtype=torch.uint8))
+        other = codes[:7]  # the same memory, fewer rows
+        torch.testing.assert_close(row_sums(tables, other), plain_row_sums(tables, other), rtol=1e-5, atol=1e-5)
+
+
+@needs_numba
 def test_it_is_an_operator_that_torch_can_trace() -> None:
     torch.manual_seed(0)
     tables, codes = torch.randn(4, 16, 8), torch.randint(16, (5, 4), dtype=torch.uint8)
@@ -42,7 +69,8 @@ def test_it_is_an_operator_that_torch_can_trace() -> None:
 @needs_numba
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of registers are those of x86")
 def test_its_loop_is_vectorised() -> None:
-    row_sums(torch.randn(4, 16, 8), torch.zeros(5, 4, dtype=torch.uint8))
+    several = kernels()[0]
+    several(torch.randn(4, 16, 8).numpy(), torch.zeros(5, 4, dtype=torch.uint8).numpy(), torch.empty(5, 8).numpy())
     (assembly,) = kernels()[0].inspect_asm().values()
     assert "ymm" in assembly or "zmm" in assembly or "addps" in assembly
 

@@ -2,19 +2,28 @@
 
 The plain form is torch's, and serves everywhere: gradients, any device, export. With numba installed (`karui[fast]`)
 inference on the CPU takes a kernel, the operator `karui::row_sums`: rows of a table are contiguous, so that eight of
-them are added at a time, as wide as the processor's registers are.
+them are added at a time, as wide as the processor's registers are. On x86 torch has a kernel for the same sums, that of
+embedding bags, which keeps them in registers: it is taken where the tables stay in the second cache, up to 2.5 times
+faster at eight columns and 1.5 times at 64. It wants whole places for codes, which are kept, four bytes for each code.
 """
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
+from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from karui.numerics.kernels import serves
+
+_BAGS = platform.machine() in ("x86_64", "AMD64")
+_FEWEST, _LARGEST = 8, 2**19  # columns from which bags are faster, and numbers in tables up to which
+_KEPT: Any = WeakTensorKeyDictionary()
 
 _LIBRARY = torch.library.Library("karui", "FRAGMENT")
 _LIBRARY.define("row_sums(Tensor tables, Tensor codes) -> Tensor")
@@ -45,11 +54,27 @@ def plain_row_sums(
 
 
 def _on_the_cpu(tables: Tensor, codes: Tensor) -> Tensor:
+    if _BAGS and tables.shape[2] >= _FEWEST and tables.numel() <= _LARGEST:
+        return functional.embedding_bag(_places(codes, tables.shape[1]), tables.flatten(0, 1), mode="sum")
     out = torch.empty(codes.shape[0], tables.shape[2])
     several, single = kernels()
     arrays = [one.detach().contiguous().numpy() for one in (tables, codes)]
     (single if tables.shape[2] == 1 else several)(*arrays, out.numpy())
     return out
+
+
+def _places(codes: Integer[Tensor, "rows parts"], words: int) -> Int[Tensor, "rows parts"]:
+    """Where in the flat tables each code points to; found once for codes that do not change."""
+    if codes.is_inference():  # nobody counts its changes
+        return _found(codes, words)
+    state = codes._version, codes.data_ptr(), words  # noqa: SLF001  (torch's count of changes in place)
+    if codes not in _KEPT or _KEPT[codes][0] != state:
+        _KEPT[codes] = state, _found(codes, words)
+    return _KEPT[codes][1]
+
+
+def _found(codes: Integer[Tensor, "rows parts"], words: int) -> Int[Tensor, "rows parts"]:
+    return codes.int() + words * torch.arange(codes.shape[1], dtype=torch.int32)
 
 
 def _shape(tables: Tensor, codes: Tensor) -> Tensor:
