@@ -91,8 +91,8 @@ def main() -> None:
     kernel = "with the numba kernels" if has_numba() else "without numba"
     text = f"""# Kernels of the low-rank chapter
 
-Single layers, {kernel}, one thread, processor time, in turns with the dense layer in torch (convolutions also with the
-channels last) and in ONNX Runtime; against the fastest of them.
+Single layers, {kernel}, one thread, processor time, in turns with the dense layer in torch (convolutions also with
+the channels last) and in ONNX Runtime; against the fastest of them.
 
 {table(["technique", "layer", "best dense", "time", "goal"], rows)}
 

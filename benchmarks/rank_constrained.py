@@ -24,7 +24,7 @@ from karui.technique import Bench
 
 SPOKEN, DIGITS = "spoken digits", "digits"
 RANKS = {SPOKEN: (1, 2, 4), DIGITS: (1, 2)}
-EPOCHS = {SPOKEN: 15, DIGITS: 30}
+EPOCHS = {SPOKEN: 8, DIGITS: 30}
 UNITS = {SPOKEN: 512, DIGITS: 96}
 
 
