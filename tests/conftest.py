@@ -13,6 +13,7 @@ from torch import nn
 
 from karui.data import Splits, load_data
 from karui.model import Classification, Model
+from karui.recipes.budget import menu
 
 # How long an example takes says what else the machine does, not whether the test is right.
 hypothesis.settings.register_profile("karui", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -54,6 +55,13 @@ def shared_data() -> Path:
     if not (folder / "README.md").is_file():
         pytest.skip(f"no real data at {folder}; set KARUI_DATA to its folder")
     return folder
+
+
+@pytest.fixture
+def short_menu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the techniques that a budget may choose from two, one that cuts and one that replaces: others take longer."""
+    kept = [entry for entry in menu.techniques() if entry.slug in {"l1_filter_pruning", "svd_restructuring"}]
+    monkeypatch.setattr(menu, "techniques", lambda: kept)
 
 
 class SmallCNN(nn.Module):

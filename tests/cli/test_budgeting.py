@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,103 @@ def test_a_budget_that_cannot_be_met_is_exit_code_1_with_a_paragraph(folder: Pat
     assert {form["precision"] for form in told["forms"]} == {"fp32"}
     page = (folder / "light" / "report.html").read_text(encoding="utf-8")
     assert "The points visited" in page
+    assert (folder / "light" / "model.onnx").is_file()
+
+
+PARTS = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from karui.model import CustomTask
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(16, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
+        self.one, self.two = nn.Linear(128, 3), nn.Linear(128, 2)
+
+    def forward(self, x):
+        x = self.trunk(x)
+        return self.one(x), self.two(x)
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(20, 64), nn.Linear(64, 256), nn.Linear(256, 4)
+
+    def forward(self, tokens):
+        return self.head(torch.relu(self.mix(self.embed(tokens)))).transpose(1, 2)
+
+
+def regressor():
+    return nn.Sequential(nn.Linear(16, 512), nn.ReLU(), nn.Linear(512, 3))
+
+
+def loss(outputs, targets):
+    return scores(outputs, targets).mean()
+
+
+def scores(outputs, targets):
+    return (torch.cat(outputs, 1) - targets).square().mean(1)
+
+
+task = CustomTask(loss=loss, scores=scores, metric="error", higher_is_better=False)
+
+
+def halves(*tensors):
+    return TensorDataset(*(t[:300] for t in tensors)), TensorDataset(*(t[300:] for t in tensors))
+
+
+def numbers(width):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 16, generator=draw)
+    return halves(x, torch.sin(x @ torch.randn(16, width, generator=draw)))
+
+
+def five():
+    return numbers(5)
+
+
+def three():
+    return numbers(3)
+
+
+def sentences():
+    tokens = torch.randint(20, (400, 6), generator=torch.Generator().manual_seed(0))
+    return halves(tokens, tokens % 4)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_menu")
+@pytest.mark.parametrize(
+    ("model", "task", "data", "metric"),
+    [
+        ("Two", "own.parts:task", "five", "error"),
+        ("regressor", "regression", "three", "squared error"),
+        ("Tagger", "classification", "sentences", "accuracy"),
+    ],
+)
+def test_other_tasks_with_data_from_a_package(  # noqa: PLR0917  (the case)
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, model: str, task: str, data: str, metric: str
+):
+    (folder / "own").mkdir()
+    (folder / "own" / "__init__.py").touch()
+    (folder / "own" / "parts.py").write_text(PARTS)
+    monkeypatch.syspath_prepend(folder)
+    for name in ("own", "own.parts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    named = ["compress", f"own.parts:{model}", "--task", task, "--data", f"own.parts:{data}", "--out", "light"]
+    assert run([*named, "--budget", "bytes=0.5", "--max-drop", "95", "--epochs", "1", "--no-int8", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    point = next(p for p in told["budget"]["points"] if p["number"] == told["budget"]["point"])
+    form = point["forms"][point["best"]]
+    assert form["bytes"] <= 0.51
+    assert form["score"]["metric"] == told["light"]["score"]["metric"] == metric
+    assert form["score"]["higher_is_better"] is (metric == "accuracy")
     assert (folder / "light" / "model.onnx").is_file()
 
 

@@ -77,7 +77,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(calibration, "calibration_batches", watched)
     monkeypatch.setattr(karui.data, "calibration_batches", watched)
-    monkeypatch.setattr(harm, "BATCH", 16)
+    monkeypatch.setattr(harm, "BATCH", 32)
     return counts
 
 
@@ -108,8 +108,8 @@ def test_copies_are_counted(alive: Alive):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("steady")
-@pytest.mark.parametrize("budget", ["bytes=0.8", "bytes=0.2"])
+@pytest.mark.usefixtures("steady", "short_menu")
+@pytest.mark.parametrize("budget", ["bytes=0.8", "bytes=0.4"])
 def test_three_copies_at_most_and_one_batch_at_a_time(alive: Alive, batches: list[int], budget: str):
     """The dense network, and what is made of it: cut, proved, trained, saved, quantised."""
     model, whole = dense()

@@ -225,8 +225,8 @@ def test_without_budget_and_floor_the_knee_is_taken(model: Model, bench: Bench):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("steady")
-def test_nothing_to_cut_says_so_and_offers_factorisation():
-    """One linear layer between input and output: no unit is free, and ranks are."""
+def test_nothing_to_cut_says_so_and_offers_int8_and_factorisation():
+    """One linear layer between input and output: no unit is free, and ranks are. A fifth is less than 8 bits leave."""
     torch.manual_seed(0)
     x = torch.randn(200, 512, generator=torch.Generator().manual_seed(0))
     layer = nn.Linear(512, 1024).eval()
@@ -235,8 +235,10 @@ def test_nothing_to_cut_says_so_and_offers_factorisation():
         layer.weight.copy_(torch.randn(1024, 4) @ torch.randn(4, 512))
         rows = TensorDataset(x, dense.module(x))
     bench = Bench(train=rows, test=rows, training=TRAINING)
-    done = karui.compress(dense, bench, budget="bytes=0.6", epochs=0, int8=False)
+    done = karui.compress(dense, bench, budget="bytes=0.2", epochs=0)
     assert done.met, done.explanation
+    precisions = {form["told"] for form in done.record["budget"]["points"][0]["forms"]}
+    assert {"fp32 in onnxruntime", "int8 in onnxruntime"} <= precisions
     assert any("no units" in note for note in done.record["budget"]["notes"])
     assert "FactoredLinear" in type(done.model.module).__name__
 

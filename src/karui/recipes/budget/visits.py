@@ -112,6 +112,11 @@ class Visitor:
             self._held = (point.number, load(self.out / point.folder, base=base))
         return replace(self._held[1], task=self.dense.task)
 
+    def _let_go(self, point: Point) -> Model:
+        """The model of a point, which is not held here from then on: dense, before and after training are three."""
+        model, self._held = self.model_of(point), None
+        return model
+
     def lighten(self, parent: Point, target: Mapping[str, float], epochs: int) -> Point | None:
         """A point at the target (shares of the dense model, of its best form); None where the menu has no way on."""
         what = digest_of("lighten", parent.number, dict(target), epochs)
@@ -122,7 +127,7 @@ class Visitor:
 
         def work() -> Point | None:
             self.tell(f"point {self.count - 1}: training point {parent.number} for {epochs} more epochs")
-            model = self._recovered(self.model_of(parent), epochs, before=parent.epochs)
+            model = self._recovered(self._let_go(parent), epochs, before=parent.epochs)
             made = replace(parent, number=self.count - 1, parent=parent.number, epochs=parent.epochs + epochs)
             return self._finished(model, replace(made, chosen={}))
 
