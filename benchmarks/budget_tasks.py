@@ -23,7 +23,7 @@ import hashlib
 import importlib.util
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -200,8 +200,8 @@ def kept_file(file: Path, make: Callable[[], bytes]) -> bytes:
     return file.read_bytes()
 
 
-def run(job: Job, folder: Path, ledger: Ledger, floors: tuple[float, ...]) -> dict[str, Any]:
-    """All rows of a network.
+def run(job: Job, folder: Path, ledger: Ledger, floors: tuple[float, ...]) -> Iterator[dict[str, Any]]:
+    """All rows of a network: first those of the peers, then with each budget's.
 
     Args:
         job: the network and what is asked for.
@@ -212,10 +212,12 @@ def run(job: Job, folder: Path, ledger: Ledger, floors: tuple[float, ...]) -> di
     dense, bench = job.net.dense(0, folder), job.net.bench(0)
     forms, notes = peers(job, dense, bench, folder)
     told: dict[float, Any] = {}
-    for floor in FLOORS:
+    here = [
+        floor for floor in FLOORS if floor in floors or (folder / f"{job.net.name}-{floor:g}" / "run.json").is_file()
+    ]
+    yield {**facts(job, notes, told), **rows(job, forms, dense, bench, ledger)}
+    for floor in here:
         out = folder / f"{job.net.name}-{floor:g}"
-        if floor not in floors and not (out / "run.json").is_file():
-            continue
         done = karui.compress(
             dense,
             bench,
@@ -229,32 +231,40 @@ def run(job: Job, folder: Path, ledger: Ledger, floors: tuple[float, ...]) -> di
         )
         told[floor] = done.record["budget"]
         forms[f"karui, at most {floor:g} lost"] = deployed(told[floor], out)
-    digests = {name: hashlib.sha256(form.data).hexdigest()[:12] for name, form in forms.items()}
-    times = ledger.once(f"{job.net.name}: times of {digests}", lambda: raced(forms, dense))
-    rows = [
-        {
-            "case": name,
-            "form": f"{form.precision}, {form.engine}",
-            "bytes": form.bytes,
-            "test": ledger.once(
-                f"{job.net.name} {name} {digests[name]}: test",
-                lambda form=form: score_of(form, dense, bench.test).to_json(),
-            ),
-            "times": times[name],
-        }
-        for name, form in forms.items()
-    ]
+        yield {**facts(job, notes, told), **rows(job, forms, dense, bench, ledger)}
+
+
+def facts(job: Job, notes: list[str], told: Mapping[float, Any]) -> dict[str, Any]:
+    """What was asked for, and what karui says of it."""
     return {
         "about": job.net.about,
         "budget": job.budget,
         "passes": job.passes,
         "unit": job.unit,
-        "rows": rows,
-        "shown": [job.told(row["test"]) for row in rows],
         "notes": notes,
+        "not run": [f"{floor:g}" for floor in FLOORS if floor not in told],
         "predictions": {f"{floor:g}": predictions(found) for floor, found in told.items()},
         "explanations": {f"{floor:g}": found["explanation"] for floor, found in told.items()},
     }
+
+
+def rows(job: Job, forms: Mapping[str, Deployment], dense: Model, bench: Bench, ledger: Ledger) -> dict[str, list[Any]]:
+    """What was measured of the files that are there."""
+    digests = {name: hashlib.sha256(form.data).hexdigest()[:12] for name, form in forms.items()}
+    times = ledger.once(f"times of {digests}", lambda: raced(forms, dense))
+    found = [
+        {
+            "case": name,
+            "form": f"{form.precision}, {form.engine}",
+            "bytes": form.bytes,
+            "test": ledger.once(
+                f"{name} {digests[name]}: test", lambda form=form: score_of(form, dense, bench.test).to_json()
+            ),
+            "times": times[name],
+        }
+        for name, form in forms.items()
+    ]
+    return {"rows": found, "shown": [job.told(row["test"]) for row in found]}
 
 
 def report(networks: Mapping[str, Any]) -> str:
@@ -293,6 +303,7 @@ a network in turns in one run, as dense over this with its 95 % interval. One tr
             about,
             table(["", "form", told["unit"], "batch 1", "batch 64", "ONNX file"], lines),
             *told["notes"],
+            *(f"Floor of {floor}: not run." for floor in told["not run"]),
             *(f"Floor of {floor}: {text}" for floor, text in told["explanations"].items()),
             *([f"Times of the chosen networks, as shares of dense: {'; '.join(pairs)}."] if pairs else []),
         ]
@@ -323,15 +334,18 @@ def main() -> None:
     if asked.smoke:
         with tempfile.TemporaryDirectory() as scratch:
             ledger = Ledger(Path(scratch) / "parts.json")
-            print(report({name: run(few(JOBS[name]()), Path(scratch), ledger, floors[:1]) for name in names}))
+            for name in names:
+                *_, told = run(few(JOBS[name]()), Path(scratch), ledger, floors[:1])
+                print(report({name: told}))
         return
     folder = CACHE / "budget_tasks"
     for name in names:
         ledger = Ledger(folder / f"{name}.json")
-        ledger.keep("told", run(JOBS[name](), folder / name, ledger, floors))
-        kept = {each: Ledger(folder / f"{each}.json").parts for each in JOBS}
-        networks = {each: parts["told"] for each, parts in kept.items() if "told" in parts}
-        publish("budget_tasks", {"networks": networks}, report(networks))
+        for told in run(JOBS[name](), folder / name, ledger, floors):
+            ledger.keep("told", told)
+            kept = {each: Ledger(folder / f"{each}.json").parts for each in JOBS}
+            networks = {each: parts["told"] for each, parts in kept.items() if "told" in parts}
+            publish("budget_tasks", {"networks": networks}, report(networks))
 
 
 if __name__ == "__main__":
