@@ -3,6 +3,7 @@
 from karui.model.averaging import Average as Average
 from karui.model.averaging import averaged as averaged
 from karui.model.copying import copied as copied
+from karui.model.copying import frozen as frozen
 from karui.model.cut import Cut as Cut
 from karui.model.cut import remove_units as remove_units
 from karui.model.detection import Detection as Detection

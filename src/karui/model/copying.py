@@ -47,6 +47,19 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     return twin
 
 
+def frozen(module: nn.Module) -> nn.Module:
+    """A copy for evaluation alone: its parameters lie where the module's do, and cannot be trained.
+
+    Example:
+        >>> net = nn.Linear(2, 3)
+        >>> twin = frozen(net)
+        >>> twin.weight.data_ptr() == net.weight.data_ptr(), twin.weight.requires_grad, net.weight.requires_grad
+        (True, False, True)
+    """
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in named_parameters(module).values()}
+    return copied(module, memo).eval().requires_grad_(False)
+
+
 def doubled(module: nn.Module) -> nn.Module:
     """A copy in double precision, as `copied(module).double()` gives, with each tensor copied once.
 

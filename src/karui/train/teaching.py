@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from karui.errors import NeedError, require, told
 from karui.measuring.inference import inference, tensors_of
-from karui.model import Model, copied
+from karui.model import Model, frozen
 from karui.numerics.soft_targets import Rule, arithmetic, distillation_loss
 from karui.train.answers import Answers
 from karui.train.fingerprint import fingerprint
@@ -54,7 +54,7 @@ class Teachers:
     ) -> None:
         require(len(models) > 0, "There is no teacher.", "Give at least one model.", NeedError)
         self._classes = classes
-        self._modules = [copied(model.module).eval().requires_grad_(False) for model in models]
+        self._modules = [frozen(model.module) for model in models]
         if folder is not None and remember:
             # Another version of torch rounds otherwise: what it said is not what this one would say.
             folder = folder / fingerprint(torch.__version__, *self._modules)

@@ -108,6 +108,7 @@ class Visitor:
         if not point.folder:
             return self.dense
         if self._held is None or self._held[0] != point.number:
+            self._held = None  # reading one takes the room of another
             base = None if replayable(self.dense) else self.dense.module
             self._held = (point.number, load(self.out / point.folder, base=base))
         return replace(self._held[1], task=self.dense.task)
