@@ -72,7 +72,7 @@ the first stage save nothing in 8 bits, and ranks little; what saves most is lea
 few passes."""
 RATIOS = (0.3, 0.5)
 """Shares of the inner channels that Torch-Pruning cuts."""
-RATE, BATCH = 0.02, 64
+RATE, BATCH = 0.005, 64
 """Learning rate and batch size of all fine-tuning."""
 
 
@@ -120,7 +120,7 @@ def under_budget(dense: Model, bench: Bench, drop: float, epochs: int, out: Path
     said = bench.checkpoints / "answers" if bench.checkpoints is not None else None
     if said is not None and said.is_dir():  # what the teacher said to the peers' students serves here too
         shutil.copytree(said, out / CHECKPOINTS / said.name, dirs_exist_ok=True)
-    given = replace(bench, checkpoints=None)
+    given = replace(bench, checkpoints=None, test=bench.validation)  # the verdict is told here, of the other pictures
     done = karui.compress(dense, given, max_drop=drop, epochs=epochs, find_rate=False, out=out, resume=True, tell=print)
     return done.record["budget"]
 
@@ -326,8 +326,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description="A budget against one-line int8")
     options.add_argument("--smoke", action="store_true", help="a few pictures; keeps nothing")
     options.add_argument("--network", default="resnet20", choices=("resnet20", "resnet56"))
-    options.add_argument("--epochs", type=int, default=5, help="passes of recovery for each row")
-    options.add_argument("--search", type=int, default=10, help="passes of recovery for each search of karui")
+    options.add_argument("--epochs", type=int, default=3, help="passes of recovery for each row")
+    options.add_argument("--search", type=int, default=6, help="passes of recovery for each search of karui")
     options.add_argument("--pictures", type=int, default=15_000, help="training pictures")
     options.add_argument("--only", type=float, choices=DROPS, help="one budget")
     options.add_argument("--ratio", type=float, choices=RATIOS, action="append", help="of Torch-Pruning; all if none")
