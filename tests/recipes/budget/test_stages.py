@@ -100,3 +100,16 @@ def test_the_way_goes_on_from_where_the_dense_network_stands():
     assert all(point.form.time < 0.6 for point in visits.points[1:])
     assert round(visits.points[1].form.time, 2) == 0.45
     assert 0.45 < visits.points[2].form.time < 0.55
+
+
+def test_the_way_ends_at_a_point_that_needs_the_epochs():
+    """Thought to lose most of the floor in the end, it gets all that is left; no visit goes to a lighter one."""
+    visits = Law(loses=lambda time, epochs: 45 * (0.47 - time) ** 1.5 / max(epochs, 1) ** 0.5, start=0.47)
+    plan = replace(FAR, max_drop=2.0, epochs=6)
+    point = travel(visits, visits.dense(), plan)
+    assert plan.holds(point)
+    assert point.epochs == plan.epochs == visits.spent
+    assert min(visited.form.time for visited in visits.points) == point.form.time
+    stated = Law(loses=visits.loses, start=0.47)
+    travel(stated, stated.dense(), replace(plan, stated=True))
+    assert min(visited.form.time for visited in stated.points) < point.form.time

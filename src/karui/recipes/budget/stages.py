@@ -33,7 +33,9 @@ ASIDE = (0.3, 0.7)
 SAFE = 0.9
 """Share of the floor that may be foreseen of a point that gets the epochs: what is foreseen is not certain."""
 ROOM, PUSH = 0.6, 0.92
-"""A final point that loses less than this share of the floor is made lighter once more, to this share of its cost."""
+"""A final point that loses less than this share of the floor is made lighter once more, to this share of its cost. Nor
+does the way go on, unless a goal was stated, from a point that breaks the floor and is thought to lose more than that in
+the end."""
 
 
 class Visits(Protocol):
@@ -137,6 +139,11 @@ class _Way:
         floor = self.plan.max_drop
         return floor is None or self.plan.holds(point) or self.foreseen(point) <= SAFE * floor
 
+    def _full(self, point: Point) -> bool:
+        """Whether what is foreseen of it leaves no room for a lighter one: what a further visit takes, it needs."""
+        floor = None if self.plan.stated else self.plan.max_drop
+        return floor is not None and not self.plan.holds(point) and self.foreseen(point) > ROOM * floor
+
     def stages(self, dense: Point) -> tuple[Point, Point | None]:
         """The last point on the way whose floor holds, or is thought to; and the one after it, where it is not."""
         plan, good, slow = self.plan, dense, False
@@ -157,7 +164,7 @@ class _Way:
                 break  # no lighter in anything that is missed
             small = bool(gains) and min(gains) > STUCK
             good = point
-            if small and slow:
+            if (small and slow) or self._full(good):
                 break
             slow = small
         return good, None
