@@ -34,8 +34,8 @@ SAFE = 0.9
 """Share of the floor that may be foreseen of a point that gets the epochs: what is foreseen is not certain."""
 ROOM, PUSH = 0.6, 0.92
 """A final point that loses less than this share of the floor is made lighter once more, to this share of its cost. Nor
-does the way go on, unless a goal was stated, from a point that breaks the floor and is thought to lose more than that in
-the end."""
+does the way go on, unless a goal was stated, from a point that breaks the floor and is thought to lose more than that
+in the end."""
 
 
 class Visits(Protocol):
