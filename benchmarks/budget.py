@@ -75,14 +75,15 @@ Measured beside these rows, on the same machine, which multiplies integers of 8 
   that karui deploys, took 1.03 and 0.97 of the dense network's time at batch 1, and 0.95 and 0.94 at batch 64. What is
   left out saves all of its time: without two blocks of the first stage 0.67 and 0.65, without three 0.52 and 0.47,
   without two and one of the last stage 0.60 and 0.58 (medians of 20 and 8 rounds in turns).
-- **The learning rate.** Without the first two blocks, after one pass over 5,000 pictures, 87.1, 88.0, 82.4 and 47.9 % of
-  2,000 test pictures were right at rates of 0.002, 0.005, 0.02 and 0.05. The range test that `karui compress` does by
-  itself gives 0.0036. Former runs of this benchmark trained everything at 0.02, in batches of 128.
-- **Which blocks.** With normalisations seen anew, leaving out the first, second or third block moves the output by 0.24,
-  0.39 and 0.71 nats, without by 0.76, 0.62 and 2.05: judged as they stood, the second would go before the first. All
-  three are too many: after the same pass 80.5 % were right, and 86.2 without two and one of the second stage.
-- **Full-range weights.** Weights of 8 bits instead of 7 take the same time, and 91.68 instead of 91.73 % are right, with
-  ResNet-56 93.44 instead of 93.46: so 7 stay, which also hold on machines that sum in 16 bits."""
+- **The learning rate.** Without the first two blocks, after one pass over 5,000 pictures, 87.1, 88.0, 82.4 and 47.9 %
+  of 2,000 test pictures were right at rates of 0.002, 0.005, 0.02 and 0.05. The range test that `karui compress` does
+  by itself gives 0.0036. Former runs of this benchmark trained everything at 0.02, in batches of 128.
+- **Which blocks.** With normalisations seen anew, leaving out the first, second or third block moves the output by
+  0.24, 0.39 and 0.71 nats, without by 0.76, 0.62 and 2.05: judged as they stood, the second would go before the
+  first. All three are too many: after the same pass 80.5 % were right, and 86.2 without two and one of the second
+  stage.
+- **Full-range weights.** Weights of 8 bits instead of 7 take the same time, and 91.68 instead of 91.73 % are right,
+  with ResNet-56 93.44 instead of 93.46: so 7 stay, which also hold on machines that sum in 16 bits."""
 RATIOS = (0.3, 0.5)
 """Shares of the inner channels that Torch-Pruning cuts."""
 RATE, BATCH = 0.005, 64
