@@ -313,6 +313,8 @@ def _bar(values: Mapping[str, Any]) -> str:
                 if not r["case"].startswith("karui")
                 and dense["test"]["value"] - r["test"]["value"] <= max(loss, drop / 100)
             ]
+            past = 100 * loss - drop
+            over = f", but {past:.2f} points past the floor on pictures not seen" if past > 0 else ""
             for batch in map(str, BATCHES):
                 best = max(others, key=lambda r, batch=batch: r["times"][batch]["ratio"])
                 ahead = row["times"][batch]["ratio"] / best["times"][batch]["ratio"]
@@ -324,7 +326,8 @@ def _bar(values: Mapping[str, Any]) -> str:
                 lines.append(
                     f"- {told['network']}, {drop:g} lost, batch {batch}: {row['times'][batch]['ratio']:.2f}x, "
                     f"{bytes_text(row['bytes'])}; best peer here ({best['case']}) "
-                    f"{best['times'][batch]['ratio']:.2f}x, {bytes_text(best['bytes'])}: {ahead:.2f} times; {word}{bar}"
+                    f"{best['times'][batch]['ratio']:.2f}x, {bytes_text(best['bytes'])}: {ahead:.2f} times; "
+                    f"{word}{over}{bar}"
                 )
         # Budgets that begin alike visit the same networks: each counts once.
         pairs = list(
