@@ -20,18 +20,20 @@ def net():
 
 def grouped():
     class Grouped(nn.Module):
-        # Eight heads of queries on two of keys and values; the number of heads is written in the forward.
+        # Eight heads of queries on two of keys and values; the number of heads is written in the forward. What comes
+        # out does not tell of the units of one layer, so that a cut of them cannot be proved.
         def __init__(self):
             super().__init__()
             self.q, self.k, self.v = (nn.Linear(8, n) for n in (32, 8, 8))
-            self.head = nn.Linear(32, 10)
+            self.head, self.unseen = nn.Linear(32, 10), nn.Linear(8, 16)
 
         def forward(self, x):
             x = x.flatten(1, 2)
             q = self.q(x).view(-1, 8, 8, 4).transpose(1, 2)
             k, v = (f(x).view(-1, 8, 2, 4).transpose(1, 2).repeat_interleave(4, 1) for f in (self.k, self.v))
             mixed = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
-            return self.head(mixed.transpose(1, 2).reshape(-1, 8, 32).mean(1))
+            told = self.head(mixed.transpose(1, 2).reshape(-1, 8, 32).mean(1))
+            return told + 0 * self.unseen(x).sum((1, 2))[:, None]
 
     return Grouped()
 
