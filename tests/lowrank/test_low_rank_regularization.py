@@ -345,7 +345,7 @@ def accuracy(bench: Bench, model: Model) -> float:
 @pytest.mark.slow
 def test_the_closed_form_needs_one_epoch_and_beats_random_factors(digits: Splits) -> None:
     scores: dict[str, list[float]] = {"dense": [], "tuned": [], "random": []}
-    for seed in range(3):
+    for seed in range(3):  # fine-tuned at a tenth of the training's rate, as is usual
         model, bench = trained(digits, plain(normalised=True, seed=seed), seed, epochs=8)
         step = technique(share=1 / 3, skip=("convs.0",))
         bare = step.apply(model, bench)
@@ -355,8 +355,8 @@ def test_the_closed_form_needs_one_epoch_and_beats_random_factors(digits: Splits
             if isinstance(layer, FactoredConv):
                 layer.reset_parameters()
         scores["dense"].append(accuracy(bench, model))
-        scores["tuned"].append(accuracy(bench, fine_tune(bare, bench, 1, 3e-3, "fine-tune")))
-        scores["random"].append(accuracy(bench, fine_tune(drawn, bench, 1, 3e-3, "fine-tune")))
+        scores["tuned"].append(accuracy(bench, fine_tune(bare, bench, 1, 1e-3, "fine-tune")))
+        scores["random"].append(accuracy(bench, fine_tune(drawn, bench, 1, 1e-3, "fine-tune")))
     assert mean(scores["tuned"]) >= mean(scores["dense"]) - 1, scores
     assert mean(scores["random"]) < mean(scores["tuned"]) - 1, scores
 
