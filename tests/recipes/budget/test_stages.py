@@ -113,3 +113,13 @@ def test_the_way_ends_at_a_point_that_needs_the_epochs():
     stated = Law(loses=visits.loses, start=0.47)
     travel(stated, stated.dense(), replace(plan, stated=True))
     assert min(visited.form.time for visited in stated.points) < point.form.time
+
+
+def test_room_that_is_left_is_used_as_far_as_the_next_point_tells():
+    """What broke the floor says how far a point that loses nothing can go; a small fixed step would leave most."""
+    visits = Law(loses=lambda time, epochs: 42 * max(0.45 - time, 0) / max(epochs, 1) ** 0.5, start=0.49)
+    plan = replace(FAR, max_drop=2.0, epochs=6)
+    point = travel(visits, visits.dense(), plan)
+    assert plan.holds(point)
+    assert visits.points[1].form.time > 0.44
+    assert point.form.time < 0.85 * visits.points[1].form.time

@@ -33,9 +33,9 @@ ASIDE = (0.3, 0.7)
 SAFE = 0.9
 """Share of the floor that may be foreseen of a point that gets the epochs: what is foreseen is not certain."""
 ROOM, PUSH = 0.6, 0.92
-"""A final point that loses less than this share of the floor is made lighter once more, to this share of its cost. Nor
-does the way go on, unless a goal was stated, from a point that breaks the floor and is thought to lose more than that
-in the end."""
+"""A final point that loses less than this share of the floor is made lighter once more: towards the next one that
+broke the floor, or to this share of its cost where none did. Nor does the way go on, unless a goal was stated, from a
+point that breaks the floor and is thought to lose more than that in the end."""
 
 
 class Visits(Protocol):
@@ -223,12 +223,13 @@ class _Way:
         return floor is not None and self.plan.order(best)[0] == 1 and best.form.lost < ROOM * floor
 
     def _onward(self, best: Point) -> dict[str, float]:
-        """A little lighter than the best point, and not as light as one that broke the floor."""
+        """Lighter than the best point: towards the next that broke the floor, as far as a straight line has it."""
         quantities = list(self.plan.goal)
         now = cost(best, quantities)
-        broken = [cost(p, quantities) / now for p in self.visits.points if not self.plan.holds(p)]
-        nearest = max((share for share in broken if share < 1), default=0.0)
-        return {q: max(share, max(PUSH, nearest**0.5) * best.share(q)) for q, share in self.plan.goal.items()}
+        lighter = [p for p in self.visits.points if not self.plan.holds(p) and cost(p, quantities) < now]
+        nearest = max(lighter, key=lambda p: cost(p, quantities), default=None)
+        share = PUSH if nearest is None else (cost(nearest, quantities) / now) ** self._where(best, nearest)
+        return {q: max(goal, share * best.share(q)) for q, goal in self.plan.goal.items()}
 
     def polished(self, good: Point) -> Point:
         """The final point with the epochs that are left; as it was where they make it worse."""
