@@ -145,6 +145,20 @@ def test_stage_two_starts_where_stage_one_ended(digits: Splits) -> None:
     assert all(torch.equal(value, state(second)[name]) for name, value in state(both).items())
 
 
+def test_the_hint_is_learned_at_a_rate_that_fits_cross_entropy(digits: Splits) -> None:
+    """Its loss is a sum over units: without a limit the first steps would leave nothing of the student."""
+    student, teacher = net(4, 6, 6), net(12, 16, seed=1)
+    bench = replace(bench_of(digits), training=Training(batch_size=32, optimizer=SGD(lr=0.1), schedule=Constant()))
+    technique = FitNets(teacher=teacher, layer="5", teacher_layer="2", hint_epochs=1, epochs=1)
+    taught = technique.apply(student, bench)
+    first, second = (step.settings["training"]["clip_norm"] for step in taught.lineage if "training" in step.settings)
+    assert (first, second) == (1.0, None)
+    own = replace(bench, training=replace(bench.training, clip_norm=5.0))
+    assert technique.apply(student, own).lineage[0].settings["training"]["clip_norm"] == 5.0
+    hints = replace(technique, hint_epochs=3, epochs=0).apply(student, bench).lineage[0].settings["history"]
+    assert hints[-1]["loss"] < hints[0]["loss"]
+
+
 def test_the_weight_falls_linearly_to_nothing() -> None:
     fading = FadingTargets(teachers=Teachers((net(4),)), weight=4.0)
     told = [fading.at(Moment(nn.Identity(), (), None, None, step=step, steps=9)) for step in range(9)]

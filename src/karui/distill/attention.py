@@ -14,8 +14,11 @@ beta, J_S, J_T -> `input_gradient`.
 The loss is the authors' code's: beta (1000) times the mean over positions and samples of the squared difference,
 without 1/2. The paper's beta is for the sum over both: 1000 divided by the number of positions and by the batch.
 
-Measured on the digits: a student's maps come together with its teacher's on pictures never seen, cosine 0.85 to 0.99.
-Whether it gets more accurate by that has not been measured here.
+Measured on CIFAR-10 at 16 pixels, 1,500 pictures, 6 passes, five seeds (`results/attention_transfer.md`): a student's
+maps come together with its teacher's on pictures never seen (cosine 0.79 to 0.96), but it is not more accurate by that:
+39.7 % by labels, 38.5 by maps, 44.8 by soft targets, 40.5 by both. Without normalisation nothing is learned. On whole
+pictures maps and soft targets are as good as soft targets alone at equal cost (`results/distillation_table.md`), and
+both are behind labels alone. The paper trains for hundreds of passes; few are no case for it.
 
 DEPARTURE: `beta` of the gradient forms is 1 by default, a choice of ours: the paper's text gives none that carries over
 to other data, as gradients shrink as a network learns.

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from karui.data.sources import load_unlabelled
+from karui.distill._clipping import clipped
 from karui.distill._heads import head_of
 from karui.distill._scale import Scale, can_hold, scale_of
 from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teachers_of
@@ -57,9 +58,6 @@ from karui.train.transfer import with_unlabelled
 
 if TYPE_CHECKING:
     from karui.technique import Bench
-
-CLIP = 1.0
-"""Largest norm of the gradients, where the bench gives none."""
 
 
 def logit_loss(
@@ -257,11 +255,8 @@ class LogitRegression:
         folded = scale is not None and bench.influence is None and can_hold(model, head, len(scale.mean))
         part = _Normalised(scale, head) if scale is not None and head is not None and folded else Influence()
         turn = Turn(name="logits", objective=_Match(teachers, scale, folded))
-        training = bench.training
-        if training.clip_norm is None:
-            training = replace(training, clip_norm=CLIP)
         influence = self._with_zeros(model, part)
-        return replace(bench, train=train, training=training).fit(
+        return replace(bench, train=train, training=clipped(bench.training)).fit(
             kept.noted(model), epochs=self.epochs, influence=influence, turns=(turn,), label="logits"
         )
 
