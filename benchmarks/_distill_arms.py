@@ -180,8 +180,8 @@ def for_faces() -> tuple[Arm, ...]:
 
 
 def for_words() -> tuple[Arm, ...]:
-    """Two lengths of each."""
-    return _bases(temperature=2.0)
+    """Three lengths of each."""
+    return _bases(temperature=2.0, lengths=(1, 3, 9))
 
 
 def for_rows() -> tuple[Arm, ...]:

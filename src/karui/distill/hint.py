@@ -8,8 +8,8 @@ Pays for deep thin networks that are hard to train from the start: without norma
 little, where the student trains easily, and the hint has to be in the middle: a deep one binds the student too much.
 
 Measured on the digits, five seeds, 24 passes in all: 18 layers of 16 units stay at chance (10 %) by labels or by soft
-targets alone, and come to 38 % after a hint (10 to 57 by seed). Three such layers train by themselves, and no gain
-shows: 93.9 % by labels, 95.3 by soft targets, 94.9 after a hint (`results/fitnets_hint.md`).
+targets alone, and come to 31 % after a hint (19 to 48 by seed). Three such layers train by themselves, and no gain
+shows: 93.9 % by labels, 95.3 by soft targets, 94.8 after a hint (`results/fitnets_hint.md`).
 
 Paper -> here: hint and guided layer -> teacher_layer and layer, r(.; W_r) -> `regressor`, tau -> temperature, lambda ->
 weight, stage 1 and stage 2 -> hint_epochs and epochs.
