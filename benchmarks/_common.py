@@ -20,7 +20,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from karui.artifact import save
 from karui.data import Splits, hold_out, load_data, tensors_of
-from karui.measuring import Clock, time_ratio
+from karui.measuring import Clock, Ratio, time_ratio
 from karui.measuring.machine import this_machine
 from karui.model import Model
 
@@ -122,6 +122,15 @@ def times(clock: Clock, dense: Model, light: Model) -> dict[str, dict[str, Any]]
 def shown_times(of: dict[str, dict[str, Any]]) -> list[str]:
     """The same for a table."""
     return [f"{one['ratio']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" for one in of.values()]
+
+
+def speeds(times: dict[str, dict[str, float]]) -> str:
+    """Ratios of time in words, each with its interval; what is slower is called slower."""
+    found = {
+        name: Ratio(quantity="time", value=one["ratio"], low=one["low"], high=one["high"])
+        for name, one in times.items()
+    }
+    return ", ".join(f"{name} {ratio.verdict}" for name, ratio in found.items())
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from _common import shown, shown_times, table
+from _common import shown, shown_times, speeds, table
 from karui.measuring.values import bytes_text
 
 LOSSES = (1, 2, 5, 10)
@@ -153,10 +153,9 @@ def lines(told_of: dict[str, Any]) -> dict[str, list[str]]:
             slug = next(slug for start, slug in SLUGS.items() if row["way"].startswith(start))
             scores = [told(row[part]) for part in ("before", "after") if part in row]
             kind = f" ({KINDS[row['kind']]})" if KINDS[row["kind"]] else ""
-            times = ", ".join(f"{batch} {one['ratio']:.2f}" for batch, one in row["times"].items())
             found.setdefault(slug, []).append(
                 f"{name}, {row['fewer']}x fewer {row['of']}{kind}: {net['unit']} {told(net['dense']['before'])} dense, "
                 f"{' before and '.join(scores)} after a short training; time against dense in ONNX Runtime, one "
-                f"thread: {times} times faster"
+                f"thread: {speeds(row['times'])}"
             )
     return found

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from _common import CACHE, Ledger, cifar10, data_folder, files, publish, shown_times, table, times
+from _common import CACHE, Ledger, cifar10, data_folder, files, publish, shown_times, speeds, table, times
 from _low_rank_ways import SHARES, SPEEDUPS, Way, macs_left, told
 from cifar_resnets import published
 from karui.lowrank import AsymmetricNonlinear, LowRankExpansion, LowRankRegularization, SvdRestructuring, Tucker2
@@ -220,12 +220,11 @@ def measured(told_of: dict[str, Any]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, row in told_of["found"]["squeezenet"].items():
         deep, dense = told_of["found"]["resnet56"].get(name), told_of["found"]["dense"]
-        speed = ", ".join(f"{batch} {one['ratio']:.2f}" for batch, one in row["times"].items())
         also = f" (ResNet-56: {deep['seconds']:.1f} s)" if deep else ""
         found.setdefault(SLUGS[name[:4]], []).append(
             f"SqueezeNet{name[4:]}, {dense['macs'] / row['macs']:.1f}x fewer multiply-adds, nothing trained: "
             f"{row['seconds']:.1f} s to decompose{also}; top-1 on 250 pictures "
-            f"{dense['right']:.1f} % dense, {row['right']:.1f} after; ONNX Runtime, one thread: {speed} times faster"
+            f"{dense['right']:.1f} % dense, {row['right']:.1f} after; ONNX Runtime, one thread: {speeds(row['times'])}"
         )
     return found
 

@@ -22,6 +22,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UsageError: there is no such file, or it holds something else than named tensors.
     """
+    require(not path.is_dir(), f"{path} is a folder, no weights file.", _FORMS, UsageError)
     require(path.is_file(), f"There is no weights file {path}.", _FORMS, UsageError)
     reader = {".safetensors": _safetensors, ".npz": _npz}.get(path.suffix, _torch)
     try:

@@ -27,6 +27,9 @@ _PRIVATE = "_karui_file_"
 """Begins the name of a module that was read from a file."""
 _NOT_FACTORIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "scipy", "pip", "setuptools"}
 
+SEE = "Mend it there; with --debug the command tells the line."
+"""The remedy where foreign code raises."""
+
 
 def load_callable(spec: str, error: type[KaruiError] = UsageError) -> Callable[..., Any]:
     """The function or class that `package.module:name` or `file.py:name` names.
@@ -118,7 +121,7 @@ def _import(name: str, error: type[KaruiError]) -> ModuleType:
         except ModuleNotFoundError as failure:
             raise _missing(f"The module '{name}'", name, failure, error) from failure
         except (Exception, SystemExit) as failure:  # importing runs foreign code, which may raise anything
-            raise error(f"Importing '{name}' failed: {told_of(failure)}") from failure
+            raise error(f"Importing '{name}' failed: {told_of(failure)}", SEE) from failure
 
 
 def _missing(what: str, wanted: str, failure: ModuleNotFoundError, error: type[KaruiError]) -> KaruiError:
@@ -167,7 +170,7 @@ def _import_file(path: Path, sha256: str, error: type[KaruiError]) -> ModuleType
             del sys.modules[name]
             if isinstance(failure, ModuleNotFoundError):
                 raise _missing(str(path), path.stem, failure, error) from failure
-            raise error(f"Importing {path} failed: {told_of(failure)}") from failure
+            raise error(f"Importing {path} failed: {told_of(failure)}", SEE) from failure
     return module
 
 

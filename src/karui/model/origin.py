@@ -16,7 +16,7 @@ from torch import nn
 
 from karui.errors import ArtifactError, KaruiError, UsageError, require
 from karui.model.edits import edit
-from karui.model.importing import FORMS, digest, find_factory, importable, told_of
+from karui.model.importing import FORMS, SEE, digest, find_factory, importable, told_of
 from karui.model.value import Model
 
 
@@ -64,7 +64,7 @@ class Origin:
             except KaruiError:
                 raise
             except (Exception, SystemExit) as failure:  # a factory is foreign code and may raise anything
-                raise error(f"The factory '{self.factory}' failed: {told_of(failure)}") from failure
+                raise error(f"The factory '{self.factory}' failed: {told_of(failure)}", SEE) from failure
         require(
             isinstance(built, nn.Module | Model),
             f"The factory '{self.factory}' gives a {type(built).__name__}, not a torch.nn.Module.",
