@@ -182,7 +182,7 @@ def test_failures_inside_a_file(own: Path) -> None:
         resolve(f"{own}:mkae")
     with pytest.raises(UsageError, match=r"unexpected keyword argument 'size'.*It takes: width=3"):
         resolve(f"{own}:make", {"size": 3})
-    with pytest.raises(UsageError, match=r"failed: RuntimeError: no luck$"):
+    with pytest.raises(UsageError, match=r"failed: RuntimeError: no luck Mend it there"):
         resolve(f"{own}:broken").build()
     with pytest.raises(UsageError, match=r"gives a int, not a torch.nn.Module"):
         resolve(f"{own}:number").build()
