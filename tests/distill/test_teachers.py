@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -477,7 +478,7 @@ def test_answers_are_kept_by_themselves_but_not_under_augmentation_and_it_is_tol
     often = sum(asked)
     asked.clear()
     kept, told = taught(replace(bench, checkpoints=tmp_path))
-    assert "asked once for each of 120 samples; answers are kept beside the checkpoints" in told
+    assert "asked once for each input; those for 120 are kept beside the checkpoints" in told
     assert same(kept, anew)
     assert sum(asked) == 120 < often
     assert "in memory" in taught(bench)[1]
@@ -488,6 +489,15 @@ def test_answers_are_kept_by_themselves_but_not_under_augmentation_and_it_is_tol
     assert sum(asked) >= 3 * 120
     monkeypatch.setattr("karui.distill._teachers.MEMORY", 2**12)
     assert "asked anew in each pass, as its answers for 120 samples would take" in taught(bench)[1]
+    assert "beside the checkpoints" in taught(replace(bench, checkpoints=tmp_path))[1]  # there is more room there
+
+
+def test_answers_in_double_precision_are_not_said_to_be_kept(bench: Bench, few: TensorDataset) -> None:
+    def wide(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)[:, :10].double()
+
+    made = KnowledgeDistillation(teacher=wide, epochs=1).apply(mlp(8), bench)
+    assert "asked anew in each pass, as its answers are in double precision" in made.lineage[-2].describe()
 
 
 FACTORY = """
@@ -532,3 +542,31 @@ def test_the_plan_names_the_teacher(forest: RandomForestClassifier) -> None:
     assert "the teacher is a RandomForestClassifier;" in remark(forest)
     assert "a Model and plain and x.onnx" in remark((mlp(8), plain, "x.onnx"))
     assert "the start of the pipeline" in remark(None)
+
+
+class _Holds:
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda network: lambda x: network(2 * x),
+        lambda network: network.forward,
+        functools.partial,
+        _Holds,
+    ],
+    ids=["closure", "method", "partial", "object"],
+)
+def test_a_network_within_a_function_is_asked_in_evaluation_mode(wrapped: Callable[[nn.Module], Any]) -> None:
+    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    asked, one = predictor(wrapped(network)), torch.randn(1, 4)
+    assert torch.equal(asked(one), asked(one))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert network.training
+    assert network[1].training

@@ -52,6 +52,17 @@ class Method:
         return self.weight
 
 
+class Times(nn.Module):
+    """A factor that torch knows nothing of."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.factor * x
+
+
 @pytest.mark.parametrize(
     ("make", "other"),
     [
@@ -63,6 +74,7 @@ class Method:
         (model, model(2.0)),
         (lambda: Teacher(model()), Teacher(model(2.0))),
         (lambda: Teacher(model()), Teacher(model(), temperature=2.0)),
+        (lambda: nn.Sequential(Times(2.0)), nn.Sequential(Times(3.0))),
         (lambda: scaled(2.0), scaled(3.0)),
         (lambda: lambda x: x * 2, lambda x: x * 3),
         (lambda: functools.partial(round, ndigits=2), functools.partial(round, ndigits=3)),
@@ -80,6 +92,14 @@ class Method:
 def test_equal_content_has_one_name_and_other_content_another(make: object, other: object) -> None:
     assert fingerprint(make()) == fingerprint(make())
     assert fingerprint(make()) != fingerprint(other)
+
+
+def test_a_module_counts_by_its_code_and_not_by_its_mode() -> None:
+    plain = type("Times", (Times,), {"__module__": __name__})
+    assert repr(plain(2.0)) == repr(Times(2.0)) == repr(Times(3.0))
+    assert fingerprint(Times(2.0)) == fingerprint(Times(2.0).eval())
+    other = type("Times", (Times,), {"__module__": __name__, "forward": lambda self, x: self.factor + x})
+    assert fingerprint(other(2.0)) != fingerprint(plain(2.0))
 
 
 def test_few_samples_of_a_long_data_set_are_read() -> None:

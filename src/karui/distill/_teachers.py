@@ -20,7 +20,7 @@ from karui.errors import KaruiError, NeedError, require, told
 from karui.measuring.inference import inference
 from karui.model import Model, Note, Regression
 from karui.model.importing import load_callable, told_of
-from karui.train.teaching import MEMORY, Teachers, answer_bytes
+from karui.train.teaching import DISK, MEMORY, Teachers, answer_bytes
 
 if TYPE_CHECKING:
     from karui.technique import Bench
@@ -229,13 +229,14 @@ def keeping(models: tuple[Model, ...], bench: Bench, remember: int | None = None
     anew = "teacher: asked anew in each pass, as"
     if bench.training.augment is not None:
         return Keeping(0, None, f"{anew} augmentation makes every sample a new one, for which no kept answer would do")
-    size = samples * sum(map(answer_bytes, models))
-    if size > MEMORY:
-        most = MEMORY // 2**20
-        return Keeping(
-            0, None, f"{anew} its answers for {samples:,} samples would take {size / 2**20:,.0f} MiB of {most}"
-        )
-    return Keeping(samples, folder, f"teacher: asked once for each of {samples:,} samples; answers are kept {where}")
+    sizes = [answer_bytes(model) for model in models]
+    if None in sizes:
+        return Keeping(0, None, f"{anew} its answers are in double precision, and kept ones in single")
+    size, most = samples * sum(size or 0 for size in sizes), MEMORY if folder is None else DISK
+    if size > most:
+        room = f"{size / 2**20:,.0f} MiB of {most // 2**20:,}"
+        return Keeping(0, None, f"{anew} its answers for {samples:,} samples would take {room}")
+    return Keeping(samples, folder, f"teacher: asked once for each input; those for {samples:,} are kept {where}")
 
 
 def remark(teacher: Teacher | tuple[Teacher, ...] | None) -> str:

@@ -138,8 +138,8 @@ class KnowledgeDistillation:
         missing: classes that the training data lack; their biases are lifted as validation data tell.
         remember: samples whose teacher outputs are kept, each once for each way it was augmented; with a folder for
             checkpoints they are kept there. They serve every student that is trained with the same seed and settings.
-            None keeps all of them, but none under augmentation, or where they would take more than 256 MiB; the
-            result's lineage says which.
+            None keeps all of them, but none under augmentation, or where they would take more than 256 MiB of memory
+            (4 GiB with a folder); the result's lineage says which.
         keep_zeros: whether weights that are exactly zero stay so.
 
     Raises:

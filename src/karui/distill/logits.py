@@ -177,7 +177,8 @@ class LogitRegression:
         epochs: passes over the training data and the pool.
         remember: samples whose teacher outputs are kept, each once for each way it was augmented; with a folder for
             checkpoints they are kept there. None keeps all of them, but none under augmentation, or where they would
-            take more than 256 MiB; the result's lineage says which.
+            take more than 256 MiB of memory (4 GiB with a
+            folder); the result's lineage says which.
         keep_zeros: whether weights that are exactly zero stay so.
 
     Raises:

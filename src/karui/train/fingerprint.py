@@ -24,8 +24,9 @@ LOOKED_AT = 64
 def fingerprint(*parts: Any) -> str:
     """A name for what the parts say.
 
-    Tensors and modules count by their values; data sets without tensors by length and 64 samples spread over
-    them; functions by their code and what they enclose; other objects by their class and attributes.
+    Tensors count by their values; modules by theirs and, of foreign classes, by their code and other attributes; data
+    sets without tensors by length and 64 samples spread over them; functions by their code and what they enclose; other
+    objects by their class and attributes.
 
     Example:
         >>> fingerprint({"epochs": 3}, torch.ones(2)) == fingerprint({"epochs": 3}, torch.ones(2))
@@ -75,7 +76,27 @@ def _(value: np.ndarray) -> Iterable[Any]:
 
 @_parts.register
 def _(value: nn.Module) -> Iterable[Any]:
-    return repr(value).encode(), dict(value.named_parameters()), dict(value.named_buffers())
+    own = [part for module in value.modules() for part in _own(module)]
+    return repr(value).encode(), dict(value.named_parameters()), dict(value.named_buffers()), own
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""Attributes that every module has: `training` says nothing of what is computed in the end, and the others are shown
+by `repr` or are registered values."""
+
+
+def _own(module: nn.Module) -> Iterable[Any]:
+    """What a module of foreign code computes beside its values: its methods, and attributes that are not registered."""
+    foreign = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in _KNOWN]
+    code = [
+        (name, part) for kind in foreign for name, part in vars(kind).items() if isinstance(part, types.FunctionType)
+    ]
+    attributes = [(name, vars(module)[name]) for name in sorted(vars(module).keys() - _OF_MODULES)]
+    return [*code, *attributes] if foreign else ()
+
+
+_KNOWN = frozenset({"torch", "karui", "builtins"})
+"""Packages whose modules tell by `repr` what they are."""
 
 
 @_parts.register

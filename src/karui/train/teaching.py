@@ -22,6 +22,8 @@ MEMORY = 2**28
 """Bytes of teachers' answers that are kept at most, where nobody says how many samples are to be."""
 UNLABELLED = -100
 """The target of a sample that has no label: only the teachers speak for it."""
+DISK = 2**32
+"""Bytes of answers that are kept beside checkpoints at most by themselves; they are read when they are asked for."""
 
 
 class Teachers:
@@ -98,15 +100,17 @@ class Teachers:
         return torch.stack([_wide(answer) for answer in answers])
 
 
-def answer_bytes(model: Model) -> int:
-    """Bytes of what a network says of one sample, in single precision.
+def answer_bytes(model: Model) -> int | None:
+    """Bytes of what a network says of one sample; None in double precision, in which nothing is kept.
 
     Example:
         >>> answer_bytes(Model(nn.Linear(4, 3), example=(torch.zeros(2, 4),)))
         12
     """
     with inference(model.module) as module:
-        return sum(output[:1].numel() * 4 for output in tensors_of(module(*model.example)) if output.ndim)
+        said = [output for output in tensors_of(module(*model.example)) if output.ndim]
+    wide = any(output.dtype.itemsize > 4 for output in said)
+    return None if wide else sum(output[:1].numel() * 4 for output in said)
 
 
 def _device(inputs: tuple[Any, ...]) -> torch.device:

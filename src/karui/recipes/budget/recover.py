@@ -109,7 +109,11 @@ def _teaching(model: Model, dense: Model, bench: Bench, epochs: int) -> Influenc
     if not isinstance(model.task, Classification):
         return None
     assert bench.train is not None  # noqa: S101  (who trains has data)
-    room = min(epochs * len(bench.train), MEMORY // max(answer_bytes(dense), 1)) if bench.checkpoints is not None else 0
+    room = (
+        min(epochs * len(bench.train), MEMORY // max(answer_bytes(dense) or 0, 1))
+        if bench.checkpoints is not None
+        else 0
+    )
     return KnowledgeDistillation(teacher=dense, epochs=epochs, remember=room).influence(model, bench)
 
 
