@@ -11,7 +11,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from karui.deployment import Deployment
+from karui.errors import UsageError
 from karui.measuring import Score, onnx_form
+from karui.measuring.engines import OpenVino
 from karui.model import Classification, Model
 from karui.recipes.budget import deployments
 from karui.recipes.budget.cache import Measured, TimingCache
@@ -77,6 +79,26 @@ def test_where_32_bits_break_the_floor_too_8_are_not_at_fault(dense: Model, benc
     plain = form("fp32", 1.0, 1.0, 3.0)
     assert maker.best([plain, form("int8", 0.6, 0.3, 3.3)]) == 1
     assert maker.best([plain, form("int8", 0.6, 0.3, 3.6)]) == 0
+
+
+def test_a_form_that_its_engine_does_not_open_is_left_out_and_told(
+    dense: Model, bench: Bench, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """OpenVINO refuses an LSTM whose weights are of 8 bits, for example; ONNX Runtime runs it."""
+    pytest.importorskip("openvino")
+
+    def refuse(engine: OpenVino, model: Any, threads: int) -> Any:
+        raise UsageError("OpenVINO cannot open the model: node 7 expects a constant", "Time it in OnnxRuntime() only.")
+
+    monkeypatch.setattr(OpenVino, "prepare", refuse)
+    maker = forms(dense, bench, cache)
+    for _ in range(2):
+        found, _ = maker.of(dense, None)
+    assert [f.name for f in found] == ["fp32, onnxruntime", "int8, onnxruntime"]
+    assert [note for note in maker.notes if "openvino" in note] == [
+        "fp32 in openvino was not tried: OpenVINO cannot open the model",
+        "int8 in openvino was not tried: OpenVINO cannot open the model",
+    ]
 
 
 def test_forms_are_timed_judged_and_made_anew(dense: Model, bench: Bench, cache: Path):
