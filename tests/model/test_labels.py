@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from karui.model import Model, coupled_groups
 from karui.model.labels import Labels
-from karui.model.solve import HELD, solve
+from karui.model.solve import HELD, components, solve
 
 
 def test_reshape_passes_what_it_does_not_touch() -> None:
@@ -109,3 +113,15 @@ def test_rows_and_columns_that_own_alike_slices_are_groups_of_their_own() -> Non
 
     found = coupled_groups(Model(Square(), example=(torch.randn(1, 3, 2, 2),)))
     assert [group.size for group in found] == [2, 2]
+
+
+@given(st.integers(1, 30).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.tuples(*[st.integers(0, n - 1)] * 2)))))
+def test_connected_components_are_scipys(graph: tuple[int, list[tuple[int, int]]]):
+    """The same classes under the same numbers, whatever the edges, loops and doubles among them."""
+    count, edges = graph
+    one, other = np.array(edges, dtype=np.int64).reshape(-1, 2).T
+    matrix = coo_matrix((np.ones(len(edges)), (one, other)), shape=(count, count))
+    total, classes = connected_components(matrix, directed=False)
+    found = components(count, one, other)
+    assert found[0] == total
+    assert found[1].tolist() == classes.tolist()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse import coo_matrix, csr_matrix
 from torch import Tensor, nn
 
 from karui.errors import did_you_mean
@@ -212,6 +211,8 @@ def _role(trace: Trace, resolved: Resolved, name: str, dim: int) -> Role:
 
 def _closure(resolved: Resolved) -> Any:
     """[classes, classes], sparse: 1 where a base class (no cell of a grid) takes a class with it, or is it."""
+    from scipy.sparse import csr_matrix  # few models have grids, and the import takes longer than a cut
+
     count = len(resolved.locked)
     cell = np.concatenate([c for c, _ in resolved.bases()] or [np.zeros(0, dtype=np.int64)])
     axis = np.concatenate([a for _, a in resolved.bases()] or [np.zeros(0, dtype=np.int64)])
@@ -256,7 +257,7 @@ class _Book:
         slot, index, classes = slot[live], index[live], classes[live]
         if not self.resolved.grids:
             return slot, index, classes  # in order already, and every class is its own unit
-        owned = coo_matrix(_closure(self.resolved)[classes])
+        owned = _closure(self.resolved)[classes].tocoo()
         order = np.lexsort((index[owned.row], slot[owned.row]))
         return slot[owned.row][order], index[owned.row][order], owned.col.astype(np.int64)[order]
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from karui.model.labels import Labels
 
@@ -100,6 +98,33 @@ def solve(labels: Labels) -> Resolved:
     return Resolved(found.classes, found.locked, counted, kept)
 
 
+def components(count: int, one: np.ndarray, other: np.ndarray) -> tuple[int, np.ndarray]:
+    """Connected components of the graph of `count` nodes and edges one[k] - other[k].
+
+    By hooking roots to smaller roots, and halving paths. As fast as scipy's, whose import takes longer than a cut.
+
+    Returns:
+        Their number, and the component of each node; components are numbered in the order of their smallest nodes.
+
+    Example:
+        >>> components(4, np.array([3]), np.array([1]))
+        (3, array([0, 1, 2, 1]))
+    """
+    nodes = np.arange(count)
+    root = nodes.copy()
+    while True:
+        ends = root[one], root[other]
+        apart = ends[0] != ends[1]
+        if not apart.any():
+            break
+        one, other = one[apart], other[apart]
+        np.minimum.at(root, np.maximum(*ends)[apart], np.minimum(*ends)[apart])
+        while not np.array_equal(above := root[root], root):
+            root = above
+    first = root == nodes
+    return int(first.sum()), (np.cumsum(first) - 1)[root]
+
+
 def _classes(state: _State) -> Resolved:
     """Connected components of the merges, and which of them must stay."""
     count = state.labels.count
@@ -110,9 +135,7 @@ def _classes(state: _State) -> Resolved:
     other = np.concatenate([e[1] for e in state.edges] or [np.zeros(0, dtype=np.int64)])
     both = (one >= 0) & (other >= 0)
     one_, other_ = one[both], other[both]
-    total, classes = connected_components(
-        coo_matrix((np.ones(len(one_), dtype=np.int8), (one_, other_)), shape=(count, count)), directed=False
-    )
+    total, classes = components(count, one_, other_)
     locked = np.full(total, -1)
     half = ~both & ((one >= 0) | (other >= 0))
     ends, held = np.maximum(one[half], other[half]), np.minimum(one[half], other[half])
@@ -120,7 +143,7 @@ def _classes(state: _State) -> Resolved:
     for what, reason in state.locks:
         live = what[what >= 0]
         locked[classes[live]] = reason
-    return Resolved(classes.astype(np.int64), locked, locked)
+    return Resolved(classes, locked, locked)
 
 
 def _simplify(grid: GridArrays, found: Resolved, state: _State) -> list[GridArrays]:
