@@ -179,6 +179,26 @@ def unseen(claims: dict[str, bool]) -> list[str]:
     return [f"not shown: {claim}" for claim, held in claims.items() if not held]
 
 
+def of_networks(name: str, fresh: dict[str, Any]) -> dict[str, Any]:
+    """By network, what was measured now, and of the others what the results hold; each says on which machine.
+
+    Args:
+        name: the benchmark; its results have such a dictionary under "networks".
+        fresh: what this machine has measured.
+    """
+    file = ROOT / "results" / f"{name}.json"
+    told = json.loads(file.read_text("utf-8")) if file.is_file() else {"networks": {}}
+    kept = {network: {"machine": told["machine"], **values} for network, values in told["networks"].items()}
+    machine = str(this_machine())
+    here = {network: {"machine": machine, **values} for network, values in fresh.items()}
+    return kept | here
+
+
+def where(network: dict[str, Any]) -> list[str]:
+    """A paragraph on the machine of a network's results, where it is not this one."""
+    return [] if network["machine"] == str(this_machine()) else [f"Measured on: {network['machine']}."]
+
+
 def publish(name: str, values: dict[str, Any], text: str, measured: dict[str, list[str]] | None = None) -> None:
     """Keep the results in `results/NAME.json` and `results/NAME.md`, with the machine they were taken on.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from _common import shown, shown_times, speeds, table
+from _common import shown, shown_times, speeds, table, where
 from karui.measuring.values import bytes_text
 
 LOSSES = (1, 2, 5, 10)
@@ -95,7 +95,7 @@ def _net(net: dict[str, Any]) -> str:
         for row in net["rows"]
     ]
     missing = [f"Not measured yet: {', '.join(net['missing'])}."] if net["missing"] else []
-    return "\n\n".join([table(head, [first, *rows]), *missing])
+    return "\n\n".join([table(head, [first, *rows]), *missing, *where(net)])
 
 
 def _sizes(row: dict[str, Any]) -> list[str]:

@@ -12,8 +12,9 @@ others, which no choice has seen. All files are judged in their engine, and time
 and 64. Where the menu of a budget predicted a time, it stands beside the measured one.
 
 Every finished part is kept in `.cache/benchmarks/budget`, so that a killed run goes on, and the results are written
-after the peers and after each budget; `--only` leaves out the other budget; `--smoke` runs everything on a few pictures
-and keeps nothing. Torch-Pruning has to be installed; without it its rows are left out.
+after the peers and after each budget, beside those of the other network; `--only` leaves out the other budget;
+`--smoke` runs everything on a few pictures and keeps nothing. Torch-Pruning has to be installed; without it its rows
+are left out.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 import karui
-from _common import CACHE, Ledger, cifar10, publish, table
+from _common import CACHE, Ledger, cifar10, of_networks, publish, table, where
 from _plain_int8 import plain_int8
 from cifar_resnets import make_bench, published
 from karui.artifact.files import write_file
 from karui.data import Batches, Splits
 from karui.deployment import Deployment
 from karui.measuring import Clock, Timings, known_engine, onnx_form, time_ratio
+from karui.measuring.machine import this_machine
 from karui.measuring.values import bytes_text
 from karui.model import Model
 from karui.recipes.budget.deployments import score_of
@@ -208,12 +210,12 @@ def run(
     bench = bench_of(data, folder)
     forms = peers(dense, bench, passes[0], folder / network, ratios)
     runs: dict[float, dict[str, Any]] = {}
-    yield {"network": network, **rows(forms, runs, dense, data, ledger)}
+    yield rows(forms, runs, dense, data, ledger)
     for drop in drops:
         out = folder / f"{network}-{drop:g}-{passes[1]}"
         runs[drop] = under_budget(dense, bench, drop, passes[1], out)
         forms[f"karui, at most {drop:g} lost"] = deployed(runs[drop], out)
-        yield {"network": network, **rows(forms, runs, dense, data, ledger)}
+        yield rows(forms, runs, dense, data, ledger)
 
 
 def rows(
@@ -259,7 +261,7 @@ all files of a network in turns in one run; the ratio is dense over this, with i
 differences of a few tenths of a point mean nothing. Torch-Pruning cuts inner widths of blocks alone: its result does
 not run where the shortcut pads with zeros."""
     ]
-    for told in values["networks"]:
+    for name, told in values["networks"].items():
         dense = told["rows"][0]
         lines = [
             [
@@ -281,8 +283,9 @@ not run where the shortcut pads with zeros."""
         ]
         columns = ["floor", "point", "form", "predicted time", "measured time", "off by"]
         parts += [
-            f"## {told['network']}",
+            f"## {name}",
             _passes(told),
+            *where(told),
             table(head, lines),
             *([PREDICTED, table(columns, pairs)] if pairs else []),
             *(f"Floor of {floor}: {text}" for floor, text in told["explanations"].items()),
@@ -306,12 +309,12 @@ def _off(pair: Mapping[str, Any]) -> float:
 def _bar(values: Mapping[str, Any]) -> str:
     """What was aimed at, and whether it was reached: against the peers of this run, and those of earlier ones."""
     lines = ["## Against the bar", "", "1.3 times faster than the best peer at the same drop, and no larger:", ""]
-    for told in values["networks"]:
+    for name, told in values["networks"].items():
         dense = told["rows"][0]
         for drop in DROPS:
             row = next((r for r in told["rows"] if r["case"] == f"karui, at most {drop:g} lost"), None)
             if row is None:
-                lines.append(f"- {told['network']}, {drop:g} lost: not run")
+                lines.append(f"- {name}, {drop:g} lost: not run")
                 continue
             loss = dense["test"]["value"] - row["test"]["value"]
             others = [
@@ -327,11 +330,11 @@ def _bar(values: Mapping[str, Any]) -> str:
                 ahead = row["times"][batch]["ratio"] / best["times"][batch]["ratio"]
                 word = "reached" if ahead >= 1.3 and row["bytes"] <= best["bytes"] else "not reached"
                 bar = ""
-                if told["network"] == "resnet20":
+                if name == "resnet20":
                     low, high = BAR[drop][batch]
                     bar = f"; peers of earlier measurements {low:g}x" + (f" to {high:g}x" if high > low else "")
                 lines.append(
-                    f"- {told['network']}, {drop:g} lost, batch {batch}: {row['times'][batch]['ratio']:.2f}x, "
+                    f"- {name}, {drop:g} lost, batch {batch}: {row['times'][batch]['ratio']:.2f}x, "
                     f"{bytes_text(row['bytes'])}; best peer here ({best['case']}) "
                     f"{best['times'][batch]['ratio']:.2f}x, {bytes_text(best['bytes'])}: {ahead:.2f} times; "
                     f"{word}{over}{bar}"
@@ -342,7 +345,7 @@ def _bar(values: Mapping[str, Any]) -> str:
         )
         if pairs:
             within = sum(abs(_off(p)) <= APART for p in pairs)
-            lines.append(f"- {told['network']}, predicted times: {within} of {len(pairs)} within {APART:.0%}")
+            lines.append(f"- {name}, predicted times: {within} of {len(pairs)} within {APART:.0%}")
     return "\n".join(lines)
 
 
@@ -364,14 +367,13 @@ def main() -> None:
         few = replace(data, **small)
         with tempfile.TemporaryDirectory() as scratch:
             *_, told = run(asked.network, few, Path(scratch), (1, 2), drops)
-        print(report({"networks": [{**told, "epochs": 1, "search": 2, "pictures": 256}]}))
+        passes = {"epochs": 1, "search": 2, "pictures": 256, "machine": str(this_machine())}
+        print(report({"networks": {asked.network: {**told, **passes}}}))
         return
     folder = CACHE / "budget" / f"{asked.pictures}-{asked.epochs}"
-    ledger = Ledger(CACHE / "budget" / "networks.json")
     passes = {"epochs": asked.epochs, "search": asked.search, "pictures": len(data.train)}
     for told in run(asked.network, data, folder, (asked.epochs, asked.search), drops, ratios=asked.ratio or RATIOS):
-        ledger.keep(asked.network, {**told, **passes})
-        values = {"networks": [ledger.parts[name] for name in sorted(ledger.parts)]}
+        values = {"networks": of_networks("budget", {asked.network: {**told, **passes}})}
         publish("budget", values, report(values))
 
 

@@ -34,7 +34,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 import karui
-from _common import CACHE, Ledger, publish, table
+from _common import CACHE, Ledger, of_networks, publish, table, where
 from _low_rank_nets import Net, right, spoken, windows, words
 from _plain_int8 import dynamic_int8
 from budget import deployed, fp32_of, int8_of, predictions, raced
@@ -42,6 +42,7 @@ from karui.architectures.mobilenet import build_mobilenet
 from karui.artifact.files import write_file
 from karui.data import hold_out
 from karui.deployment import Deployment
+from karui.measuring.machine import this_machine
 from karui.measuring.values import bytes_text
 from karui.model import Classification, CustomTask, Model
 from karui.recipes.budget.deployments import score_of
@@ -301,6 +302,7 @@ a network in turns in one run, as dense over this with its 95 % interval. One tr
         parts += [
             f"## {name}",
             about,
+            *where(told),
             table(["", "form", told["unit"], "batch 1", "batch 64", "ONNX file"], lines),
             *told["notes"],
             *(f"Floor of {floor}: not run." for floor in told["not run"]),
@@ -336,15 +338,13 @@ def main() -> None:
             ledger = Ledger(Path(scratch) / "parts.json")
             for name in names:
                 *_, told = run(few(JOBS[name]()), Path(scratch), ledger, floors[:1])
-                print(report({name: told}))
+                print(report({name: {**told, "machine": str(this_machine())}}))
         return
     folder = CACHE / "budget_tasks"
     for name in names:
         ledger = Ledger(folder / f"{name}.json")
         for told in run(JOBS[name](), folder / name, ledger, floors):
-            ledger.keep("told", told)
-            kept = {each: Ledger(folder / f"{each}.json").parts for each in JOBS}
-            networks = {each: parts["told"] for each, parts in kept.items() if "told" in parts}
+            networks = of_networks("budget_tasks", {name: told})
             publish("budget_tasks", {"networks": networks}, report(networks))
 
 

@@ -7,9 +7,9 @@ the ResNets their layers take the places of trained ones and are first taught th
 Runtime at batch sizes 1 and 64, one thread, processor time, dense and light in turns.
 
 A part (network x way x times x seed) that is finished is kept in `.cache/benchmarks/low_rank_table`, so that a run that
-was killed goes on; seeds come one after the other, so that `--report` can tell what there is at any time. `--only` does
-the parts of one network, and `--seed` those of one seed, so that several processes can share the work; `--smoke` does
-everything on little and keeps nothing.
+was killed goes on; of networks that have none there the results stay as they are. Seeds come one after the other, so
+that `--report` can tell what there is at any time. `--only` does the parts of one network, and `--seed` those of one
+seed, so that several processes can share the work; `--smoke` does everything on little and keeps nothing.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from _common import CACHE, Ledger, files, interval, publish, times
+from _common import CACHE, Ledger, files, interval, of_networks, publish, times
 from _low_rank_nets import Net, acoustic, residual, words
 from _low_rank_report import lines, page
 from _low_rank_teaching import taught
 from _low_rank_ways import RATIOS, Way, told
 from karui.measuring import Clock, count
 from karui.measuring.engines import OnnxRuntime
+from karui.measuring.machine import this_machine
 from karui.model import Model
 from karui.technique import Bench
 
@@ -175,7 +176,8 @@ def main() -> None:
             for name, net in made.items():
                 little = Session(net=_little(net), ledger=ledgers[name], folder=Path(scratch), clock=quick)
                 little.run(0, RATIOS[:1])
-            print(page({name: collected(net, ledgers[name].parts) for name, net in made.items()}))
+            here = {"machine": str(this_machine())}
+            print(page({name: here | collected(net, ledgers[name].parts) for name, net in made.items()}))
         return
     ledgers = {(name, seed): Ledger(FOLDER / f"{name}-{seed}.json") for name in made for seed in range(SEEDS)}
     for (name, seed), ledger in ledgers.items():
@@ -184,7 +186,7 @@ def main() -> None:
     if asked.only is None and asked.seed is None:
         parts = {name: dict(ChainMap(*(ledgers[name, seed].parts for seed in range(SEEDS)))) for name in made}
         begun = {name: collected(net, parts[name]) for name, net in made.items()}
-        values = {name: net for name, net in begun.items() if net["rows"]}
+        values = of_networks("low_rank_table", {name: net for name, net in begun.items() if net["rows"]})
         publish("low_rank_table", {"networks": values}, page(values), measured({"networks": values}))
 
 
