@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from karui.architectures.cifar_resnet import resnet8
 from karui.cli.models import from_shape, open_model, read_task
@@ -139,6 +140,22 @@ def test_data_that_does_not_fit(folder: Path, digits: Splits):
     with pytest.raises(UsageError) as caught:
         open_model("own_net:net", data=few)
     assert told(caught) == "The model tells 10 classes apart, and the data has 12."
+
+
+@pytest.mark.parametrize(
+    ("inputs", "remedy"),
+    [
+        (torch.zeros(40, 1, 8, 8, dtype=torch.int64), "The inputs are whole numbers (int64): save them as float32."),
+        (torch.zeros(40, 8, 8), "A sample is 8x8, without channels: give it as 1x8x8, in NumPy x[:, None]."),
+        (torch.zeros(40, 64), "Give data of the shape that the network was made for, or a network for this data."),
+    ],
+)
+def test_the_remedy_for_a_known_mistake_in_data(inputs: torch.Tensor, remedy: str):
+    rows = TensorDataset(inputs, torch.arange(40) % 10)
+    data = Splits(train=rows, validation=rows, test=rows, classes=tuple("0123456789"), name="mine")
+    with pytest.raises(UsageError) as caught:
+        open_model("resnet8", data=data)
+    assert caught.value.hint == remedy
 
 
 def test_shapes():

@@ -257,6 +257,8 @@ def check_input(model: Model, data: Splits | None) -> None:
     import torch
     from torch import Tensor
 
+    from karui.data import misfit
+
     shape = " and ".join("x".join(map(str, x.shape[1:])) if isinstance(x, Tensor) else str(x) for x in model.example)
     whose = f"the data's inputs ({data.name}: {shape})" if data is not None else f"an input of {shape}"
     modes = {layer: layer.training for layer in model.module.modules()}
@@ -268,7 +270,8 @@ def check_input(model: Model, data: Splits | None) -> None:
         raise
     except Exception as error:  # the network is foreign code and may raise anything
         told = (str(error).strip() or type(error).__name__).splitlines()[0]
-        hint = "Give data of the shape that the network was made for, or a network for this data."
+        hint = misfit(model.module, model.example)
+        hint = hint or "Give data of the shape that the network was made for, or a network for this data."
         if data is None:
             hint = "Give --input the shape that the network was made for: 3x224x224, or 128:int for token numbers."
         raise UsageError(f"The model does not take {whose}: {told}", hint) from error

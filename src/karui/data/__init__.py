@@ -11,6 +11,7 @@ from karui.data.calibration import Calibration as Calibration
 from karui.data.calibration import calibration_batches as calibration_batches
 from karui.data.check import check as check
 from karui.data.check import check_fit as check_fit
+from karui.data.check import misfit as misfit
 from karui.data.cifar import cifar10 as cifar10
 from karui.data.sources import load_data as load_data
 from karui.data.splits import Splits as Splits

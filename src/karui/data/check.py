@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from karui.data.batches import Batches, split_sample, targets_of, tensors_of
@@ -189,11 +189,27 @@ def _outputs(splits: Splits, model: Model, inputs: tuple[Any, ...]) -> Any:
     except Exception as error:  # the network is foreign code and may raise anything
         raise DataError(
             f"The model cannot take the data '{splits.name}': its example input is {need}, a sample is {got}.",
-            f"Give data of the model's shape, or a model for this data ({_first_line(error)}).",
+            misfit(model.module, inputs)
+            or f"Give data of the model's shape, or a model for this data ({_first_line(error)}).",
         ) from error
     finally:
         for layer, mode in modes.items():
             layer.training = mode
+
+
+def misfit(module: nn.Module, inputs: Sequence[Any]) -> str:
+    """What to do about inputs that a network does not take, where the mistake is a known one; else ""."""
+    given = next((x for x in inputs if isinstance(x, Tensor)), None)
+    layers = list(module.modules())
+    if given is None:
+        return ""
+    if not given.is_floating_point() and not any(isinstance(layer, nn.Embedding) for layer in layers):
+        return f"The inputs are whole numbers ({str(given.dtype).removeprefix('torch.')}): save them as float32."
+    first = next((layer for layer in layers if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
+    if first is not None and given.ndim == len(first.kernel_size) + 1:
+        shape = "x".join(map(str, given.shape[1:]))
+        return f"A sample is {shape}, without channels: give it as 1x{shape}, in NumPy x[:, None]."
+    return ""
 
 
 def _check_comparable(splits: Splits, task: Task, outputs: Any, targets: Any, samples: int) -> None:
