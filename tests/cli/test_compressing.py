@@ -176,6 +176,11 @@ def test_bench_compares_recipes_over_seeds(folder: Path, capsys: pytest.CaptureF
             marks=pytest.mark.skipif(not WITHOUT_TECHNIQUE, reason="every paper has its techniques"),
         ),
         ([*COMPRESS[:-1], "lost.toml", "--out", "x"], "There is no recipe file lost.toml.", "TOML"),
+        (
+            [*COMPRESS, "-r", "tucker2", "--out", "x"],
+            "recipe.toml is a whole recipe, and --recipe is given 2 times.",
+            "Give it alone",
+        ),
         (["compress", "net.py:lost", *COMPRESS[2:], "--out", "x"], "has no 'lost'", "net"),
         (["compress", "resnet8", "--recipe", "recipe.toml", "--out", "x"], "no data to train it on", "--data"),
         (

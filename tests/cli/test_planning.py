@@ -37,6 +37,9 @@ def test_plan_of_a_recipe_predicts_the_cut(folder: Path, capsys: pytest.CaptureF
     assert second["parameters"] is None
     assert {group["name"] for group in told["groups"]} == {"0", "3"}
     assert {row["name"] for row in told["locked"]} == {"6"}
+    apart = [*command[:-1], "l1_filter_pruning:ratio=0.5", "-r", "knowledge_distillation", "--json"]
+    assert run(apart) == 0
+    assert json.loads(capsys.readouterr().out) == told
     assert run(command) == 0
     shown = capsys.readouterr().out
     for words in ("as it is", "1. l1_filter_pruning", "2. knowledge_distillation", "ready"):

@@ -53,14 +53,18 @@ class Words:
         return [name for name, here in told.items() if here]
 
 
-def refuse_both(words: Words, recipe: str | None) -> None:
+def refuse_both(words: Words, *, given: bool) -> None:
     """A recipe says what to do, a budget what to reach: not both.
 
+    Args:
+        words: what is said of a budget.
+        given: whether there is a recipe.
+
     Raises:
-        UsageError: both are given.
+        UsageError: both are there.
     """
     told = f"{words.given[0] if words.given else ''} goes with a budget, and --recipe is given."
-    require(recipe is None or not words.given, told, "Give a recipe or a budget.", UsageError)
+    require(not given or not words.given, told, "Give a recipe or a budget.", UsageError)
 
 
 def checked(words: Words, epochs: int | None) -> Settings:

@@ -25,7 +25,7 @@ def compress(
     model: options.MODEL,
     *,
     out: OUT,
-    recipe: options.RECIPE_OR_NONE = None,
+    recipe: options.RECIPE = None,
     budget: budgeting.BUDGET = None,
     max_drop: budgeting.MAX_DROP = None,
     data: options.DATA = None,
@@ -47,11 +47,9 @@ def compress(
     Without --recipe, --budget and --max-drop, the best compromise that is found is taken.
     """
     words = budgeting.Words(budget=budget, max_drop=max_drop, batch=batch, threads=threads, minutes=minutes, int8=int8)
-    budgeting.refuse_both(words, recipe)
-    limits = None if recipe is not None else budgeting.checked(words, epochs)
-    from karui.recipes import recipe_from
-
-    steps = None if recipe is None else recipe_from(recipe)
+    budgeting.refuse_both(words, given=bool(recipe))
+    limits = None if recipe else budgeting.checked(words, epochs)
+    steps = options.recipe_of(recipe)
     require(
         not (out / "model.json").is_file() or Path(model).resolve() != out.resolve(),
         f"--out is the folder of the model itself, {model}, which would be lost.",

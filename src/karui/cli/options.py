@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from karui.cli import completing, screen
+from karui.errors import UsageError, require
 
 if TYPE_CHECKING:
     from karui.cli.models import Opened
@@ -36,10 +37,9 @@ RECIPE_OPTION = typer.Option(
     "--recipe",
     "-r",
     autocompletion=completing.recipes,
-    help="A TOML file, or slug:name=value; several steps are joined with +.",
+    help="A TOML file, or slug:name=value; several steps are joined with +, or given one after the other.",
 )
-RECIPE = Annotated[str, RECIPE_OPTION]
-RECIPE_OR_NONE = Annotated[str | None, RECIPE_OPTION]
+RECIPE = Annotated[list[str] | None, RECIPE_OPTION]
 WEIGHTS = Annotated[
     Path | None, typer.Option("--weights", "-w", help="Trained weights: safetensors, npz, or a plain state dict.")
 ]
@@ -82,6 +82,20 @@ def bench_of(data: Splits | None, recipe: Recipe | None, *, seed: int, epochs: i
     if training.augment is None and data is not None:
         training = dataclasses.replace(training, augment=data.augment)
     return dataclasses.replace(bench, training=training)
+
+
+def recipe_of(given: list[str] | None) -> Recipe | None:
+    """The recipe that all `--recipe` together say; None where there is none.
+
+    Raises:
+        UsageError: one of several is a file.
+    """
+    from karui.recipes import recipe_from
+
+    files = [text for text in given or () if text.endswith(".toml")]
+    told = f"{files[0] if files else ''} is a whole recipe, and --recipe is given {len(given or ())} times."
+    require(not files or len(given or ()) == 1, told, "Give it alone, or write the other steps into it.", UsageError)
+    return recipe_from("+".join(given)) if given else None
 
 
 def seed_of(asked: int | None, recipe: Recipe | None) -> int:

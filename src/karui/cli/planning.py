@@ -18,9 +18,7 @@ SHOWN = 40
 def plan(
     model: options.MODEL,
     *,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="A TOML file, or steps, as for compress.")
-    ] = None,
+    recipe: options.RECIPE = None,
     data: options.DATA = None,
     weights: options.WEIGHTS = None,
     shape: options.INPUT = None,
@@ -29,10 +27,9 @@ def plan(
     json: options.JSON = False,
 ) -> None:
     """Look before anything runs: what can be cut, what cannot and why, what a recipe would gain."""
-    from karui.recipes import recipe_from
     from karui.recipes.planned import plan_recipe
 
-    steps = None if recipe is None else recipe_from(recipe)
+    steps = options.recipe_of(recipe)
     seed = options.seed_of(None, steps)
     splits = options.data_of(data, seed)
     opened = options.model_of(model, weights=weights, shape=shape, task=task, data=splits, seed=seed)
