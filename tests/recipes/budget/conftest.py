@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from karui.recipes.budget import timing
-from karui.recipes.budget.blocks import Block
 from karui.recipes.budget.cache import Measured
+from karui.recipes.budget.recorder import Timed
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +22,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def steady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks take a time by their bytes, kept in a cache of its own: every machine has the same menu."""
+    """Blocks, in 8 bits too, take a time by the length of their file, kept in a cache of its own: every machine has the
+    same menu."""
     monkeypatch.setenv("KARUI_CACHE", str(tmp_path / "steady"))
 
-    def by_bytes(blocks: Mapping[str, Block], threads: int) -> dict[str, Measured]:
+    def by_bytes(blocks: Mapping[str, Timed], threads: int) -> dict[str, Measured]:
         del threads
-        return {name: Measured(1e-6 + 1e-9 * block.bytes) for name, block in blocks.items()}
+        return {name: Measured(1e-6 + 1e-9 * len(block.data())) for name, block in blocks.items()}
 
     monkeypatch.setattr(timing, "profiled", by_bytes)

@@ -69,3 +69,11 @@ def test_times_in_both_precisions_are_kept_apart(
     for _ in range(2):
         assert [m.value for m in replace(watch, narrow=True).blocks(blocks["inner"])] == [1e-6]
         assert [m.value for m in watch.blocks(blocks["inner"])] == [4e-6]
+
+
+@pytest.mark.usefixtures("steady")
+def test_steady_times_cover_both_precisions(blocks: Mapping[str, tuple[Block, ...]]):
+    """Whoever tests a budget with 8 bits on has the same menu everywhere."""
+    watch = Stopwatch(cache=TimingCache())
+    [narrow], [plain] = (w.blocks(blocks["inner"]) for w in (replace(watch, narrow=True), watch))
+    assert 0 < narrow.value != plain.value
