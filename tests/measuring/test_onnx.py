@@ -1,5 +1,7 @@
+import gc
 import subprocess
 import sys
+import weakref
 
 import onnx
 import onnxruntime
@@ -189,3 +191,13 @@ print(hashlib.sha256(onnx_form(Model(net, example=(torch.zeros(1, 1, 4, 4),))).d
     assert runs[0].stdout == runs[1].stdout
     assert len(runs[0].stdout.split()) == 1
     assert runs[0].stderr == ""
+
+
+def test_an_export_leaves_no_weights_behind():
+    """The optimiser's rules live as long as the process; the last graph that they saw must not keep its weights."""
+    net = residual()
+    weights = [weakref.ref(parameter) for parameter in net.parameters()]
+    onnx_form(Model(net, example=(torch.zeros(1, 2, 6, 6),)))
+    del net
+    gc.collect()
+    assert [ref().shape for ref in weights if ref() is not None] == []

@@ -239,5 +239,6 @@ def _from_neighbours(model: Model, inputs: tuple[Any, ...], ours: list[torch.Ten
                 tensor.mul_(1 + LAST_DIGITS * torch.finfo(torch.float32).eps * noise)
         with inference(near) as module:
             difference, _ = largest_difference(ours, tensors_of(module(*inputs)))
+        del near, module  # the next one takes its place
         worst = max(worst, difference if difference != float("inf") else 0.0)
     return worst

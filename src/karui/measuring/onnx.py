@@ -80,13 +80,24 @@ def _export(model: Model) -> OnnxForm:
         try:
             exported = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, optimize=False)
             assert exported is not None  # noqa: S101  (dynamo=True returns one)
+            values = _constants(exported)
             _simplify(exported)
         except Exception as error:
             raise CaptureError(*_translation_failed(error)) from error
         proto = exported.model_proto
+        # The optimiser's rules live as long as the process, and each remembers the last graph that it looked at.
+        for value in {*values, *_constants(exported)}:
+            value.const_value = None
     layers = _strip(proto, {path for path, _ in model.module.named_modules()})
     _check(proto)
     return OnnxForm(data=proto.SerializeToString(deterministic=True), layers=layers)
+
+
+def _constants(exported: torch.onnx.ONNXProgram) -> list[Any]:
+    """All values of a graph that hold numbers."""
+    graph = exported.model.graph
+    made = [value for node in graph for value in node.outputs]
+    return [value for value in (*graph.initializers.values(), *made) if value.const_value is not None]
 
 
 def _simplify(exported: torch.onnx.ONNXProgram) -> None:

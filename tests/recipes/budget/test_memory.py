@@ -118,6 +118,6 @@ def test_few_copies_and_one_batch_at_a_time(alive: Alive, batches: list[int], bu
     bench = Bench(train=rows, test=rows, training=Training(batch_size=64, optimizer=SGD(lr=0.01)))
     done = karui.compress(model, bench, budget=budget, max_drop=100, epochs=3, int8=False)
     assert len(done.record["budget"]["points"]) > 1
-    assert 2 * whole < alive.most <= 3.5 * whole, f"{alive.most / whole:.2f} copies"
+    assert 2 * whole < alive.most <= 3.05 * whole, f"{alive.most / whole:.2f} copies"
     assert len(batches) >= 4
     assert max(batches) <= 2  # the one that is used, and the next while it takes its place
