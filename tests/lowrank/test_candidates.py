@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from karui.architectures.cifar_resnet import cifar_resnet
-from karui.lowrank import LowRankExpansion, ProductQuantization
+from karui.lowrank import LowRankExpansion, ProductQuantization, product_quantization
 from karui.lowrank._per_layer import Offering, PerLayer
 from karui.measuring import count
 from karui.model import Classification, Model
+from karui.recipes.budget import harm
 from karui.recipes.budget.menu import collect
 from karui.technique import Bench, Candidate, card_of
 
@@ -120,3 +121,28 @@ def made(candidate: Candidate) -> dict[str, nn.Module]:
     layers: Any = candidate.layers()
     items: Iterable[tuple[str, nn.Module]] = layers.items()
     return dict(items)
+
+
+@pytest.mark.paper(19)
+def test_codewords_are_found_once_for_each_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A menu asks for a layer to time it, for each batch that tells its harm, and when it is chosen."""
+    calls: list[Any] = []
+    found = product_quantization.product_code
+    monkeypatch.setattr(product_quantization, "product_code", lambda *given: calls.append(given) or found(*given))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
+    model = Model(net, example=(torch.zeros(1, 64),), task=Classification())
+    rows = TensorDataset(torch.randn(300, 64), torch.arange(300) % 10)
+    bench = Bench(train=rows)
+    offered = list(ProductQuantization().candidates(model, bench))
+    monkeypatch.setattr(harm, "BATCH", 32)
+    harm.harms(model, offered, None, bench)
+    assert len(calls) == len(offered) > 1
+    maker = offered[0].layers
+    assert maker is not None
+    one, two = (next(iter(maker().values())) for _ in range(2))
+    assert torch.equal(one.books, two.books)
+    with torch.no_grad():
+        one.books.zero_()
+    assert not torch.equal(one.books, next(iter(maker().values())).books), "what is trained is another's"
+    assert len(calls) == len(offered)

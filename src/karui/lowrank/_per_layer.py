@@ -11,6 +11,7 @@ from torch import nn
 
 from karui.lowrank._choice import Choice
 from karui.lowrank._scan import Seen, filters_of, is_layer
+from karui.model import copied
 from karui.technique import Candidate
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class Offering(ABC):
     """Channels and filters of a group from which a layer is looked at."""
     most: ClassVar[int] = SMALL
     """Weights up to which a layer is looked at, so that the menu of a large network stays affordable."""
+    kept: ClassVar[bool] = False
+    """Whether a candidate keeps the layer that it has found: for those that take long to find and weigh little."""
 
     def candidates(self, model: Model, bench: Bench, *, multiple: int = 1) -> Iterator[Candidate]:
         """For a budget: each layer at a few speed-ups. What would not do fewer multiply-adds is not built at all."""
@@ -125,8 +128,15 @@ class _Recent:
 
 
 def _candidate(alone: Any, one: Seen, choice: Choice, bench: Bench, recent: _Recent) -> Candidate:
+    found: list[nn.Module] = []
+
     def layers() -> dict[str, nn.Module]:
-        return {one.path: alone.layer_for(one, choice, bench, recent(one)).eval()}
+        if found:
+            return {one.path: copied(found[0])}  # whoever asked may train it
+        layer = alone.layer_for(one, choice, bench, recent(one)).eval()
+        if alone.kept:
+            found.append(copied(layer))
+        return {one.path: layer}
 
     return Candidate(place=one.path, technique=alone, text=choice.made, layers=layers)
 

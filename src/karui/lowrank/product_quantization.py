@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,8 @@ class ProductQuantization(PerLayer, Offering):
         >>> light.module.bits()
         {'books': 131072, 'codes': 12800, 'bias': 3200}
     """
+
+    kept: ClassVar[bool] = True  # k-means takes its time, and codebooks and codes weigh a fraction of the layer
 
     sub_dim: int = 4
     codewords: int = 32

@@ -34,8 +34,8 @@ class Candidate:
         technique: the settings that would do just this by themselves, without retraining.
         text: what is done, in a few words: "24 of 64 units".
         cut: for each coupled group, the numbers of the units that go.
-        layers: makes the new layers, by path. Made when they are asked for, and again each time, so that a menu of
-            hundreds of candidates holds no weights.
+        layers: makes the new layers, by path. Made when they are asked for, and anew each time, so that a menu of
+            hundreds of candidates holds no weights; at most those that take long to find and weigh little are kept.
 
     Raises:
         SettingError: it does nothing, or both.
