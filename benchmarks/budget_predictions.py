@@ -76,12 +76,12 @@ NETWORKS: Mapping[str, Callable[[], Model]] = {
 def predictions(dense: Model, bench: Bench, folder: Path, precision: str, shares: tuple[float, ...]) -> dict[str, Any]:
     """Every share that was aimed at, as the menu predicted it and as it was measured."""
     watch = Stopwatch(cache=TimingCache.of_this_machine(folder), progress=True)
-    data = onnx_form(dense).data
-    forms = Forms(dense=dense, data=data, bench=bench, watch=watch)
+    plain = onnx_form(dense)
+    forms = Forms(dense=dense, bench=bench, watch=watch)
     told = NARROW if precision == "int8" else "fp32 in onnxruntime"
     like = Form(name=precision, told=told, time=1.0, bytes=1.0)
     whole = forms.file(dense, like)
-    seconds = watch.whole(dense, data).value * watch.ratio(dense, whole, data).value
+    seconds = watch.whole(dense, plain).value * watch.ratio(dense, whole, plain).value
     offers = menu(dense, bench, Stopwatch(cache=watch.cache, progress=True, narrow=precision == "int8"))
     found = []
     for share in shares:

@@ -16,6 +16,7 @@ from karui.errors import ArtifactError
 from karui.measuring import Engine, OnnxRuntime, known_engine, onnx_form
 from karui.measuring import values as json_values
 from karui.measuring.engines import outputs_of
+from karui.measuring.filed import File
 from karui.measuring.inference import inference, largest_difference, random_batch, tensors_of
 from karui.model import Model
 
@@ -105,14 +106,14 @@ def checked_onnx(model: Model, deployment: Deployment | None = None) -> tuple[by
         CaptureError: the model cannot be exported.
         ArtifactError: the file computes something else than the model.
     """
-    data = deployment.data if deployment is not None else onnx_form(model).data
-    verification = compare_deployment(model, deployment) if deployment is not None else compare_onnx(model, data)
+    file = deployment if deployment is not None else onnx_form(model)
+    verification = compare_deployment(model, deployment) if deployment is not None else compare_onnx(model, file)
     if not verification.ok:
         raise ArtifactError(
             f"The ONNX file computes something else than the model ({verification}).",
             "Is the model random in evaluation mode? If not, please report this as a defect.",
         )
-    return data, verification
+    return file.data, verification
 
 
 def compare_deployment(
@@ -133,9 +134,9 @@ def compare_deployment(
     engine = known_engine(deployment.engine)
     engine = OnnxRuntime() if engine.missing() else engine
     if deployment.precision == "fp32":
-        return compare_onnx(model, deployment.data, batches, engine=engine)
+        return compare_onnx(model, deployment, batches, engine=engine)
     difference = error = size = 0.0
-    for _, ours, theirs in _outputs(model, deployment.data, batches, engine):
+    for _, ours, theirs in _outputs(model, deployment, batches, engine):
         difference = max(difference, largest_difference(ours, theirs)[0])
         if math.isfinite(difference):
             pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True)]
@@ -152,7 +153,7 @@ def compare_deployment(
 
 
 def compare_onnx(
-    model: Model, data: bytes, batches: tuple[int, ...] = BATCHES, *, engine: Engine | None = None
+    model: Model, data: bytes | File, batches: tuple[int, ...] = BATCHES, *, engine: Engine | None = None
 ) -> Verification:
     """Run an ONNX file in 32 bits beside the model, on seeded random inputs of each batch size.
 
@@ -172,7 +173,7 @@ def compare_onnx(
 
 
 def _outputs(
-    model: Model, data: bytes, batches: tuple[int, ...], engine: Engine
+    model: Model, data: bytes | File, batches: tuple[int, ...], engine: Engine
 ) -> Iterator[tuple[tuple[Any, ...], list[torch.Tensor], list[torch.Tensor]]]:
     """Random inputs of each batch size, the model's outputs, and those of the file."""
     run = engine.prepare(data, 1)

@@ -115,9 +115,10 @@ def save(
     files.check_target(folder)
     stored, tied, frozen = _tensors(model.module)
     example, beside = example_to_json(model.example)
-    weights = _safetensors(stored, beside)
     task, warning = task_to_json(model.task)
     warnings = [warning] if warning else []
+    probe = _probe(model, example_from_json(example, beside))  # copies the model, so before its files are in memory
+    weights = _safetensors(stored, beside)
     contents = {files.TENSORS: weights}
     verification = None
     if deployment is not None:  # one that was chosen by measurement is there; if it is wrong, nothing is saved
@@ -138,7 +139,7 @@ def save(
         "tied": tied,
         "frozen": frozen,
         "deployment": _deployment(deployment, verification),
-        "probe": _probe(model, example_from_json(example, beside)),
+        "probe": probe,
         "settings": dict(settings or {}),
         "measurements": json_values.to_json(measurements),
         "versions": {"karui": karui.__version__, "torch": torch.__version__, "python": platform.python_version()},

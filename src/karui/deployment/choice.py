@@ -13,6 +13,7 @@ from typing import Any, Literal
 from karui.deployment.int8 import Int8Form
 from karui.errors import UsageError, require
 from karui.measuring import Clock, OnnxForm, Ratio, Timings, known_engine, time_ratio
+from karui.measuring.filed import Filed
 
 Precision = Literal["fp32", "int8"]
 ENGINES = ("onnxruntime", "openvino")
@@ -26,7 +27,7 @@ class Deployment:
         name: what tables call it.
         engine: "onnxruntime" or "openvino".
         precision: "fp32" or "int8".
-        data: the bytes of the ONNX file.
+        data: the bytes of the ONNX file; those of a large one wait on disk, and are read each time.
         fp32_layers: paths of layers with weights that stay in 32 bits though the form is in 8.
 
     Raises:
@@ -40,7 +41,7 @@ class Deployment:
     name: str
     engine: str
     precision: Precision
-    data: bytes
+    data: bytes = Filed()  # pyright: ignore[reportAssignmentType]  (reads and takes bytes)
     fp32_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -50,7 +51,7 @@ class Deployment:
     @property
     def bytes(self) -> int:
         """Length of the file."""
-        return len(self.data)
+        return Filed.size(self)
 
 
 def deployments(

@@ -26,7 +26,7 @@ class Running(nn.Module):
 
     def __init__(self, deployment: Deployment, outputs: Any, threads: int = 1) -> None:
         super().__init__()
-        self._run = known_engine(deployment.engine).prepare(deployment.data, threads)
+        self._run = known_engine(deployment.engine).prepare(deployment, threads)
         self._leaves, self._structure = pytree.tree_flatten(outputs)
 
     def forward(self, *inputs: Any) -> Any:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from karui.errors import UsageError, require
+from karui.measuring.filed import File, write
 from karui.measuring.inference import tensors_of
 from karui.measuring.onnx import onnx_form
 from karui.model import Model
@@ -21,7 +24,7 @@ Run = Callable[[tuple[Any, ...]], Any]
 
 @runtime_checkable
 class Engine(Protocol):
-    """Runs a model, or an ONNX file given as its bytes, on a number of threads."""
+    """Runs a model, or an ONNX file (or its bytes), on a number of threads."""
 
     @property
     def name(self) -> str:
@@ -36,7 +39,7 @@ class Engine(Protocol):
         """Its version."""
         ...
 
-    def prepare(self, model: Model | bytes, threads: int) -> Run:
+    def prepare(self, model: Model | bytes | File, threads: int) -> Run:
         """A function that runs one batch of inputs."""
         ...
 
@@ -58,13 +61,13 @@ class Torch:
         """Torch's version."""
         return torch.__version__
 
-    def prepare(self, model: Model | bytes, threads: int) -> Run:
+    def prepare(self, model: Model | bytes | File, threads: int) -> Run:
         """Run the module without gradients.
 
         Raises:
             UsageError: an ONNX file was given.
         """
-        if isinstance(model, bytes):
+        if not isinstance(model, Model):
             raise UsageError("The torch engine cannot run an ONNX file.", "Time it in OnnxRuntime().")
         module = model.module
 
@@ -91,14 +94,14 @@ class OnnxRuntime:
         """The package's version."""
         return metadata.version("onnxruntime")
 
-    def prepare(self, model: Model | bytes, threads: int) -> Run:
+    def prepare(self, model: Model | bytes | File, threads: int) -> Run:
         """A session over the model's ONNX form.
 
         Raises:
             CaptureError: the model cannot be exported.
             UsageError: the session cannot be made, or the inputs do not fit.
         """
-        session = onnx_session(model if isinstance(model, bytes) else onnx_form(model).data, threads)
+        session = onnx_session(onnx_form(model) if isinstance(model, Model) else model, threads)
         names = [put.name for put in session.get_inputs()]
 
         def run(inputs: tuple[Any, ...]) -> Any:
@@ -108,8 +111,8 @@ class OnnxRuntime:
         return run
 
 
-def onnx_session(data: bytes, threads: int, *, profile: str | None = None) -> Any:
-    """An ONNX Runtime session over the bytes of a file; with `profile`, a file-name prefix, it writes a profile.
+def onnx_session(data: bytes | File, threads: int, *, profile: str | None = None) -> Any:
+    """An ONNX Runtime session over a file or its bytes; with `profile`, a file-name prefix, it writes a profile.
 
     Raises:
         UsageError: ONNX Runtime refuses the file.
@@ -124,7 +127,11 @@ def onnx_session(data: bytes, threads: int, *, profile: str | None = None) -> An
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, profile
     try:
-        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        with tempfile.TemporaryDirectory(prefix="karui-") as folder:
+            file = Path(folder) / "model.onnx"
+            # A session over bytes would hold them beside what it makes of them.
+            file.write_bytes(data) if isinstance(data, bytes) else write(data, file)
+            return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         line = str(error).strip().partition("\n")[0]
         raise UsageError(f"ONNX Runtime cannot open the model: {line}", "Export it again.") from error
@@ -146,7 +153,7 @@ class OpenVino:
         """The package's version."""
         return metadata.version("openvino")
 
-    def prepare(self, model: Model | bytes, threads: int) -> Run:
+    def prepare(self, model: Model | bytes | File, threads: int) -> Run:
         """A compiled model, in latency mode, with 32-bit arithmetic.
 
         Raises:
@@ -155,7 +162,8 @@ class OpenVino:
         """
         import openvino
 
-        data = model if isinstance(model, bytes) else onnx_form(model).data
+        file = onnx_form(model) if isinstance(model, Model) else model
+        data = file if isinstance(file, bytes) else file.data
         core = openvino.Core()
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         try:

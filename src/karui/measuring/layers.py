@@ -190,7 +190,7 @@ def _onnx_times(model: Model, batch: int, threads: int, rounds: int) -> tuple[di
     form = onnx_form(model)
     arrays = [t.numpy() for t in tensors_of(batch_of(model.example, batch))]
     with tempfile.TemporaryDirectory(prefix="karui-") as folder:
-        session = onnx_session(form.data, threads, profile=str(Path(folder) / "profile"))
+        session = onnx_session(form, threads, profile=str(Path(folder) / "profile"))
         feed = dict(zip([put.name for put in session.get_inputs()], arrays, strict=True))
         for _ in range(rounds + 1):
             session.run(None, feed)

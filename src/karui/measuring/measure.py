@@ -246,7 +246,7 @@ def _measurement(  # noqa: PLR0917
 ) -> Measurement:
     notes = list(timings.notes)
     try:
-        onnx_bytes = len(onnx_form(model).data)
+        onnx_bytes = onnx_form(model).bytes
     except CaptureError as error:
         onnx_bytes = None
         notes.append(str(error))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from karui.errors import CaptureError
+from karui.measuring.filed import Filed
 from karui.measuring.inference import batch_of, inference
 from karui.model import Model
 
@@ -33,12 +34,18 @@ class OnnxForm:
     """A model as ONNX.
 
     Settings:
-        data: the bytes of the file, weights included; the first dimension of inputs is the batch, of any size.
+        data: the bytes of the file, weights included; the first dimension of inputs is the batch, of any size. Those of
+            a large form wait on disk, and are read each time they are asked for.
         layers: for each operator of the file, by name: the path of its layer; empty for the model itself.
     """
 
-    data: bytes
-    layers: dict[str, str]
+    data: bytes = Filed()  # pyright: ignore[reportAssignmentType]  (reads and takes bytes)
+    layers: dict[str, str]  # pyright: ignore[reportGeneralTypeIssues]  (what is filed has no default)
+
+    @property
+    def bytes(self) -> int:
+        """Length of the file."""
+        return Filed.size(self)
 
 
 _known: weakref.WeakKeyDictionary[Model, tuple[tuple[Any, ...], OnnxForm]] = weakref.WeakKeyDictionary()

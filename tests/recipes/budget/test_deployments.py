@@ -50,7 +50,7 @@ def bench(dense: Model) -> Bench:
 
 def forms(dense: Model, bench: Bench, cache: Path, **given: Any) -> Forms:
     watch = Stopwatch(cache=TimingCache.of_this_machine(cache))
-    return Forms(dense=dense, data=onnx_form(dense).data, bench=bench, watch=watch, **given)
+    return Forms(dense=dense, bench=bench, watch=watch, **given)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_forms_are_timed_judged_and_made_anew(dense: Model, bench: Bench, cache:
     assert narrow.score["value"] > 0.9
     made = maker.made(dense, found)
     assert [d.name for d in made] == [f.name for f in found]
-    assert [d.bytes / len(maker.data) for d in made] == [f.bytes for f in found]
+    assert [d.bytes / onnx_form(dense).bytes for d in made] == [f.bytes for f in found]
 
 
 def test_without_8_bits_there_are_none(dense: Model, bench: Bench, cache: Path):
@@ -130,14 +130,14 @@ def test_layers_that_break_the_floor_stay_in_32_bits(
         return Score(value=value, low=0, high=1, count=96, metric="accuracy")
 
     monkeypatch.setattr(deployments, "score_of", judge)
-    monkeypatch.setattr(Stopwatch, "ratio", lambda *given: Measured(1.0 if given[2] == given[3] else 0.5))
+    monkeypatch.setattr(Stopwatch, "ratio", lambda *given: Measured(1.0 if given[2].data == given[3].data else 0.5))
     maker = forms(dense, bench, cache, max_drop=1.0)
     found, best = maker.of(dense, None)
     assert found[best].name.startswith("int8")
     assert len(found[best].left) == 2
     made = maker.made(dense, found)[best]
     assert set(found[best].left) <= set(made.fp32_layers)
-    assert made.bytes / len(maker.data) == found[best].bytes
+    assert made.bytes / onnx_form(dense).bytes == found[best].bytes
 
 
 class Whole(nn.Module):

@@ -12,20 +12,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 from torch import nn
 
-from karui.measuring import onnx_form
+from karui.measuring import OnnxForm, onnx_form
 from karui.measuring.engines import onnx_session
 from karui.measuring.inference import batch_of, tensors_of
 from karui.model import Model
-
-if TYPE_CHECKING:
-    from karui.measuring import OnnxForm
 
 HEAVY = ("Conv", "Gemm", "MatMul")
 FUSED = ("Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Add", "Mul", "Gelu", "Elu")
@@ -35,6 +32,9 @@ FOLLOWERS = (*FUSED, *POOLS)
 where there are fewer."""
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """Layers whose widths can be read off, and whose blocks can be resized."""
+
+FEW = 64
+"""Values up to which a constant is kept as it is: limits of a Clip, shapes."""
 
 Shape = tuple[int, ...]
 
@@ -119,13 +119,11 @@ class Graph:
 
     Settings:
         blocks: one for each call of a layer.
-        bytes: length of the ONNX file.
-        kinds: how many operators there are.
+        form: the ONNX form.
     """
 
     blocks: Mapping[str, tuple[Block, ...]]
-    bytes: int
-    data: bytes = field(repr=False)
+    form: OnnxForm = field(repr=False)
 
 
 def blocks_of(model: Model, batch: int) -> Graph:
@@ -151,7 +149,7 @@ def blocks_of(model: Model, batch: int) -> Graph:
             nodes = _with_followers(node, readers, claimed, {put.name for put in graph.output})
             block = _block(nodes, constants, shapes, opset, form.layers[node.name])
             found.setdefault(block.layer, []).append(block)
-    return Graph({path: tuple(blocks) for path, blocks in found.items()}, len(form.data), form.data)
+    return Graph({path: tuple(blocks) for path, blocks in found.items()}, form)
 
 
 def _shapes(form: OnnxForm, example: tuple[Any, ...], batch: int) -> dict[str, tuple[Shape, int]]:
@@ -205,7 +203,7 @@ def _block(
     read = list(dict.fromkeys(name for node in nodes for name in node.input if name and name not in made))
     return Block(
         nodes=tuple(nodes),
-        weights={name: numpy_helper.to_array(constants[name]) for name in read if name in constants},
+        weights={name: _weights(constants[name]) for name in read if name in constants},
         inputs={name: shapes[name] for name in read if name not in constants},
         output=nodes[-1].output[0],
         opset=opset,
@@ -240,7 +238,7 @@ def resized(block: Block, layer: nn.Module, lost: Mapping[int, int]) -> Block | 
         groups = rows // each if was > 1 and weight.shape[1] == 1 else was
         if rows % groups:
             return None
-    weights = {**block.weights, name: _noise(shape)}
+    weights = {**block.weights, name: _shaped(shape)}
     (given, kind), axis = block.inputs[node.input[0]], 1 if node.op_type == "Conv" else -1
     inputs = {**block.inputs, node.input[0]: (_with(given, axis, columns * groups), kind)}
     # Whatever else lies along the outputs: biases, the other summand of a residual sum, a gate.
@@ -248,7 +246,7 @@ def resized(block: Block, layer: nn.Module, lost: Mapping[int, int]) -> Block | 
     for other, held in weights.items():
         along = [dim for dim, size in enumerate(held.shape) if size == old]
         if other != name and along and held.size == old:
-            weights[other] = _noise(_with(held.shape, along[0], rows))
+            weights[other] = _shaped(_with(held.shape, along[0], rows))
     for other, (known, kind) in inputs.items():
         place = axis % len(known) if known else 0
         if other != node.input[0] and len(known) > 1 and known[place] == old:
@@ -278,8 +276,15 @@ def _attribute(node: onnx.NodeProto, name: str) -> int:
     return next((a.i for a in node.attribute if a.name == name), 0)
 
 
-def _noise(shape: Sequence[int]) -> np.ndarray:
-    return (np.random.default_rng(0).standard_normal(tuple(shape)) * 0.05).astype(np.float32)
+def _weights(tensor: onnx.TensorProto) -> np.ndarray:
+    """A constant; of many numbers, which cost the same whatever they are, only the shape."""
+    many = tensor.data_type == onnx.TensorProto.FLOAT and math.prod(tensor.dims) > FEW
+    return _shaped(tensor.dims) if many else numpy_helper.to_array(tensor)
+
+
+def _shaped(shape: Sequence[int]) -> np.ndarray:
+    """Weights of a shape, which take no memory: a menu would hold another copy of the model in its blocks."""
+    return np.broadcast_to(np.float32(0.05), tuple(shape))
 
 
 def _with(shape: Sequence[int], axis: int, size: int) -> Shape:

@@ -72,7 +72,6 @@ class Forms:
 
     Settings:
         dense: what all are compared with.
-        data: its ONNX file in 32 bits.
         bench: calibration and validation data.
         watch: times files.
         int8: whether 8 bits are tried.
@@ -82,7 +81,6 @@ class Forms:
     """
 
     dense: Model
-    data: bytes
     bench: Bench
     watch: Stopwatch
     int8: bool = True
@@ -124,16 +122,16 @@ class Forms:
             files |= {d.name: d for d in named(form, int8)}
         return [files[f.name] for f in forms]
 
-    def file(self, model: Model, form: Form) -> bytes:
+    def file(self, model: Model, form: Form) -> OnnxForm:
         """The file of a model in the precision of another's form; in 32 bits where it has no other."""
         plain = onnx_form(model)
         if form.told != NARROW:
-            return plain.data
+            return plain
         calibrated = self._calibrated(plain)
         if calibrated is None:
-            return plain.data
+            return plain
         left = tuple(path for path in form.left if path in calibrated.layers.paths)
-        return quantise(calibrated, Int8(leave=left)).data
+        return quantise(calibrated, Int8(leave=left)).form
 
     def _allowed(self, plain: Form) -> float:
         return ROUNDING + (self.max_drop if self.max_drop is not None else plain.lost + SLACK)
@@ -153,13 +151,13 @@ class Forms:
         first: Score | Mapping[str, Any] | None,
         left: Sequence[str] = (),
     ) -> Form:
-        time = self.watch.ratio(self.dense, deployment.data, self.data, known_engine(deployment.engine))
+        time = self.watch.ratio(self.dense, deployment, onnx_form(self.dense), known_engine(deployment.engine))
         return Form(
             name=deployment.name,
             told=f"{deployment.precision} in {deployment.engine}",
             time=time.value,
             error=time.error,
-            bytes=deployment.bytes / len(self.data),
+            bytes=deployment.bytes / onnx_form(self.dense).bytes,
             score=None if score is None else score.to_json(),
             lost=0.0 if score is None or first is None else lost(first, score),
             left=tuple(left),

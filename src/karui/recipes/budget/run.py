@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from karui.artifact import save, stored_bytes
 from karui.errors import NeedError, UsageError, require
-from karui.measuring import Clock, OnnxRuntime, Torch, compare, known_engine, this_machine
+from karui.measuring import Clock, OnnxRuntime, Torch, compare, known_engine, onnx_form, this_machine
 from karui.measuring.values import to_json
 from karui.recipes.budget.cache import TimingCache
 from karui.recipes.budget.deployments import score_of
@@ -216,7 +216,7 @@ def _plan(asked: Settings, visitor: Visitor, mark: str) -> Plan:
     file = visitor.out / POINTS / PLAN
     kept = read_record(file)
     if kept is None or kept.get("mark") != mark:
-        goal = asked.budget.against({"time": visitor.seconds, "bytes": float(len(visitor.data))})
+        goal = asked.budget.against({"time": visitor.seconds, "bytes": float(visitor.bytes)})
         epochs = asked.epochs if asked.epochs is not None else visitor.bench.training.epochs
         if asked.minutes is not None:
             epochs = epochs_within(asked.minutes, visitor.dense, visitor.bench)
@@ -259,7 +259,7 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
         "verification": None if saved.verification is None else saved.verification.to_json(),
         "warnings": [*untaught(dense, both.dense.score), *saved.warnings],
         "files": {path.name: path.stat().st_size for path in sorted(visitor.out.glob("model.*"))},
-        "verdict": list(filter(None, [words, deployed(forms, len(visitor.data)), *verdict(both)])),
+        "verdict": list(filter(None, [words, deployed(forms, visitor.bytes), *verdict(both)])),
         "budget": {
             "asked": asked.budget.to_json(),
             "goal": dict(plan.goal),
@@ -272,7 +272,7 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
             "learning_rate": visitor.rate,
             "front": [p.number for p in front(visitor.points)],
             "dense_seconds": visitor.seconds,
-            "dense_bytes": len(visitor.data),
+            "dense_bytes": visitor.bytes,
             "notes": visitor.notes,
         },
     }
@@ -281,8 +281,8 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
 def _deployed(visitor: Visitor, point: Point, light: Model, made: list[Deployment]) -> list[dict[str, Any]]:
     """Every form of the result timed against the dense model in one run; the plain and the chosen one on test data."""
     test = visitor.bench.test if light.task is not None else None
-    files = {form.name: (known_engine(form.engine), form.data) for form in made}
-    ratios = visitor.watch.side_by_side(visitor.dense, visitor.data, files)
+    files = {form.name: (known_engine(form.engine), form) for form in made}
+    ratios = visitor.watch.side_by_side(visitor.dense, onnx_form(visitor.dense), files)
     told_forms = []
     for number, form in enumerate(made):
         judged = test is not None and number in (0, point.best)

@@ -153,11 +153,11 @@ class Coster:
         else:
             assert candidate.layers is not None  # noqa: S101  (one of the two is there)
             light = replace_layers(self.model, candidate.layers())
-        data = onnx_form(light).data
-        dense = self.watch.whole(self.model, self.graph.data)
-        ratio = self.watch.ratio(self.model, data, self.graph.data)
+        form = onnx_form(light)
+        dense = self.watch.whole(self.model, self.graph.form)
+        ratio = self.watch.ratio(self.model, form, self.graph.form)
         change = Measured((ratio.value - 1) * dense.value, ratio.error * dense.value)
-        return Cost(seconds=change, bytes=len(data) - self.graph.bytes)
+        return Cost(seconds=change, bytes=form.bytes - self.graph.form.bytes)
 
     def _groups(self, candidate: Candidate) -> list[tuple[Group, int]]:
         assert self.analysis is not None  # noqa: S101  (who cuts has groups)

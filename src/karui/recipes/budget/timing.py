@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from karui.measuring import Engine, OnnxRuntime, Ratio, Timing, time_ratio
+from karui.deployment import Deployment
+from karui.measuring import Engine, OnnxForm, OnnxRuntime, Ratio, Timing, time_ratio
 from karui.measuring.bar import bar
+from karui.measuring.filed import Filed
 from karui.measuring.inference import batch_of
 from karui.measuring.rounds import interleaved
 from karui.model import Model
@@ -36,6 +38,10 @@ FREE = 0.5
 """What wider convolutions may take longer, as a share of what their width alone would cost, and still count as free."""
 
 
+Form = OnnxForm | Deployment
+"""A whole file; its bytes are read where they are needed, and held by nobody."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stopwatch:
     """Times blocks and models in ONNX Runtime.
@@ -45,6 +51,7 @@ class Stopwatch:
         cache: what is known already.
         progress: whether a bar is shown.
         narrow: whether blocks are timed in 8 bits; whole files are what they are.
+        structures: of whole files, by digest: to tell one, the file must be in memory.
     """
 
     batch: int = 1
@@ -52,6 +59,7 @@ class Stopwatch:
     cache: TimingCache = field(default_factory=TimingCache)
     progress: bool = False
     narrow: bool = False
+    structures: dict[str, str] = field(default_factory=dict)
 
     def blocks(self, blocks: Sequence[Block]) -> list[Measured]:
         """Seconds of each block."""
@@ -94,7 +102,7 @@ class Stopwatch:
 
         return next((step for step in (16, 8, 4, 2) if free(step)), 1)
 
-    def ratio(self, dense: Model, light: bytes, other: bytes, engine: Engine | None = None) -> Measured:
+    def ratio(self, dense: Model, light: Form, other: Form, engine: Engine | None = None) -> Measured:
         """How long a file takes as a share of another in ONNX Runtime, timed in turns.
 
         Args:
@@ -104,9 +112,9 @@ class Stopwatch:
             engine: what runs the judged file; ONNX Runtime where it is not given.
         """
         engine, home = engine or OnnxRuntime(), OnnxRuntime()
-        if light == other and engine.name == home.name:
+        if engine.name == home.name and Filed.digest(light) == Filed.digest(other):
             return Measured(1.0)
-        name = f"{structure(light)} in {engine.name} {engine.version()} / {structure(other)}"
+        name = f"{self._structure(light)} in {engine.name} {engine.version()} / {self._structure(other)}"
 
         def race() -> np.ndarray:
             found = self._samples(dense, {"light": (engine, light), "other": (home, other)})
@@ -115,7 +123,7 @@ class Stopwatch:
 
         return self._once(name, lambda: _until_near(race))
 
-    def whole(self, dense: Model, data: bytes) -> Measured:
+    def whole(self, dense: Model, file: Form) -> Measured:
         """Seconds of a whole file in ONNX Runtime, on the scale of the blocks; `dense` gives the inputs.
 
         It is timed in turns with the reference, whose time as a block is known: a machine that is busy meanwhile would
@@ -124,24 +132,24 @@ class Stopwatch:
 
         def measure() -> Measured:
             known = replace(self, narrow=False).blocks([_reference()])[0].value
-            share = _until_near(lambda: self._beside_reference(dense, data))
+            share = _until_near(lambda: self._beside_reference(dense, file))
             return Measured(known * share.value, known * share.error)
 
-        return self._once(structure(data), measure)
+        return self._once(self._structure(file), measure)
 
-    def _beside_reference(self, dense: Model, data: bytes) -> np.ndarray:
+    def _beside_reference(self, dense: Model, file: Form) -> np.ndarray:
         """A whole file's time as a share of the reference's, round by round."""
         engine, inputs = OnnxRuntime(), batch_of(dense.example, self.batch)
         blocks = {"reference": _reference(), "call": _nothing()}
         calls = {name: _bound(engine, block.data(), self.threads, block.arrays()) for name, block in blocks.items()}
-        calls["whole"] = _bound(engine, data, self.threads, inputs)
+        calls["whole"] = _bound(engine, file, self.threads, inputs)
         taken = {name: np.array(found) for name, found in self._in_turns(calls).items()}
         # What a call costs by itself is part of a network's time, and no part of a block's.
         return taken["whole"] / np.maximum(taken["reference"] - taken["call"], 1e-9)
 
-    def side_by_side(self, dense: Model, data: bytes, forms: Mapping[str, tuple[Engine, bytes]]) -> dict[str, Ratio]:
+    def side_by_side(self, dense: Model, file: Form, forms: Mapping[str, tuple[Engine, Form]]) -> dict[str, Ratio]:
         """Dense over light for every form, all of them timed in one run and not taken from the cache."""
-        samples = self._samples(dense, {"": (OnnxRuntime(), data), **forms})
+        samples = self._samples(dense, {"": (OnnxRuntime(), file), **forms})
         times = {name: self._timing(name, taken) for name, taken in samples.items()}
         return {name: time_ratio(times[""], times[name]) for name in forms}
 
@@ -152,10 +160,17 @@ class Stopwatch:
             median=middle, low=low, high=high, samples=tuple(taken),
         )  # fmt: skip
 
-    def _samples(self, dense: Model, files: Mapping[str, tuple[Engine, bytes]]) -> dict[str, list[float]]:
+    def _structure(self, file: Form) -> str:
+        """The digest of a file that files of equal time have in common."""
+        told = Filed.digest(file)
+        if told not in self.structures:
+            self.structures[told] = structure(file.data)
+        return self.structures[told]
+
+    def _samples(self, dense: Model, files: Mapping[str, tuple[Engine, Form]]) -> dict[str, list[float]]:
         inputs = batch_of(dense.example, self.batch)
         return self._in_turns(
-            {name: _bound(engine, data, self.threads, inputs) for name, (engine, data) in files.items()}
+            {name: _bound(engine, file, self.threads, inputs) for name, (engine, file) in files.items()}
         )
 
     def _in_turns(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
@@ -200,7 +215,7 @@ def _until_near(race: Callable[[], np.ndarray]) -> Measured:
     return typical(samples)
 
 
-def _bound(engine: Engine, data: bytes, threads: int, inputs: tuple[Any, ...]) -> Callable[[], Any]:
+def _bound(engine: Engine, data: Form | bytes, threads: int, inputs: tuple[Any, ...]) -> Callable[[], Any]:
     """One call of a file."""
     run = engine.prepare(data, threads)
     return lambda: run(inputs)

@@ -89,11 +89,10 @@ class Visitor:
 
     def start(self) -> Point:
         """The dense model as point 0."""
-        data = onnx_form(self.dense).data
-        self.data, self.seconds = data, self.watch.whole(self.dense, data).value
+        form = onnx_form(self.dense)
+        self.bytes, self.seconds = form.bytes, self.watch.whole(self.dense, form).value
         self.forms = Forms(
             dense=self.dense,
-            data=data,
             bench=self.bench,
             watch=self.watch,
             int8=self.int8,
@@ -197,6 +196,8 @@ class Visitor:
 
     def _lightened(self, parent: Point, target: dict[str, float], epochs: int) -> Point | None:
         self.tell(f"point {self.count - 1}: aiming at {_told(target)} from point {parent.number}")
+        if self._held is not None and self._held[0] != parent.number:
+            self._held = None  # the last point's network makes room for that of the new one
         found = self._chosen(parent, target)
         if parent.number:
             # The parent's own network goes before the new one is trained: dense, new and trained are three already.
@@ -230,7 +231,7 @@ class Visitor:
     def _chosen(self, parent: Point, target: Mapping[str, float]) -> _Choice | None:
         """Choose, carry out and measure, until the measured model is at the target or as light as the menu can."""
         offers = self._menu_of(parent)
-        scale = Scale.of(parent, self.seconds, len(self.data))
+        scale = Scale.of(parent, self.seconds, self.bytes)
         wanted = {q: share / scale.factors[q] for q, share in target.items()}
         aims = Aims(wanted)
         best: _Choice | None = None
@@ -256,10 +257,10 @@ class Visitor:
             except SurgeryError as error:
                 self.notes.append(f"left out after a cut was refused: {', '.join(sorted(offers.failed))}. {error}")
                 continue
-            time = self.watch.ratio(self.dense, self.forms.file(light, scale.timed), self.data).value
+            time = self.watch.ratio(self.dense, self.forms.file(light, scale.timed), onnx_form(self.dense)).value
             tried.append(told)
             made.append(chosen)
-            aims.see(counted, {"time": time, "bytes": len(onnx_form(light).data) / len(self.data)})
+            aims.see(counted, {"time": time, "bytes": onnx_form(light).bytes / self.bytes})
             if aims.nearest == len(tried) - 1:
                 best = _Choice(told, {**counted, "time": seconds / scale.whole["time"]}, [light])
             del light

@@ -1,0 +1,80 @@
+"""Bytes that wait in a file: the form of a large model is needed now and then, and would fill memory meanwhile."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import IO, Any, Protocol, overload
+
+SMALL = 2**16
+"""Bytes up to which they stay in memory."""
+
+
+class File(Protocol):
+    """What has the bytes of a file: they are read where they are used, and held by nobody."""
+
+    @property
+    def data(self) -> bytes:
+        """The bytes."""
+        ...
+
+
+class Filed:
+    """A field of a dataclass that holds bytes: written to an unnamed file, and read from it each time they are asked for.
+
+    The file goes with its owner, also where the process is killed. Whoever holds what was read holds it in memory.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Form:
+        ...     data: bytes = Filed()
+        >>> form = Form(bytes(100_000))
+        >>> len(form.data), Filed.size(form), form == Form(bytes(100_000))
+        (100000, 100000, True)
+    """
+
+    def __set__(self, owner: Any, data: bytes) -> None:
+        held: bytes | IO[bytes] = data
+        if len(data) > SMALL:
+            held = tempfile.TemporaryFile(prefix="karui-")  # noqa: SIM115  (closed when its owner goes)
+            weakref.finalize(owner, held.close)
+            held.write(data)
+        vars(owner)["_filed"] = (held, len(data), hashlib.sha256(data).hexdigest())
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> Filed: ...
+    @overload
+    def __get__(self, owner: object, kind: type) -> bytes: ...
+    def __get__(self, owner: Any, kind: type) -> Any:
+        if owner is None:
+            raise AttributeError("data")  # so a dataclass sees a field without a default
+        held, size, _ = vars(owner)["_filed"]
+        if isinstance(held, bytes):
+            return held
+        held.seek(0)
+        return held.read(size)
+
+    @staticmethod
+    def size(owner: Any) -> int:
+        """Length of what an owner's field holds, without reading it."""
+        return vars(owner)["_filed"][1]
+
+    @staticmethod
+    def digest(owner: Any) -> str:
+        """What tells the content of a field from another, without reading either."""
+        return vars(owner)["_filed"][2]
+
+
+def write(file: File, path: Path) -> None:
+    """Write a file's bytes to a path; those that wait on disk pass in pieces."""
+    held = vars(file).get("_filed", (b"",))[0]
+    if isinstance(held, bytes):
+        path.write_bytes(file.data)
+        return
+    held.seek(0)
+    with path.open("wb") as target:
+        shutil.copyfileobj(held, target)
