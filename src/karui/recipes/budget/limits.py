@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from karui.errors import UsageError, did_you_mean, require
+from karui.errors import UsageError, require
 from karui.measuring.values import bytes_text, seconds_text
 
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
@@ -111,8 +111,8 @@ def read_budget(given: str | Mapping[str, float | str] | None, *, max_drop: floa
 
 
 def _limit(key: str, value: str) -> Limit:
-    if key not in UNITS:
-        did_you_mean(key, list(UNITS), "Budget", listing=f"Give {' and '.join(EXAMPLES.values())}.")
+    listing = f"Give {' and '.join(EXAMPLES.values())}."
+    require(key in UNITS, f"Budget '{key}' is not known.", listing, UsageError)
     units = UNITS[key]
     hint = f"Give {EXAMPLES[key]}; a share lies above 0 and below 1."
     found = re.fullmatch(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([A-Za-zµ]*)", value)

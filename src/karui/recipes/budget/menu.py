@@ -6,9 +6,9 @@ slower than what it replaces, beyond the clock's noise, is struck off.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from karui.errors import CaptureError, KaruiError, SurgeryError
 from karui.index import techniques
@@ -80,7 +80,8 @@ class Menu:
         """The model with all chosen candidates: every cut in one proved surgery, then every replacement.
 
         Raises:
-            SurgeryError: a cut is refused; the places at fault are remembered, and not offered again.
+            SurgeryError: a cut is refused, or a replacement after the cuts: where sizes were frozen in Python, they leave
+                a graph without some layers. The places at fault are remembered, and not offered again.
         """
         taken = self.taken(chosen)
         cuts = {name: units for offer in taken.values() for name, units in offer.candidate.cut.items()}
@@ -89,26 +90,33 @@ class Menu:
             try:
                 model = remove_units(model, cuts, analysis=self.analysis)
             except SurgeryError:
-                self._blame({place: offer for place, offer in taken.items() if offer.candidate.cut})
+                self._blame(
+                    {place: offer.candidate.cut for place, offer in taken.items() if offer.candidate.cut},
+                    lambda cut: remove_units(self.model, cut, analysis=self.analysis),
+                )
                 raise
-        layers = {}
-        for offer in taken.values():
-            if offer.candidate.layers is not None:
-                layers |= offer.candidate.layers()
-        if layers:
-            model = replace_layers(model, layers)
+        makers = {place: made for place, offer in taken.items() if (made := offer.candidate.layers) is not None}
+        if makers:
+            light = model
+            try:
+                model = replace_layers(
+                    light, {path: layer for made in makers.values() for path, layer in made().items()}
+                )
+            except SurgeryError:
+                self._blame(makers, lambda made: replace_layers(light, made()))
+                raise
         return model.evolve(model.module, *_notes(taken))
 
-    def _blame(self, cuts: Mapping[str, Offer]) -> None:
-        """Find the cuts that are refused alone; where none is, the last one goes."""
+    def _blame(self, doings: Mapping[str, Any], do: Callable[[Any], Model]) -> None:
+        """Find the places whose doings are refused alone; where none is, the last one goes."""
         before = len(self.failed)
-        for place, offer in cuts.items():
+        for place, doing in doings.items():
             try:
-                remove_units(self.model, offer.candidate.cut, analysis=self.analysis)
+                do(doing)
             except SurgeryError:
                 self.failed.add(place)
         if len(self.failed) == before:
-            self.failed.add(list(cuts)[-1])
+            self.failed.add(list(doings)[-1])
 
 
 def _only_first(count: int):

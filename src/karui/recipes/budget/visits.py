@@ -255,7 +255,7 @@ class Visitor:
             try:
                 light = offers.carry_out(chosen)
             except SurgeryError as error:
-                self.notes.append(f"left out after a cut was refused: {', '.join(sorted(offers.failed))}. {error}")
+                self.notes.append(f"left out, as it was refused: {', '.join(sorted(offers.failed))}. {error}")
                 continue
             time = self.watch.ratio(self.dense, self.forms.file(light, scale.timed), onnx_form(self.dense)).value
             tried.append(told)
