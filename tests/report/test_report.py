@@ -279,7 +279,7 @@ def test_the_points_of_a_budget_are_a_plot():
     on_front, beaten = drawn["data"]
     assert on_front["x"] == [1.0, 0.5]
     assert beaten["y"] == [95.0]
-    assert "points/02" in beaten["hovertext"][0]
+    assert "points/02, points/02/model.onnx" in beaten["hovertext"][0]
     lines = sorted(shape.get("y0", 0) for shape in drawn["layout"]["shapes"])
     assert lines[-1] == pytest.approx(95.0)  # the floor: 2 points under dense
     assert "point 1 the result" in plot.caption

@@ -23,7 +23,7 @@ class File(Protocol):
 
 
 class Filed:
-    """A field of a dataclass that holds bytes: written to an unnamed file, and read from it each time they are asked for.
+    """A field of a dataclass that holds bytes: in an unnamed file, and read from it each time they are asked for.
 
     The file goes with its owner, also where the process is killed. Whoever holds what was read holds it in memory.
 

@@ -43,14 +43,15 @@ def front_plot(budget: Mapping[str, Any] | None) -> Plot | None:
     )
     caption = (
         f"Point 0 is the dense model, point {budget['point']} the result; the area of a disc is the size of its ONNX "
-        "file. Each point is kept, and its folder (shown when you point at it) loads with karui.load."
+        "file. Each point is kept: its folder (shown when you point at it) loads with karui.load, and the model.onnx in "
+        "it is the form that is told."
     )
     return Plot("The points visited", caption, as_json(figure))
 
 
 def _told(point: Mapping[str, Any], form: Mapping[str, Any]) -> str:
     """What is shown when the pointer is over a point."""
-    where = point["folder"] or "the dense model"
+    where = f"{point['folder']}, {point['folder']}/model.onnx" if point["folder"] else "the dense model"
     lines = [
         f"point {point['number']}: {form['told']}",
         f"time {form['time']:.2f}, bytes {form['bytes']:.2f} of dense, lost {form['lost']:.2f}",

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 import karui
 from karui.artifact import load
 from karui.data import Splits
+from karui.deployment import Deployment, as_model
 from karui.errors import NeedError, UsageError
 from karui.measuring.values import from_json
 from karui.model import Classification, CustomTask, Model, Regression
@@ -63,6 +64,11 @@ def test_a_budget_of_bytes_is_met(model: Model, bench: Bench, tmp_path: Path):
             assert point.fp32.score is not None
             again = load(tmp_path / "light" / point.folder, base=model)
             assert bench.evaluate(again).value == pytest.approx(point.fp32.score["value"])
+            file = tmp_path / "light" / point.folder / "model.onnx"
+            assert file.stat().st_size / told["dense_bytes"] == pytest.approx(point.form.bytes)
+            form = Deployment(name="", engine="onnxruntime", precision="fp32", data=file.read_bytes())
+            assert point.form.score is not None
+            assert bench.evaluate(as_model(form, again)).value == pytest.approx(point.form.score["value"])
     assert set(told["front"]) <= {p["number"] for p in told["points"]}
 
 

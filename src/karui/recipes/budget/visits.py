@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from karui.artifact import load, save
-from karui.errors import SurgeryError
+from karui.errors import KaruiError, SurgeryError
 from karui.measuring import onnx_form
 from karui.measuring.values import from_json, to_json
 from karui.model import Model
@@ -172,12 +172,21 @@ class Visitor:
         if point.number:
             folder = Path(POINTS) / f"{point.number:02d}"
             point = replace(point, folder=str(folder))
-            save(model, self.out / folder, onnx=False)
+            self._save(model, point)
             self._held = (point.number, model)
         form = point.form
         score = "" if form.score is None else f", {form.score['metric']} {form.score['value']:.4g} on validation data"
         self.tell(f"point {point.number}: {form.told}, time {form.time:.2f} and bytes {form.bytes:.2f} of dense{score}")
         return point
+
+    def _save(self, model: Model, point: Point) -> None:
+        """Keep the model, with the file of its best form: whoever takes another point than ours can deploy it."""
+        chosen = self.forms.made(model, point.forms)[point.best]
+        try:
+            save(model, self.out / point.folder, deployment=chosen)
+        except KaruiError as error:
+            self.notes.append(f"point {point.number} has no ONNX file: {error.message}")
+            save(model, self.out / point.folder, onnx=False)
 
     def _recovered(self, model: Model, epochs: int, before: int = 0) -> Model:
         """The model trained; with smaller steps where it has been trained before, as large ones would undo that."""
