@@ -200,4 +200,4 @@ def test_an_export_leaves_no_weights_behind():
     onnx_form(Model(net, example=(torch.zeros(1, 2, 6, 6),)))
     del net
     gc.collect()
-    assert [ref().shape for ref in weights if ref() is not None] == []
+    assert [weight.shape for ref in weights if (weight := ref()) is not None] == []

@@ -80,8 +80,8 @@ class Menu:
         """The model with all chosen candidates: every cut in one proved surgery, then every replacement.
 
         Raises:
-            SurgeryError: a cut is refused, or a replacement after the cuts, which leave a graph without some layers where
-                sizes were frozen in Python. The places at fault are remembered, and not offered again.
+            SurgeryError: a cut is refused, or a replacement after the cuts, which leave a graph without some layers
+                where sizes were frozen in Python. The places at fault are remembered, and not offered again.
         """
         taken = self.taken(chosen)
         cuts = {name: units for offer in taken.values() for name, units in offer.candidate.cut.items()}
