@@ -43,8 +43,8 @@ def front_plot(budget: Mapping[str, Any] | None) -> Plot | None:
     )
     caption = (
         f"Point 0 is the dense model, point {budget['point']} the result; the area of a disc is the size of its ONNX "
-        "file. Each point is kept: its folder (shown when you point at it) loads with karui.load, and its model.onnx is "
-        "the form that is told."
+        "file. Each point is kept: its folder (shown when you point at it) loads with karui.load, and its model.onnx "
+        "is the form that is told."
     )
     return Plot("The points visited", caption, as_json(figure))
 
