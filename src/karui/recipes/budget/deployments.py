@@ -168,7 +168,7 @@ class Forms:
         found = []
         for each in made:
             try:
-                known_engine(each.engine).prepare(each.data, self.watch.threads)
+                known_engine(each.engine).prepare(each, self.watch.threads)
             except UsageError as error:
                 if each.engine == OnnxRuntime().name:
                     raise
