@@ -51,7 +51,9 @@ def test_without_a_layer_in_8_bits_there_is_no_such_form(forms):
     assert {d.precision for d in deployments(form, nothing)} == {"fp32"}
 
 
-@pytest.mark.parametrize(("field", "words"), [("engine", "onnxruntime, openvino"), ("precision", "'fp32' or 'int8'")])
+@pytest.mark.parametrize(
+    ("field", "words"), [("engine", "onnxruntime, openvino"), ("precision", "fp32, int8, dynamic int8")]
+)
 def test_wrong_values_are_told(field, words):
     good = Deployment(name="a", engine="onnxruntime", precision="fp32", data=b"")
     with pytest.raises(SettingError, match=words):

@@ -42,7 +42,7 @@ class Verification:
             file was saved.
         onnx: whether there was an ONNX file to compare.
         engine: the engine that ran it.
-        precision: of the file, "fp32" or "int8".
+        precision: of the file: "fp32", "int8" or "dynamic int8".
     """
 
     batches: tuple[int, ...] = BATCHES
@@ -67,7 +67,7 @@ class Verification:
         sizes = ", ".join(map(str, self.batches))
         word = "equal" if self.ok else "NOT equal"
         name = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}.get(self.engine, self.engine)
-        bits = " up to the rounding of 8 bits" if self.precision == "int8" else ""
+        bits = " up to the rounding of 8 bits" if self.precision != "fp32" else ""
         return (
             f"{name} and torch are {word}{bits} at batches {sizes}: "
             f"largest difference {self.difference:.1e}, tolerance {self.tolerance:.1e}"
@@ -148,7 +148,7 @@ def compare_deployment(
         difference=difference,
         tolerance=allowed if tolerance is None else tolerance,
         engine=engine.name,
-        precision="int8",
+        precision=deployment.precision,
     )
 
 

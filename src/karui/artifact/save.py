@@ -50,7 +50,7 @@ class Saved:
         json_bytes: length of `model.json`: structure, task, settings, measurements.
         onnx_bytes: length of `model.onnx`; None where it was not written.
         engine: the engine that `model.onnx` is meant for.
-        precision: of `model.onnx`: "fp32" or "int8".
+        precision: of `model.onnx`: "fp32", "int8" or "dynamic int8".
         tensors: each tensor that is stored (one that is shared is stored once).
         verification: the comparison that the ONNX file passed.
         warnings: what could not be saved, and why.
@@ -172,7 +172,7 @@ def _deployment(deployment: Deployment | None, verification: Verification | None
         return None
     given = deployment or Deployment(name="", engine="onnxruntime", precision="fp32", data=b"")
     told = {"name": given.name, "engine": given.engine, "precision": given.precision, "fp32_layers": given.fp32_layers}
-    return json_values.to_json({**told, "tolerance": verification.tolerance if given.precision == "int8" else None})
+    return json_values.to_json({**told, "tolerance": verification.tolerance if given.precision != "fp32" else None})
 
 
 def stored_bytes(model: Model) -> int:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from karui.deployment.int8 import Int8Form
+from karui.deployment.int8 import Int8Form, Precision
 from karui.errors import UsageError, require
 from karui.measuring import Clock, OnnxForm, Ratio, Timings, known_engine, time_ratio
 from karui.measuring.filed import Filed
 
-Precision = Literal["fp32", "int8"]
 ENGINES = ("onnxruntime", "openvino")
 
 
@@ -26,7 +25,7 @@ class Deployment:
     Settings:
         name: what tables call it.
         engine: "onnxruntime" or "openvino".
-        precision: "fp32" or "int8".
+        precision: "fp32", "int8" or "dynamic int8".
         data: the bytes of the ONNX file; those of a large one wait on disk, and are read each time.
         fp32_layers: paths of layers with weights that stay in 32 bits though the form is in 8.
 
@@ -46,7 +45,8 @@ class Deployment:
 
     def __post_init__(self) -> None:
         require(self.engine in ENGINES, f"engine is '{self.engine}'; give one of {', '.join(ENGINES)}")
-        require(self.precision in ("fp32", "int8"), f"precision is '{self.precision}'; give 'fp32' or 'int8'")
+        known = get_args(Precision)
+        require(self.precision in known, f"precision is '{self.precision}'; give one of: {', '.join(known)}")
 
     @property
     def bytes(self) -> int:
@@ -70,7 +70,11 @@ def deployments(
     if int8 is not None and (int8.quantised or int8.stored):
         made += [
             Deployment(
-                name=f"{name}, int8, {e}", engine=e, precision="int8", data=int8.data, fp32_layers=tuple(int8.fp32)
+                name=f"{name}, {int8.precision}, {e}",
+                engine=e,
+                precision=int8.precision,
+                data=int8.data,
+                fp32_layers=tuple(int8.fp32),
             )
             for e in usable
         ]

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -37,6 +37,8 @@ from karui.measuring.inference import tensors_of
 if TYPE_CHECKING:
     import onnx
     from onnxruntime.quantization.calibrate import TensorsData
+
+Precision = Literal["fp32", "int8", "dynamic int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +79,19 @@ class Int8Form:
         stored: paths of the layers whose weights are stored in 8 bits, and that compute in 32 (LSTM, GRU, transposed
             convolution).
         fp32: paths of the other layers with weights, each with the reason.
+        dynamic: whether activations become integers by their range at each call; else by one seen on calibration data.
     """
 
     form: OnnxForm
     quantised: tuple[str, ...]
     stored: tuple[str, ...]
     fp32: dict[str, str]
+    dynamic: bool = False
+
+    @property
+    def precision(self) -> Precision:
+        """What tables call it."""
+        return "dynamic int8" if self.dynamic else "int8"
 
     @property
     def data(self) -> bytes:
@@ -124,7 +133,7 @@ def calibrate(form: OnnxForm, batches: Iterable[tuple[Any, ...]]) -> Calibrated:
     from onnxruntime.quantization import CalibrationMethod, create_calibrator
 
     names = [put.name for put in parsed(form).graph.input]
-    with _quiet(), tempfile.TemporaryDirectory(prefix="karui-") as scratch:
+    with quiet(), tempfile.TemporaryDirectory(prefix="karui-") as scratch:
         file = Path(scratch) / "form.onnx"
         file.write_bytes(form.data)
         try:
@@ -135,7 +144,7 @@ def calibrate(form: OnnxForm, batches: Iterable[tuple[Any, ...]]) -> Calibrated:
                 calibrate_method=CalibrationMethod.MinMax,
             )
         except Exception as error:
-            raise UsageError(f"The ONNX form cannot be calibrated: {_line(error)}", "Export it again.") from error
+            raise UsageError(f"The ONNX form cannot be calibrated: {first_line(error)}", "Export it again.") from error
         samples = 0
         for batch in batches:
             arrays = _arrays(batch, names)
@@ -144,7 +153,7 @@ def calibrate(form: OnnxForm, batches: Iterable[tuple[Any, ...]]) -> Calibrated:
             except Exception as error:
                 shapes = ", ".join(str(list(array.shape)) for array in arrays.values())
                 raise DataError(
-                    f"The ONNX form does not run on calibration inputs {shapes}: {_line(error)}",
+                    f"The ONNX form does not run on calibration inputs {shapes}: {first_line(error)}",
                     "Give batches of inputs that the model takes.",
                 ) from error
             samples += len(arrays[names[0]])
@@ -220,7 +229,7 @@ def _with_integers(
 
     told, channels = (proto.producer_name, proto.producer_version), channels_of(proto)
     average_pools(proto, channels)
-    with _quiet():
+    with quiet():
         try:
             quantiser = QDQQuantizer(
                 proto,
@@ -237,7 +246,7 @@ def _with_integers(
             quantiser.quantize_model()
         except Exception as error:
             raise UsageError(
-                f"The ONNX form cannot be quantised: {_line(error)}", "Leave layers in 32 bits: Int8(leave=...)."
+                f"The ONNX form cannot be quantised: {first_line(error)}", "Leave layers in 32 bits: Int8(leave=...)."
             ) from error
     made = quantiser.model.model
     integer_shortcuts(made, channels)
@@ -282,7 +291,7 @@ def _arrays(batch: Any, names: list[str]) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No advice of ONNX Runtime's quantiser: it warns that the graph was not prepared by its own tool."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -292,5 +301,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an engine complains of, without its trace."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

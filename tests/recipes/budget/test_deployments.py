@@ -164,3 +164,17 @@ def test_two_processes_on_one_file_of_times_lose_none_and_agree(tmp_path: Path):
     assert TimingCache.of_this_machine(tmp_path).found == {"of this one": Measured(1.0, 0.5)}
     second.file.write_text("{")
     assert TimingCache.of_this_machine(tmp_path).found == {}
+
+
+def test_a_network_of_linear_layers_is_tried_in_dynamic_8_bits_too(bench: Bench, cache: Path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 256), nn.ReLU(), nn.Linear(256, 4))
+    dense = Model(net.eval(), example=(torch.zeros(1, 3, 8, 8),), task=Classification())
+    maker = forms(dense, bench, cache, wanted=("bytes",))
+    found, _ = maker.of(dense, None)
+    narrow = next(f for f in found if f.name == "dynamic int8, onnxruntime")
+    assert narrow.told == "dynamic int8 in onnxruntime"
+    assert narrow.bytes < 0.3
+    made = maker.made(dense, found)
+    assert [d.precision for d in made] == [f.told.partition(" in ")[0] for f in found]
+    assert [d.bytes / onnx_form(dense).bytes for d in made] == [f.bytes for f in found]

@@ -220,6 +220,27 @@ def test_other_tasks_than_pictures(name: str):
     assert done.model.parameters < dense.parameters
 
 
+@pytest.mark.usefixtures("steady")
+def test_a_training_that_makes_it_worse_is_not_kept():
+    """The targets to train on are noise; those to judge by are what the dense network says."""
+    torch.manual_seed(0)
+    dense = Model(
+        nn.Sequential(nn.Linear(16, 96), nn.ReLU(), nn.Linear(96, 4)).eval(),
+        example=(torch.zeros(2, 16),),
+        task=Regression(),
+    )
+    x = torch.randn(192, 16)
+    with torch.no_grad():
+        judged = TensorDataset(x, dense.module(x))
+    noise = TensorDataset(x, 9 * torch.randn(192, 4))
+    bench = Bench(train=noise, validation=judged, test=judged, training=TRAINING)
+    lines: list[str] = []
+    done = karui.compress(dense, bench, budget="bytes=0.7", epochs=3, int8=False, tell=lines.append)
+    assert any("training made it worse on validation data" in line for line in lines)
+    assert done.met
+    assert bench.evaluate(done.model).value < 1
+
+
 @pytest.mark.slow
 def test_without_budget_and_floor_the_knee_is_taken(model: Model, bench: Bench):
     done = karui.compress(model, bench, epochs=2, int8=False)

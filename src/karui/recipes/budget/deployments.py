@@ -1,8 +1,9 @@
 """The forms that a point is tried in: each engine that is installed, in 32 bits and in 8, timed and judged.
 
-8 bits are tried at every point, so that they compose with all that was done to the network. A form counts only where
-it is measured faster than the one in 32 bits (or smaller, if bytes were asked for), and where the floor holds. Where 8
-bits alone break the floor, the layers that they harm most are given back their 32 bits.
+8 bits are tried at every point, so that they compose with all that was done to the network: static ones, and dynamic
+ones where linear layers and embeddings weigh most. A form counts only where it is measured faster than the one in 32
+bits (or smaller, if bytes were asked for), and where the floor holds. Where static 8 bits alone break the floor, the
+layers that they harm most are given back their 32 bits.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from karui.deployment import (
     calibrate,
     layer_harms,
     leave_worst,
+    mostly_linear,
     quantise,
+    quantise_dynamically,
 )
 from karui.deployment import deployments as forms_in
 from karui.errors import KaruiError, UsageError
@@ -42,6 +45,8 @@ SLACK = 0.5
 """Points that 8 bits may cost where no floor says."""
 NARROW = "int8 in onnxruntime"
 """What a form is told as that the menu is timed in 8 bits for."""
+DYNAMIC = "dynamic int8"
+"""How the names of forms begin whose activations become integers at each call."""
 ROUNDING = 1e-9
 """Of the arithmetic by which a loss is held against a floor."""
 
@@ -101,6 +106,8 @@ class Forms:
         calibrated = self._calibrated(form) if self.int8 else None
         if calibrated is not None:
             found += self._narrow(model, calibrated, found[0], first or plain)
+        if self.int8 and mostly_linear(form):
+            found += self._dynamic(model, form, first or plain)
         return tuple(found), self.best(found)
 
     def best(self, forms: Sequence[Form]) -> int:
@@ -117,6 +124,9 @@ class Forms:
         form = onnx_form(model)
         files = {d.name: d for d in named(form, None)}
         narrow = [f for f in forms if f.name not in files]
+        if any(f.name.startswith(DYNAMIC) for f in narrow):
+            files |= {d.name: d for d in named(form, quantise_dynamically(form))}
+        narrow = [f for f in narrow if f.name not in files]
         if narrow:
             int8 = quantise(calibrate(form, self._batches(SEEN)), Int8(leave=narrow[0].left))
             files |= {d.name: d for d in named(form, int8)}
@@ -201,7 +211,7 @@ class Forms:
         except KaruiError as error:
             self._note(f"8 bits were not tried: {error.message}")
             return []
-        found = self._judged(model, calibrated, int8, first)
+        found = self._judged(model, calibrated.form, int8, first)
         allowed = self._allowed(plain)
         broken = [f for f in found if f.lost > allowed and self._pays(f, plain)]
         if not broken or plain.lost > allowed:
@@ -212,7 +222,15 @@ class Forms:
         spared = leave_worst(calibrated, order, fits)
         if spared.form is None:
             return found
-        return self._judged(model, calibrated, spared.form, first, spared.left)
+        return self._judged(model, calibrated.form, spared.form, first, spared.left)
+
+    def _dynamic(self, model: Model, form: OnnxForm, first: Score | Mapping[str, Any] | None) -> list[Form]:
+        """The form in 8 bits whose activations become integers at each call."""
+        try:
+            return self._judged(model, form, quantise_dynamically(form), first)
+        except KaruiError as error:
+            self._note(f"dynamic 8 bits were not tried: {error.message}")
+            return []
 
     def _keeps(
         self, model: Model, form: OnnxForm, like: Deployment, first: Any, allowed: float
@@ -226,12 +244,12 @@ class Forms:
     def _judged(
         self,
         model: Model,
-        calibrated: Calibrated,
+        form: OnnxForm,
         int8: Int8Form,
         first: Score | Mapping[str, Any] | None,
         left: Sequence[str] = (),
     ) -> list[Form]:
-        made = self._open([d for d in named(calibrated.form, int8) if d.precision == "int8"])
+        made = self._open([d for d in named(form, int8) if d.precision == int8.precision])
         judge = self.bench.validation is not None and model.task is not None
         scores = [score_of(d, model, self.bench.validation) if judge else None for d in made]
         return [self._timed(d, score, first, left) for d, score in zip(made, scores, strict=True)]

@@ -16,7 +16,7 @@ from karui.measuring.values import from_json, to_json
 from karui.model import Model
 from karui.recipes.budget.aims import Aims, Scale
 from karui.recipes.budget.choice import cheapest, choose
-from karui.recipes.budget.deployments import NARROW, Forms
+from karui.recipes.budget.deployments import NARROW, Forms, lost
 from karui.recipes.budget.front import Point
 from karui.recipes.budget.menu import Menu, menu
 from karui.recipes.budget.recover import rate_for, recover, settled
@@ -189,6 +189,20 @@ class Visitor:
             save(model, self.out / point.folder, onnx=False)
 
     def _recovered(self, model: Model, epochs: int, before: int = 0) -> Model:
+        """The model trained, or as it was where that is better on validation data: few samples are soon overfitted."""
+        trained = self._trained(model, epochs, before)
+        if not epochs or self.bench.validation is None or model.task is None:
+            return trained
+        scores = [self.bench.evaluate(each) for each in (model, trained)]
+        if lost(*scores) <= 0:
+            return trained
+        after, was = (f"{score.value:.4g}" for score in reversed(scores))
+        self.tell(
+            f"  training made it worse on validation data ({scores[0].metric} {after}, was {was}): left as it was"
+        )
+        return model
+
+    def _trained(self, model: Model, epochs: int, before: int) -> Model:
         """The model trained; with smaller steps where it has been trained before, as large ones would undo that."""
         if not epochs:
             return settled(model, self.dense, self.bench)

@@ -1,0 +1,114 @@
+"""Dynamic quantisation to 8 bits: for networks whose weights are mostly those of linear layers and embeddings.
+
+Weights are integers; the activations that meet them become integers at each call, by their own range, so that no
+calibration is needed and nothing is narrowed between the layers. What a static form must narrow and widen on the way
+(the gates and states of an LSTM) stays as it is here.
+
+Does not pay on convolutions, which stay in 32 bits: their integer kernel for ranges that are known only at the call is
+slow. OpenVINO does not take such forms.
+
+Source: `quantize_dynamic` in the documentation of `onnxruntime.quantization`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from karui.deployment.int8 import Int8Form, first_line, quiet
+from karui.deployment.layers import layers_of, parsed
+from karui.errors import UsageError
+from karui.measuring import OnnxForm
+
+if TYPE_CHECKING:
+    import onnx
+
+LINEAR = ("Gemm", "MatMul", "Gather")
+
+
+def mostly_linear(form: OnnxForm) -> bool:
+    """Whether linear layers and embeddings hold more than half of the numbers of a form."""
+    proto = parsed(form)
+    sizes = _floats(proto)
+    linear = {name for names in _weights(form, proto).values() for name in names}
+    return 2 * sum(sizes[name] for name in linear) > sum(sizes.values())
+
+
+def quantise_dynamically(form: OnnxForm) -> Int8Form:
+    """A form whose linear layers and embeddings are in 8 bits; weights have 7 of them, one scale a channel.
+
+    Raises:
+        UsageError: the form is damaged, or cannot be quantised.
+
+    Example:
+        >>> import torch
+        >>> from karui.measuring import onnx_form
+        >>> from karui.model import Model
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 8))
+        >>> form = onnx_form(Model(net, example=(torch.zeros(1, 64),)))
+        >>> light = quantise_dynamically(form)
+        >>> light.quantised, len(light.data) < len(form.data) / 2
+        (('0', '2'), True)
+    """
+    from onnxruntime.quantization import QuantizationMode, QuantType
+    from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
+
+    proto = parsed(form)
+    layers, weights = layers_of(form, proto), _weights(form, proto)
+    told = proto.producer_name, proto.producer_version
+    with quiet():
+        try:
+            quantiser = ONNXQuantizer(
+                proto,
+                per_channel=True,
+                reduce_range=True,
+                mode=QuantizationMode.IntegerOps,
+                static=False,
+                weight_qType=QuantType.QInt8,
+                activation_qType=QuantType.QUInt8,
+                tensors_range=None,
+                nodes_to_quantize=[],
+                nodes_to_exclude=[],
+                op_types_to_quantize=["MatMul", "Gather"],
+                extra_options={"MatMulConstBOnly": True},
+            )
+            quantiser.quantize_model()
+        except Exception as error:
+            raise UsageError(
+                f"The ONNX form cannot be quantised: {first_line(error)}", "Deploy it in 32 bits."
+            ) from error
+    made = quantiser.model.model
+    made.producer_name, made.producer_version = told
+    del made.metadata_props[:], made.graph.value_info[:]  # engines work out shapes for themselves
+    left = _floats(made)
+    quantised = tuple(path for path, names in weights.items() if not any(name in left for name in names))
+    known = sorted(form.layers, key=len)
+    return Int8Form(
+        form=OnnxForm(
+            data=made.SerializeToString(deterministic=True),
+            layers={
+                node.name: next((form.layers[name] for name in reversed(known) if node.name.startswith(name)), "")
+                for node in made.graph.node
+            },
+        ),
+        quantised=quantised,
+        stored=(),
+        fp32={path: "it is no linear layer or embedding" for path in layers.paths if path not in quantised},
+        dynamic=True,
+    )
+
+
+def _floats(proto: onnx.ModelProto) -> dict[str, int]:
+    """How many numbers each constant in 32 bits has."""
+    return {tensor.name: math.prod(tensor.dims) for tensor in proto.graph.initializer if tensor.data_type == 1}
+
+
+def _weights(form: OnnxForm, proto: onnx.ModelProto) -> dict[str, list[str]]:
+    """The constant matrices of linear layers and embeddings, by the path of the layer."""
+    matrices = {tensor.name for tensor in proto.graph.initializer if tensor.data_type == 1 and len(tensor.dims) > 1}
+    found: dict[str, list[str]] = {}
+    for node in proto.graph.node:
+        names = [name for name in node.input[:2] if name in matrices]
+        if node.op_type in LINEAR and names:
+            found.setdefault(form.layers.get(node.name, ""), []).extend(names)
+    return found
