@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,9 +41,12 @@ from karui.distill.mutual import MutualLearning
 from karui.distill.neurons import NeuronSelection
 from karui.distill.predictors import FLOOR, predictor
 from karui.errors import NeedError
+from karui.measuring import Clock
+from karui.measuring.engines import Torch
 from karui.model import Classification, Model, Regression
 from karui.recipes import recipe_from_values
 from karui.recipes.recipe import recipe_from
+from karui.recipes.run import run_recipe
 from karui.technique import Bench, lacking
 from karui.train import SGD, Adam, Constant, Influence, Moment, Training
 from karui.train.fingerprint import fingerprint
@@ -498,6 +502,63 @@ def test_answers_in_double_precision_are_not_said_to_be_kept(bench: Bench, few: 
 
     made = KnowledgeDistillation(teacher=wide, epochs=1).apply(mlp(8), bench)
     assert "asked anew in each pass, as its answers are in double precision" in made.lineage[-2].describe()
+
+
+@pytest.mark.parametrize(
+    ("technique", "why"),
+    [
+        pytest.param(NeuronSelection(epochs=1, number=5, by="random"), r"give \(hidden\)", marks=pytest.mark.paper(32)),
+        pytest.param(
+            FitNets(layer="1", teacher_layer="norm", hint_epochs=1, epochs=0), r"\(norm\)", marks=pytest.mark.paper(33)
+        ),
+        pytest.param(
+            AttentionTransfer(layers=("1",), teacher_layers=("norm",), epochs=1),
+            r"\(norm\)",
+            marks=pytest.mark.paper(34),
+        ),
+        pytest.param(
+            AttentionTransfer(layers=("1",), teacher_layers=("norm",), epochs=1, soft=0.9),
+            r"\(norm\)",
+            marks=pytest.mark.paper(34),
+        ),
+        pytest.param(
+            AttentionTransfer(by="gradients", epochs=1), "the gradient of its loss", marks=pytest.mark.paper(34)
+        ),
+        pytest.param(DetectionDistillation(epochs=1), r"\(drop|norm\)", marks=pytest.mark.paper(35)),
+    ],
+    ids=lambda one: f"{type(one).__name__} {getattr(one, 'by', '')}".strip() if not isinstance(one, str) else "",
+)
+def test_who_looks_inside_says_that_nothing_is_kept_and_why(technique: Any, why: str, bench: Bench) -> None:
+    made = replace(technique, teacher=Watched([])).apply(student(), bench)
+    (line,) = [line for line in told_of_teachers(made) if "asked anew in each pass" in line]
+    assert re.search(why, line), line
+    assert line.endswith("only answers are kept")
+
+
+def told_of_teachers(made: Model) -> list[str]:
+    return [edit.describe() for edit in made.lineage if edit.describe().startswith("teacher: ")]
+
+
+@pytest.mark.paper(37)
+def test_every_generation_says_whether_answers_are_kept(bench: Bench) -> None:
+    made = BornAgain(generations=2, epochs=1).apply(student(), bench)
+    assert any("asked once for each input; those for 120 are kept in memory" in line for line in told_of_teachers(made))
+
+
+@pytest.mark.paper(30)
+def test_a_training_under_a_teacher_says_whether_answers_are_kept(bench: Bench) -> None:
+    """Whatever trains, though it knows of no teacher: the line is the influence's, and the loop writes it down."""
+    soft = KnowledgeDistillation(teacher=mlp(16, seed=3)).influence(mlp(8), bench)
+    (line,) = told_of_teachers(bench.under(soft).fit(mlp(8)))
+    assert "asked once for each input; those for 120 are kept in memory" in line
+
+
+@pytest.mark.paper(30)
+def test_a_run_tells_whether_answers_are_kept(bench: Bench, tmp_path: Path, onnx_file: Path) -> None:
+    recipe = recipe_from(f"knowledge_distillation:teacher={onnx_file},epochs=1")
+    clock, told = Clock(batches=(1,), threads=(1,), engines=(Torch(),), rounds=5), []
+    run_recipe(mlp(8), recipe, replace(bench, clock=clock), tmp_path / "out", train_first=True, tell=told.append)
+    assert any("knowledge_distillation: teacher: asked once for each input" in line for line in told), told
 
 
 FACTORY = """

@@ -18,7 +18,7 @@ from karui.data import Batches
 from karui.distill.predictors import Classifier, Predictor, Regressor, predictor
 from karui.errors import KaruiError, NeedError, require, told
 from karui.measuring.inference import inference
-from karui.model import Model, Note, Regression
+from karui.model import Model, Regression
 from karui.model.importing import load_callable, told_of
 from karui.train.teaching import DISK, MEMORY, Teachers, answer_bytes
 
@@ -194,20 +194,16 @@ class Keeping:
     Settings:
         samples: whose answers are kept at most.
         folder: where; None is in memory.
-        why: for people.
+        why: for people; None where the user wants it so.
     """
 
     samples: int
     folder: Path | None
-    why: str
+    why: str | None = None
 
     def teachers(self, models: tuple[Model, ...], *, classes: bool = True) -> Teachers:
         """The models, frozen, with this memory."""
-        return Teachers(models, self.samples, self.folder, classes=classes)
-
-    def noted(self, student: Model) -> Model:
-        """The student, before it is taught, with a line of it in its lineage."""
-        return student.evolve(student.module, Note(self.why, {"kept": self.samples}))
+        return Teachers(models, self.samples, self.folder, classes=classes, why=self.why)
 
 
 def keeping(models: tuple[Model, ...], bench: Bench, remember: int | None = None) -> Keeping:
@@ -220,12 +216,8 @@ def keeping(models: tuple[Model, ...], bench: Bench, remember: int | None = None
     """
     folder = bench.checkpoints / "answers" if bench.checkpoints is not None else None
     samples = 0 if bench.train is None else len(Batches(bench.train))
-    where = "in memory" if folder is None else "beside the checkpoints"
     if remember is not None:
-        why = (
-            f"answers of up to {remember:,} samples are kept {where}" if remember else "answers are not kept, as asked"
-        )
-        return Keeping(remember, folder, f"teacher: {why}")
+        return Keeping(remember, folder)
     anew = "teacher: asked anew in each pass, as"
     if bench.training.augment is not None:
         return Keeping(0, None, f"{anew} augmentation makes every sample a new one, for which no kept answer would do")
@@ -236,6 +228,7 @@ def keeping(models: tuple[Model, ...], bench: Bench, remember: int | None = None
     if size > most:
         room = f"{size / 2**20:,.0f} MiB of {most // 2**20:,}"
         return Keeping(0, None, f"{anew} its answers for {samples:,} samples would take {room}")
+    where = "in memory" if folder is None else "beside the checkpoints"
     return Keeping(samples, folder, f"teacher: asked once for each input; those for {samples:,} are kept {where}")
 
 

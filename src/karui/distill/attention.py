@@ -44,7 +44,7 @@ from karui.model import Model, Task
 from karui.numerics.soft_targets import distillation_loss, soften
 from karui.technique import Card, technique
 from karui.train import Influence, Moment, Together
-from karui.train.guide import Guide, statistics_kept
+from karui.train.guide import Guide, asked_anew, statistics_kept
 from karui.train.masks import MaskKeeper, zero_masks
 
 if TYPE_CHECKING:
@@ -149,6 +149,11 @@ class AttentionMaps(Influence):
         """The student's layers."""
         return self.layers
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """That the teacher is asked anew, and why."""
+        return self.guide.remarks
+
     def ahead(self, inputs: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
         """What the teacher says and shows of the batch."""
         return self.guide.told(inputs)
@@ -201,6 +206,11 @@ class InputGradients(Influence):
     task: Task
     beta: float = 1.0
     decay: bool = False
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """That the teacher is asked anew, and why; nothing where there is none."""
+        return () if self.guide is None else (asked_anew("the gradient of its loss with respect to each input"),)
 
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The loss + beta/2 ||J_S - J_T||, or + beta/2 ||J(x) - flip(J(flip(x)))||², averaged over the batch."""

@@ -104,6 +104,11 @@ class Generation(Influence):
     labels: bool = True
     ignore: int = -100
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Whether the teacher's answers are kept."""
+        return self.teachers.remarks
+
     def ahead(self, inputs: tuple[Any, ...]) -> Tensor:
         """What the teacher says of the batch."""
         return self.teachers(inputs)
@@ -222,17 +227,14 @@ class BornAgain:
         teacher = model
         ignore = getattr(model.task, "ignore", None)
         for number in range(1, self.generations + 1):
-            kept = keeping((teacher,), bench)
             influence = Generation(
-                teachers=kept.teachers((teacher,), classes=False),
+                teachers=keeping((teacher,), bench).teachers((teacher,), classes=False),
                 loss=self.loss,
                 labels=self.labels,
                 ignore=-100 if ignore is None else ignore,
             )
             fresh = redrawn(model, seed_of(bench.seed, "generation", number))
             taught = bench.fit(fresh, epochs=self.epochs, influence=influence, label=f"generation {number}")
-            teacher = taught.evolve(
-                taught.module, Note(f"generation {number}, taught by the one before it", {"answers": kept.why})
-            )
+            teacher = taught.evolve(taught.module, Note(f"generation {number}, taught by the one before it"))
             made.append(teacher)
         return tuple(made)

@@ -182,6 +182,11 @@ class DetectionGuidance(Influence):
         """The student's layer."""
         return (self.layer,) if self.hint > 0 else ()
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """That the teacher is asked anew, and why."""
+        return self.guide.remarks
+
     def ahead(self, inputs: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
         """What the teacher says and shows of the batch."""
         return self.guide.told(inputs)

@@ -140,6 +140,11 @@ class _Hint:
     layer: str
     teacher_layer: str
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """That the teacher is asked anew, and why."""
+        return self.guide.remarks
+
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], targets: Any) -> tuple[Any, Tensor]:
         del targets
         with torch.no_grad():
@@ -167,6 +172,11 @@ class FadingTargets(Influence):
     def at(self, moment: Moment) -> float:
         """The weight of this step."""
         return self.weight * (1 - moment.step / max(1, moment.steps - 1))
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Whether the teacher's answers are kept."""
+        return self.teachers.remarks if self.weight else ()
 
     def ahead(self, inputs: tuple[Any, ...]) -> Tensor | None:
         """What the teacher says of the batch."""
@@ -276,8 +286,7 @@ class FitNets:
             squared=self.squared,
         )
         influence = self._with_zeros(model, fading)
-        start = kept.noted(hinted) if self.weight else hinted
-        return bench.fit(start, epochs=self.epochs, influence=influence, label="distil after the hint")
+        return bench.fit(hinted, epochs=self.epochs, influence=influence, label="distil after the hint")
 
     def _with_zeros(self, model: Model, part: Influence) -> Influence:
         masks = zero_masks(model.module) if self.keep_zeros else {}
@@ -291,7 +300,7 @@ class FitNets:
         if activation == "auto":
             activation = "relu" if _is_positive(teacher, teacher_layer, bench) else "none"
         influence = self._with_zeros(model, Companion(REGRESSOR, lambda _: regressor(guided, hint, activation)))
-        objective = _Hint(Guide(teacher), layer, teacher_layer)
+        objective = _Hint(Guide(teacher, (teacher_layer,)), layer, teacher_layer)
         if bench.influence is not None:  # what else teaches has to wait: there are no outputs yet
             bench = replace(bench, influence=Speechless(bench.influence))
         return replace(bench, training=clipped(bench.training)).fit(

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from karui.data import Batches
 from karui.distill._heads import head_of
-from karui.distill._teachers import Keeping, Teacher, keeping, lacking_teachers, remark, teachers_of
+from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teachers_of
 from karui.errors import SettingError, UsageError, require
 from karui.measuring.inference import inference
 from karui.model import Model, Note, layer_at
@@ -181,20 +181,12 @@ class KnowledgeDistillation:
 
     def influence(self, model: Model, bench: Bench) -> Influence:
         """The soft targets, for a training of `model` or of what becomes of it."""
-        return self._taught_by(*self._asked(model, bench), model)
-
-    def _asked(self, model: Model, bench: Bench) -> tuple[tuple[Model, ...], Keeping]:
-        """The teachers, and how their answers are kept."""
         teachers = teachers_of("knowledge_distillation", self.teacher, model, bench)
-        return teachers, keeping(teachers, bench, self.remember)
-
-    def _taught_by(self, teachers: tuple[Model, ...], kept: Keeping, model: Model) -> Influence:
-        rule = geometric if self.geometric else arithmetic
         soft = SoftTargets(
-            teachers=kept.teachers(teachers),
+            teachers=keeping(teachers, bench, self.remember).teachers(teachers),
             temperature=self.temperature,
             weight=self.weight,
-            rule=rule,
+            rule=geometric if self.geometric else arithmetic,
         )
         masks = zero_masks(model.module) if self.keep_zeros else {}
         return Together(MaskKeeper(masks), soft) if masks else soft
@@ -203,9 +195,7 @@ class KnowledgeDistillation:
         """The student, taught."""
         if self.epochs == 0:
             return model
-        teachers, kept = self._asked(model, bench)
-        soft = self._taught_by(teachers, kept, model)
-        taught = bench.fit(kept.noted(model), epochs=self.epochs, influence=soft, label="distil")
+        taught = bench.fit(model, epochs=self.epochs, influence=self.influence(model, bench), label="distil")
         return self._lifted(taught, bench) if self.missing else taught
 
     def _lifted(self, taught: Model, bench: Bench) -> Model:

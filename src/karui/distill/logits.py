@@ -98,6 +98,11 @@ class _Match:
     scale: Scale | None
     folded: bool
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Whether the teachers' answers are kept."""
+        return self.teachers.remarks
+
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], targets: Any) -> tuple[Any, Tensor]:
         del targets
         answers = self.teachers(inputs)  # first: what they need on the way is free again for the student's own
@@ -133,6 +138,11 @@ class LogitTargets(Influence):
     teachers: Teachers
     scale: Scale | None = None
     weight: float = 1.0
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Whether the teachers' answers are kept."""
+        return self.teachers.remarks
 
     def ahead(self, inputs: tuple[Any, ...]) -> Tensor:
         """What the teachers say of the batch."""
@@ -248,8 +258,7 @@ class LogitRegression:
         if self.unlabelled is not None:
             named = isinstance(self.unlabelled, str)
             train = with_unlabelled(train, load_unlabelled(self.unlabelled) if named else self.unlabelled)  # pyright: ignore[reportArgumentType]
-        kept = keeping(models, replace(bench, train=train), self.remember)
-        teachers = kept.teachers(models)
+        teachers = keeping(models, replace(bench, train=train), self.remember).teachers(models)
         scale = scale_of(teachers, train) if self.normalise else None
         head = head_of(model)
         # Another influence on this training has to see logits as they are.
@@ -258,7 +267,7 @@ class LogitRegression:
         turn = Turn(name="logits", objective=_Match(teachers, scale, folded))
         influence = self._with_zeros(model, part)
         return replace(bench, train=train, training=clipped(bench.training)).fit(
-            kept.noted(model), epochs=self.epochs, influence=influence, turns=(turn,), label="logits"
+            model, epochs=self.epochs, influence=influence, turns=(turn,), label="logits"
         )
 
     def _with_zeros(self, model: Model, part: Influence) -> Influence:

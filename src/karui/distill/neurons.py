@@ -65,6 +65,11 @@ class _Regression:
     guides: tuple[Guide, ...]
     kept: tuple[Tensor, ...]
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """That the teachers are asked anew, and why."""
+        return tuple(line for guide in self.guides for line in guide.remarks)
+
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], targets: Any) -> tuple[Any, Tensor]:
         del targets
         wanted = []

@@ -20,6 +20,7 @@ from karui.artifact import load, save, stored_bytes
 from karui.errors import KaruiError, UsageError, require
 from karui.measuring import Comparison, compare, count, ratios_between, this_machine
 from karui.measuring.values import to_json
+from karui.model import Note
 from karui.recipes.keeping import (
     CHECKPOINTS,
     DENSE,
@@ -45,6 +46,7 @@ from karui.recipes.recipe import Recipe
 from karui.recipes.values import settings
 from karui.recipes.verdict import odd_widths, untaught, verdict
 from karui.technique import card_of
+from karui.train.loop import REMARK
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -107,6 +109,8 @@ class _Keeper:
         self.tell(f"{stage.technique}: started")
         started = time.perf_counter()
         result = stage.work(model)
+        for line in _remarked(model, result):
+            self.tell(f"{stage.technique}: {line}")
         told = self._told(stage, result, bench, time.perf_counter() - started)
         shutil.rmtree(folder, ignore_errors=True)
         save(result, folder, onnx=False)
@@ -209,6 +213,13 @@ def _dense(model: Model, bench: Bench, keeper: _Keeper) -> Model:
 def trained_first(model: Model, bench: Bench, out: Path, mark: str, tell: Tell) -> Model:
     """The model, trained as the bench says; kept in the run's folder, so that a resumed run need not do it again."""
     return _dense(model, bench, _Keeper(out=out, mark=digest_of(mark), tell=tell))
+
+
+def _remarked(before: Model, after: Model) -> list[str]:
+    """What acted on the trainings of a stage had to say, once each."""
+    known = {id(edit) for edit in before.lineage}
+    notes = [edit for edit in after.lineage if isinstance(edit, Note) and id(edit) not in known]
+    return list(dict.fromkeys(note.text for note in notes if REMARK in note.settings))
 
 
 def _applied(step: Technique, bench: Bench) -> Callable[[Model], Model]:

@@ -54,6 +54,7 @@ class Answers:
             of its own, so that several may use one folder; what a killed one left half written is passed over.
         half: keep 16 bits of each number. Who asks first is given the rounded numbers too, so that all students learn
             from the same.
+        why: whether answers are kept and for what reason, for people; None tells it of the other arguments.
 
     Example:
         >>> asked = []
@@ -66,12 +67,15 @@ class Answers:
         (True, [3])
     """
 
-    __slots__ = ("_blocks", "_file", "_places", "folder", "half", "room")
+    __slots__ = ("_blocks", "_file", "_places", "folder", "half", "room", "why")
 
-    def __init__(self, room: int, folder: Path | None = None, *, half: bool = False) -> None:
+    def __init__(self, room: int, folder: Path | None = None, *, half: bool = False, why: str | None = None) -> None:
         self.room = room
         self.folder = folder
         self.half = half
+        where = "in memory" if folder is None else "beside the checkpoints"
+        kept = f"answers for up to {room:,} samples are kept {where}" if room else "answers are not kept, as asked"
+        self.why = f"teacher: {kept}" if why is None else why
         self._blocks: list[Tensor | _Block] = []
         self._places: dict[bytes, tuple[int, int]] = {}
         self._file: Path | None = None

@@ -12,6 +12,16 @@ from torch import Tensor, nn
 from karui.model import Model, copied, taps
 
 
+def asked_anew(wanted: str) -> str:
+    """The line of a teacher that more is wanted of than answers.
+
+    Example:
+        >>> asked_anew("its gradient")
+        'teacher: asked anew in each pass, as its gradient is wanted, and only answers are kept'
+    """
+    return f"teacher: asked anew in each pass, as {wanted} is wanted, and only answers are kept"
+
+
 class Guide:
     """A frozen copy of a network, in evaluation mode, on whatever device it is asked on.
 
@@ -45,6 +55,11 @@ class Guide:
         with taps(self.on(inputs), self.layers) as seen:
             outputs = self.module(*inputs)
         return outputs, dict(seen)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """One line: that nothing of it is kept, and why."""
+        return (asked_anew(f"what its inner layers give ({', '.join(self.layers) or 'none'})"),)
 
     @torch.no_grad()
     def told(self, inputs: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:

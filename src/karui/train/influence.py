@@ -52,6 +52,11 @@ class Influence:
         """Paths of the layers whose outputs `objective` wants to see."""
         return ()
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Lines for the lineage of what trains under it, such as whether the answers of a teacher are kept."""
+        return ()
+
     def attach(self, module: nn.Module) -> None:
         """Before the first step: reparametrise, add gates or helper layers, in place."""
 
@@ -94,6 +99,11 @@ class Together(Influence):
     def taps(self) -> tuple[str, ...]:
         """The paths that any part asks for, once each."""
         return tuple(dict.fromkeys(path for part in self.parts for path in part.taps))
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the parts have to say, once each."""
+        return tuple(dict.fromkeys(line for part in self.parts for line in part.remarks))
 
     def attach(self, module: nn.Module) -> None:
         """Each part's, in order."""

@@ -188,6 +188,11 @@ class Member(Influence):
         """The part's paths, from the whole."""
         return tuple(f"members.{self.number}{'.' if path else ''}{path}" for path in self.part.taps)
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The part's."""
+        return self.part.remarks
+
     def attach(self, module: nn.Module) -> None:
         """To the member."""
         self.part.attach(_member(module, self.number))

@@ -22,6 +22,9 @@ from karui.train.run import Job, Run
 from karui.train.training import Training
 from karui.train.turn import Turn
 
+REMARK = "remark on"
+"""Marks notes of what acted on a training; its value is the training's label."""
+
 
 def fit(
     model: Model,
@@ -36,6 +39,8 @@ def fit(
     progress: bool = False,
 ) -> Model:
     """A trained copy of a model, in evaluation mode. The lineage gets a note with settings, seed and learning curve.
+
+    Before it come notes of what the influence and the turns have to say, such as whether a teacher's answers are kept.
 
     The same arguments give the same weights, bit for bit, also when a run was killed and called again with the same
     `checkpoints`: it goes on from the last checkpoint. The global random generators are left as they were.
@@ -103,6 +108,9 @@ def fit(
             _lay_out(module, torch.contiguous_format)  # files and surgery take tensors as they stand
         module = influence.finish(module)
     settings = {"label": label, "seed": seed, "samples": len(batches), "training": training.to_json(), **facts}
+    lines = dict.fromkeys(line for one in (influence, *parts) for line in one.remarks)
+    for line in lines:
+        model = model.evolve(module, Note(line, {REMARK: label}))
     return model.evolve(module.eval(), Note(f"trained for {_epochs(training)} ({label})", settings))
 
 

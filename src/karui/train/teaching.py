@@ -38,6 +38,7 @@ class Teachers:
         folder: where answers are kept for later processes, for the same teachers only; None keeps them in memory.
         half: keep 16 bits of each number.
         classes: whether they tell classes apart; else any numbers will do, as in a regression.
+        why: whether answers are kept and for what reason, for people; None tells it of the other arguments.
 
     Example:
         >>> teachers = Teachers((Model(nn.Linear(4, 3), example=(torch.zeros(1, 4),)),))
@@ -53,6 +54,7 @@ class Teachers:
         *,
         half: bool = False,
         classes: bool = True,
+        why: str | None = None,
     ) -> None:
         require(len(models) > 0, "There is no teacher.", "Give at least one model.", NeedError)
         self._classes = classes
@@ -60,7 +62,7 @@ class Teachers:
         if folder is not None and remember:
             # Another version of torch rounds otherwise: what it said is not what this one would say.
             folder = folder / fingerprint(torch.__version__, *self._modules)
-        self._answers = Answers(remember, folder if remember else None, half=half)
+        self._answers = Answers(remember, folder if remember else None, half=half, why=why)
 
     def __len__(self) -> int:
         """The number of teachers."""
@@ -70,6 +72,11 @@ class Teachers:
     def modules(self) -> tuple[nn.Module, ...]:
         """The frozen copies."""
         return tuple(self._modules)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """One line: whether answers are kept, and why."""
+        return (self._answers.why,)
 
     @torch.no_grad()
     def __call__(self, inputs: tuple[Any, ...]) -> Float[Tensor, "teachers batch classes *positions"]:
@@ -153,6 +160,11 @@ class SoftTargets(Influence):
     def __post_init__(self) -> None:
         require(self.temperature > 0, f"temperature is {self.temperature}; give a positive number, for example 4")
         require(0 <= self.weight <= 1, f"weight is {self.weight}; give a share in [0, 1], for example 0.9")
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Whether the teachers' answers are kept."""
+        return self.teachers.remarks if self.weight else ()
 
     def ahead(self, inputs: tuple[Any, ...]) -> Tensor | None:
         """What the teachers say of the batch."""

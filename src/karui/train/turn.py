@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -15,6 +15,16 @@ from karui.train.training import Optimizer
 def every_parameter(module: nn.Module) -> Iterable[nn.Parameter]:
     """All parameters: what ordinary training moves."""
     return module.parameters()
+
+
+@runtime_checkable
+class Remarking(Protocol):
+    """An objective that has something to say of itself."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Lines for the lineage, such as whether the answers of a teacher are kept."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +66,11 @@ class Turn:
             f"turn '{self.name}': every is {self.every}; give a number of steps, or None for once an epoch",
         )
         require(self.updates > 0, f"turn '{self.name}': updates is {self.updates}; give a positive number")
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What its objective has to say, for the lineage of what is trained."""
+        return self.objective.remarks if isinstance(self.objective, Remarking) else ()
 
     def is_due(self, step: int, steps_per_epoch: int) -> bool:
         """Whether its turn comes at this step (from 0)."""
