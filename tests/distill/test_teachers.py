@@ -50,6 +50,7 @@ from karui.recipes.run import run_recipe
 from karui.technique import Bench, lacking
 from karui.train import SGD, Adam, Constant, Influence, Moment, Training
 from karui.train.fingerprint import fingerprint
+from karui.train.guide import Guide
 from karui.train.teaching import Teachers
 
 OUTPUTS_ALONE: tuple[Callable[..., Any], ...] = (KnowledgeDistillation, LogitRegression, ModelCompression)
@@ -603,6 +604,49 @@ def test_the_plan_names_the_teacher(forest: RandomForestClassifier) -> None:
     assert "the teacher is a RandomForestClassifier;" in remark(forest)
     assert "a Model and plain and x.onnx" in remark((mlp(8), plain, "x.onnx"))
     assert "the start of the pipeline" in remark(None)
+
+
+class Listed(nn.Module):
+    """Its networks lie in a list, a dictionary or a function of it, where torch does not find them."""
+
+    def __init__(self, network: nn.Module, how: str) -> None:
+        super().__init__()
+        kinds = {"list": [network], "dictionary": {"one": (network,)}, "function": lambda x: network(1 * x)}
+        self.parts: Any = kinds[how]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if callable(self.parts):
+            return self.parts(x)
+        (network,) = self.parts["one"] if isinstance(self.parts, dict) else self.parts
+        return network(x)
+
+
+@pytest.mark.parametrize("how", ["list", "dictionary", "function"])
+@pytest.mark.parametrize(
+    "technique",
+    [KnowledgeDistillation(epochs=1), AttentionTransfer(by="gradients", epochs=1)],
+    ids=lambda step: type(step).__name__,
+)
+def test_networks_in_a_plain_list_of_a_teacher_are_asked_in_evaluation_mode_and_not_trained(
+    technique: Any, how: str, bench: Bench
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+    network = Watched(seen).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    replace(technique, teacher=Listed(network, how)).apply(student(), bench)
+    assert seen
+    assert {training for training, _ in seen} == {False}
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert network.training
+    assert all(p.requires_grad and p.grad is None for p in network.parameters())
+
+
+def test_networks_in_a_plain_list_follow_to_the_device_of_the_inputs() -> None:
+    network = Listed(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "list")
+    guide = Guide(Model(network, example=(torch.zeros(1, 1, 8, 8),)))
+    outputs, _ = guide((torch.zeros(3, 1, 8, 8, device="meta"),))
+    assert outputs.device.type == "meta"
+    assert network.parts[0][1].weight.device.type == "cpu"
 
 
 class _Holds:

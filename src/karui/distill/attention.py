@@ -221,7 +221,8 @@ class InputGradients(Influence):
             other = input_gradient(moment.module, flipped, targets, self.task, differentiable=True).flip(-1)
             term = (own - other).flatten(1).square().sum(1).mean()
         else:
-            other = input_gradient(self.guide.on(inputs), inputs, targets, self.task, differentiable=False)
+            with self.guide.on(inputs) as teacher:
+                other = input_gradient(teacher, inputs, targets, self.task, differentiable=False)
             term = (own - other).flatten(1).norm(dim=1).mean()
         beta = self.beta * (1 - moment.step / moment.steps) if self.decay else self.beta
         return loss + beta / 2 * term

@@ -147,8 +147,8 @@ class _Hint:
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], targets: Any) -> tuple[Any, Tensor]:
         del targets
-        with torch.no_grad():
-            hint = output_of(self.guide.on(inputs), self.teacher_layer, inputs)
+        with torch.no_grad(), self.guide.on(inputs) as teacher:
+            hint = output_of(teacher, self.teacher_layer, inputs)
         predicted = companion_of(module, REGRESSOR)(output_of(module, self.layer, inputs))
         return predicted, hint_loss(predicted, hint)
 

@@ -7,12 +7,9 @@ softmax is p again. Probabilities below `FLOOR` count as that much, since a fore
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from karui.errors import NeedError, require, told
-from karui.measuring.inference import inference
+from karui.measuring.inference import evaluated
+from karui.model.reach import networks
 from karui.train.fingerprint import fingerprint
 
 FLOOR = 1e-4
@@ -152,43 +150,11 @@ class _Function:
     """Asks a function; the networks that it reaches are in evaluation mode meanwhile, and nothing of them moves."""
 
     def __init__(self, given: Callable[..., Any]) -> None:
-        self.given, self.networks = given, tuple(_networks(given, set()))
+        self.given, self.networks = given, networks(given)
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> Any:
-        with ExitStack() as asked:
-            for network in self.networks:
-                asked.enter_context(inference(network))
+        with evaluated(*self.networks), torch.no_grad():
             return self.given(*inputs)
-
-
-def _networks(value: Any, seen: set[int]) -> Iterator[nn.Module]:
-    """The torch modules that a function encloses, names, is bound to or holds."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, nn.Module):
-        yield value
-        return
-    for part in _within(value):
-        yield from _networks(part, seen)
-
-
-def _within(value: Any) -> Iterable[Any]:
-    if isinstance(value, types.MethodType):
-        return value.__func__, value.__self__
-    if isinstance(value, functools.partial):
-        return value.func, value.args, value.keywords
-    if isinstance(value, types.FunctionType):
-        named = [value.__globals__.get(name) for name in value.__code__.co_names]
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        return *cells, *(value.__defaults__ or ()), *(one for one in named if isinstance(one, nn.Module))
-    if isinstance(value, dict):
-        return value.values()
-    if isinstance(value, list | tuple):
-        return value
-    return (
-        () if isinstance(value, type | types.ModuleType) else vars(value).values() if "__dict__" in dir(value) else ()
-    )
 
 
 def _estimator(given: Classifier | Regressor, name: str, gives: Gives | None) -> Predictor:

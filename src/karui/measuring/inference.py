@@ -11,17 +11,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from karui.model.reach import networks
+
 
 @contextlib.contextmanager
 def inference(module: nn.Module) -> Iterator[nn.Module]:
-    """The module in evaluation mode and without gradients; each part's own mode comes back afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    # A program captured by torch.export computes what it did when it was captured, and refuses to be asked.
-    with contextlib.suppress(NotImplementedError):
-        module.eval()
+    """The module in evaluation mode and without gradients; each part's own mode comes back afterwards.
+
+    Parts that lie in a list or a function of it, of which torch knows not, are in evaluation mode too.
+    """
+    with evaluated(*networks(module)), torch.no_grad():
+        yield module
+
+
+@contextlib.contextmanager
+def evaluated(*modules: nn.Module) -> Iterator[None]:
+    """The modules in evaluation mode; each part's own mode comes back afterwards."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        # A program captured by torch.export computes what it did when it was captured, and refuses to be asked.
+        with contextlib.suppress(NotImplementedError):
+            module.eval()
     try:
-        with torch.no_grad():
-            yield module
+        yield
     finally:
         for part, mode in modes:
             part.training = mode

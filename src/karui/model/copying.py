@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from karui.model.reach import networks
 from karui.model.trace import minds_mode, mode_of
 from karui.model.walking import layers, named_buffers, named_parameters
 
@@ -50,14 +51,23 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 def frozen(module: nn.Module) -> nn.Module:
     """A copy for evaluation alone: its parameters lie where the module's do, and cannot be trained.
 
+    So are the networks that lie in lists and attributes of it, of which torch knows not.
+
     Example:
         >>> net = nn.Linear(2, 3)
         >>> twin = frozen(net)
         >>> twin.weight.data_ptr() == net.weight.data_ptr(), twin.weight.requires_grad, net.weight.requires_grad
         (True, False, True)
     """
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in named_parameters(module).values()}
-    return copied(module, memo).eval().requires_grad_(False)
+    given = networks(module)
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), False) for one in given for p in named_parameters(one).values()
+    }
+    twin = copied(module, memo)
+    for one in networks(twin):
+        if all(one is not other for other in given):
+            one.eval().requires_grad_(False)
+    return twin
 
 
 def doubled(module: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from karui.model import Model
+from karui.model.reach import is_foreign
 
 LOOKED_AT = 64
 """Samples of a data set without tensors that count, evenly spread from the first to the last."""
@@ -87,16 +88,12 @@ by `repr` or are registered values."""
 
 def _own(module: nn.Module) -> Iterable[Any]:
     """What a module of foreign code computes beside its values: its methods, and attributes that are not registered."""
-    foreign = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] not in _KNOWN]
+    foreign = [kind for kind in type(module).__mro__ if is_foreign(kind)]
     code = [
         (name, part) for kind in foreign for name, part in vars(kind).items() if isinstance(part, types.FunctionType)
     ]
     attributes = [(name, vars(module)[name]) for name in sorted(vars(module).keys() - _OF_MODULES)]
     return [*code, *attributes] if foreign else ()
-
-
-_KNOWN = frozenset({"torch", "karui", "builtins"})
-"""Packages whose modules tell by `repr` what they are."""
 
 
 @_parts.register

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from karui.model import Model, copied, taps
+from karui.model import Model, taps
+from karui.train.frozen import Frozen
 
 
 def asked_anew(wanted: str) -> str:
@@ -42,7 +43,7 @@ class Guide:
     """
 
     def __init__(self, model: Model, layers: tuple[str, ...] = ()) -> None:
-        self.module: nn.Module = copied(model.module).eval().requires_grad_(False)
+        self._network = Frozen(model.module)
         self.layers = layers
         with taps(self.module, layers):
             pass  # a path that is not there is told now, not in the middle of a training
@@ -52,8 +53,8 @@ class Guide:
 
         Gradients flow to inputs that want them, and are not kept where none does.
         """
-        with taps(self.on(inputs), self.layers) as seen:
-            outputs = self.module(*inputs)
+        with self.on(inputs) as module, taps(module, self.layers) as seen:
+            outputs = module(*inputs)
         return outputs, dict(seen)
 
     @property
@@ -66,10 +67,14 @@ class Guide:
         """As when called, and no gradient flows: what an influence asks `ahead` of a step."""
         return self(inputs)
 
-    def on(self, inputs: tuple[Any, ...]) -> nn.Module:
-        """The network, on the device that the inputs are on."""
-        device = next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
-        return self.module.to(device)
+    @property
+    def module(self) -> nn.Module:
+        """The frozen copy."""
+        return self._network.module
+
+    def on(self, inputs: tuple[Any, ...]) -> AbstractContextManager[nn.Module]:
+        """The network, on the device that the inputs are on, for the time of the block."""
+        return self._network.on(inputs)
 
 
 @contextmanager

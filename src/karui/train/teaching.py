@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from karui.errors import NeedError, require, told
 from karui.measuring.inference import inference, tensors_of
-from karui.model import Model, frozen
+from karui.model import Model
 from karui.numerics.soft_targets import Rule, arithmetic, distillation_loss
 from karui.train.answers import Answers
 from karui.train.fingerprint import fingerprint
+from karui.train.frozen import Frozen
 from karui.train.influence import Influence, Moment
 
 MEMORY = 2**28
@@ -58,20 +59,20 @@ class Teachers:
     ) -> None:
         require(len(models) > 0, "There is no teacher.", "Give at least one model.", NeedError)
         self._classes = classes
-        self._modules = [frozen(model.module) for model in models]
+        self._networks = [Frozen(model.module) for model in models]
         if folder is not None and remember:
             # Another version of torch rounds otherwise: what it said is not what this one would say.
-            folder = folder / fingerprint(torch.__version__, *self._modules)
+            folder = folder / fingerprint(torch.__version__, *self.modules)
         self._answers = Answers(remember, folder if remember else None, half=half, why=why)
 
     def __len__(self) -> int:
         """The number of teachers."""
-        return len(self._modules)
+        return len(self._networks)
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
         """The frozen copies."""
-        return tuple(self._modules)
+        return tuple(network.module for network in self._networks)
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -88,8 +89,7 @@ class Teachers:
         return self._answers.of(inputs, self._ask) if self._answers.room else self._ask(inputs)
 
     def _ask(self, inputs: tuple[Any, ...]) -> Tensor:
-        device = _device(inputs)
-        answers = [module.to(device)(*inputs) for module in self._modules]
+        answers = [_answer(network, inputs) for network in self._networks]
         for answer in answers:
             logits = isinstance(answer, Tensor) and answer.ndim >= 2 and answer.shape[1] >= 2
             require(
@@ -120,8 +120,9 @@ def answer_bytes(model: Model) -> int | None:
     return None if wide else sum(output[:1].numel() * 4 for output in said)
 
 
-def _device(inputs: tuple[Any, ...]) -> torch.device:
-    return next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
+def _answer(network: Frozen, inputs: tuple[Any, ...]) -> Any:
+    with network.on(inputs) as module:
+        return module(*inputs)
 
 
 def _wide(logits: Tensor) -> Tensor:
