@@ -94,7 +94,7 @@ class MicroDetector(nn.Module):
         if self.shrink > 1:
             x = functional.avg_pool2d(x, self.shrink)
         judged = self.head(self.body(x)).flatten(2)
-        judged = judged.reshape(len(x), len(SIZES), self.outputs + 4, -1).permute(0, 2, 3, 1).flatten(2)
+        judged = judged.reshape(x.shape[0], len(SIZES), self.outputs + 4, -1).permute(0, 2, 3, 1).flatten(2)
         return judged[:, : self.outputs], judged[:, self.outputs :]
 
 

@@ -201,6 +201,27 @@ def test_where_there_are_no_boxes_classes_are_distilled(digits: Splits, small_cn
     torch.testing.assert_close(told, functional.cross_entropy(outputs, teacher.module(x).softmax(1)))
 
 
+def test_without_a_hint_any_detector_teaches_by_its_answers_which_are_kept(micro: Any, digits: Splits, tmp_path: Path):
+    """A function, an ONNX file of two outputs and an ensemble; boxes must be the student's."""
+    data, teacher = micro.canvases(digits.train, 16, 0), micro.detector(6, seed=1)
+    student, bench = micro.detector(4), bench_of(data)
+    file = save(teacher, tmp_path / "heavy").folder / "model.onnx"
+    step, (x, y) = DetectionDistillation(teacher=teacher, hint=0.0, epochs=1), data.tensors
+    outputs, guide = student.module(x), DetectionGuidance(guide=Guide(teacher), task=micro.TASK, hint=0.0)
+    moment = Moment(student.module, (x,), y, outputs)
+    wanted = guide.objective(torch.tensor(1.0), moment)
+    for other in (teacher, lambda x: teacher.module(1 * x), str(file), (teacher, teacher)):
+        own = replace(step, teacher=other)
+        part = own.influence(student, bench)
+        told = part.objective(torch.tensor(1.0), replace(moment, ahead=part.ahead((x,))))
+        torch.testing.assert_close(told, wanted, rtol=1e-4, atol=1e-5)
+        taught = own.apply(student, bench)
+        assert any(edit.describe().startswith("teacher: asked once for each input") for edit in taught.lineage)
+        assert any(not torch.equal(value, state(student)[name]) for name, value in state(taught).items())
+    with pytest.raises(NeedError, match=r"the teacher gives a tensor of shape \(\d+, 3\); a detector gives logits"):
+        replace(step, teacher=lambda x: x.flatten(1)[:, :3]).apply(student, bench)
+
+
 @pytest.mark.parametrize(
     "bad", [{"hard": 1.5}, {"background": 0.0}, {"bounded": -1.0}, {"margin": -1.0}, {"resize": "cut"}, {"epochs": -1}]
 )

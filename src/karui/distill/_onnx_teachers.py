@@ -28,38 +28,40 @@ _PASSED_ON = frozenset({"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Un
 """Operators that leave a probability a probability."""
 
 
-def onnx_teacher(path: Path, *, gives: Gives | None = None) -> Predictor:
+def onnx_teacher(path: Path, *, gives: Gives | None = None, pair: bool = False) -> Predictor:
     """The network of an ONNX file as a predictor.
 
     Args:
         path: the file, with its weights inside.
         gives: what comes out; None looks at the graph: probabilities where the output is a softmax's or a sigmoid's,
             or a classifier's of ai.onnx.ml, logits otherwise.
+        pair: whether it is a detector, of which the logits and the offsets of boxes are meant, in this order.
 
     Raises:
         NeedError: ONNX Runtime does not open it, or several outputs may be meant.
     """
     data, name = path.read_bytes(), path.name
     try:
-        network = _Network(data, name)
+        network = _Network(data, name, pair=pair)
     except KaruiError as error:
         raise NeedError(f"The teacher {name} cannot be used: {error.message}", error.hint) from error
-    return Predictor(network, name, digest_of(data), gives or _told_by(data, network.output))
+    return Predictor(network, name, digest_of(data), gives or _told_by(data, network.outputs[0]))
 
 
 class _Network:
     """Asks a session, of which each process has its own: a forked one may not use its parent's threads."""
 
-    def __init__(self, data: bytes, name: str) -> None:
+    def __init__(self, data: bytes, name: str, *, pair: bool = False) -> None:
         self.data, self.name = data, name
         self._session: tuple[int, Any] | None = None
         session = self._here()
         self.puts = [(put.name, list(put.shape), put.type) for put in session.get_inputs()]
         odd = [kind for _, _, kind in self.puts if kind not in _KINDS]
         require(not odd, f"it takes {', '.join(odd)}.", "Export it with tensors as inputs.", NeedError)
-        self.output = _meant([put for put in session.get_outputs() if put.type in list(_KINDS)[:3]])
+        numbers = [put for put in session.get_outputs() if put.type in list(_KINDS)[:3]]
+        self.outputs = [put.name for put in numbers] if pair and len(numbers) == 2 else [_meant(numbers)]
 
-    def __call__(self, inputs: tuple[Tensor, ...]) -> np.ndarray:
+    def __call__(self, inputs: tuple[Tensor, ...]) -> np.ndarray | tuple[np.ndarray, ...]:
         require(
             len(inputs) == len(self.puts),
             f"The teacher {self.name} takes {len(self.puts)} inputs, not {len(inputs)}.",
@@ -68,8 +70,12 @@ class _Network:
         )
         arrays = [self._fitted(x, shape, _KINDS[kind]) for x, (_, shape, kind) in zip(inputs, self.puts, strict=True)]
         fixed = self.puts[0][1][0] if self.puts[0][1] else None
-        parts = [self._run(part)[:size] for part, size in _parts(arrays, fixed if isinstance(fixed, int) else None)]
-        return np.concatenate(parts)
+        parts = [
+            [said[:size] for said in self._run(part)]
+            for part, size in _parts(arrays, fixed if isinstance(fixed, int) else None)
+        ]
+        joined = tuple(map(np.concatenate, zip(*parts, strict=True)))
+        return joined if len(joined) > 1 else joined[0]
 
     def _fitted(self, x: Tensor, shape: list[Any], kind: Any) -> np.ndarray:
         """An input as the file wants it: of its type; flattened where it takes a table."""
@@ -89,10 +95,10 @@ class _Network:
         )
         return given.astype(kind, copy=False)
 
-    def _run(self, arrays: list[np.ndarray]) -> np.ndarray:
+    def _run(self, arrays: list[np.ndarray]) -> list[np.ndarray]:
         named = {name: np.ascontiguousarray(array) for (name, _, _), array in zip(self.puts, arrays, strict=True)}
         try:
-            return self._here().run([self.output], named)[0]
+            return self._here().run(self.outputs, named)
         except Exception as error:  # ONNX Runtime raises classes of its own, without a common one
             line = str(error).strip().partition("\n")[0]
             raise NeedError(f"The teacher {self.name} fails on inputs of shape {arrays[0].shape}: {line}") from error

@@ -18,7 +18,7 @@ from karui.data import Batches
 from karui.distill.predictors import Classifier, Predictor, Regressor, predictor
 from karui.errors import KaruiError, NeedError, require, told
 from karui.measuring.inference import inference
-from karui.model import Model, Regression
+from karui.model import Detection, Model, Regression
 from karui.model.importing import load_callable, told_of
 from karui.train.teaching import DISK, MEMORY, Teachers, answer_bytes
 
@@ -98,7 +98,9 @@ def teachers_of(
     return teachers
 
 
-def teacher_of(slug: str, teacher: Teacher | None, student: Model, bench: Bench, *, whole: str) -> Model:
+def teacher_of(
+    slug: str, teacher: Teacher | tuple[Teacher, ...] | None, student: Model, bench: Bench, *, whole: str
+) -> Model:
     """The one teacher of a technique that matches a single network's inner layers; as `teachers_of`.
 
     Raises:
@@ -169,7 +171,8 @@ def _named(slug: str, spec: str, student: Model) -> tuple[Model, ...]:
         from karui.distill._onnx_teachers import onnx_teacher
 
         gives = "numbers" if isinstance(student.task, Regression) else None
-        return _models(slug, onnx_teacher(Path(spec), gives=gives), student)
+        pair = isinstance(student.task, Detection)
+        return _models(slug, onnx_teacher(Path(spec), gives=gives, pair=pair), student)
     if ":" in spec and not Path(spec).exists():
         factory = load_callable(spec, NeedError)
         try:

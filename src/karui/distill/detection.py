@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karui.distill._maps import last_of_each_size, sizes_of_outputs
-from karui.distill._teachers import Teacher, lacking_teachers, remark, teacher_of
+from karui.distill._pairs import packed, unpacked
+from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teacher_of, teachers_of
 from karui.errors import NeedError, SettingError, require, told
 from karui.model import Detection, Model
 from karui.model.detection import mean_over
@@ -42,11 +43,13 @@ from karui.train import Influence, Moment, Together
 from karui.train.companion import Companion, companion_of
 from karui.train.guide import Guide
 from karui.train.masks import MaskKeeper, zero_masks
+from karui.train.teaching import Teachers
 
 if TYPE_CHECKING:
     from karui.technique import Bench
 
 Resize = Literal["interpolate", "pad"]
+SLUG = "detection_distillation"
 ADAPTATION = "_hint_adaptation"
 CONVOLUTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MODES = ("", "linear", "bilinear", "trilinear")
@@ -160,14 +163,16 @@ class DetectionGuidance(Influence):
     """Adds the three parts to the task's loss.
 
     Settings:
-        guide: the teacher, showing `theirs`.
+        guide: the teacher, showing `theirs`; None where nothing is to be shown.
+        teachers: in place of it, one or several that answer; the mean counts.
         task: the detector's; None where the model is no detector.
         layer, theirs: paths of the hint in student and teacher; "" where there is none.
         hard, background, bounded, margin, hint, resize: as in `DetectionDistillation`.
     """
 
-    guide: Guide
+    guide: Guide | None
     task: Detection | None
+    teachers: Teachers | None = None
     layer: str = ""
     theirs: str = ""
     hard: float = 0.5
@@ -184,16 +189,21 @@ class DetectionGuidance(Influence):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """That the teacher is asked anew, and why."""
-        return self.guide.remarks
+        """Whether the teacher's answers are kept, and why."""
+        asked = self.guide or self.teachers
+        return () if asked is None else asked.remarks
 
     def ahead(self, inputs: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
         """What the teacher says and shows of the batch."""
-        return self.guide.told(inputs)
+        if self.guide is not None:
+            return self.guide.told(inputs)
+        assert self.teachers is not None  # noqa: S101  (one of the two is there)
+        said = self.teachers(inputs).mean(0)
+        return said if self.task is None else unpacked(said), {}
 
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """Mu L_hard + (1 - mu) L_soft + lambda (smooth L1 + nu L_b) + gamma L_hint, from the task's loss."""
-        answers, shown = self.guide.told(moment.inputs) if moment.ahead is None else moment.ahead
+        answers, shown = self.ahead(moment.inputs) if moment.ahead is None else moment.ahead
         _same_boxes(moment.outputs, answers)
         if self.task is None:
             loss = self.hard * loss + (1 - self.hard) * weighted_soft_loss(moment.outputs, answers, 1.0)
@@ -245,7 +255,9 @@ class DetectionDistillation:
     """Train a detector under a heavier one: weighted soft classes, teacher-bounded boxes, and a hint.
 
     Settings:
-        teacher: a karui Model or the folder of a saved one; None is the model at the start of the pipeline.
+        teacher: a karui Model, the folder of a saved one or a torch module; without a hint also what only answers, a
+            function, the path of an .onnx file (logits and offsets, in this order), or several of these, whose mean
+            counts; None is the model at the start of the pipeline.
         layer: path of the student's layer for the hint; "" takes the last one that gives maps over space.
         teacher_layer: path of the teacher's; "" takes its last one.
         hard: mu, the share of the true classes against the teacher's, in [0, 1].
@@ -269,7 +281,7 @@ class DetectionDistillation:
         1.5
     """
 
-    teacher: Teacher | None = None
+    teacher: Teacher | tuple[Teacher, ...] | None = None
     layer: str = ""
     teacher_layer: str = ""
     hard: float = 0.5
@@ -298,40 +310,47 @@ class DetectionDistillation:
 
     def lacks(self, bench: Bench, *, first: bool) -> list[tuple[str, str]]:
         """What is missing for a teacher, before any work starts: (message, remedy) pairs."""
-        return lacking_teachers("detection_distillation", self.teacher, bench, first=first)
+        return lacking_teachers(SLUG, self.teacher, bench, first=first)
 
     def influence(self, model: Model, bench: Bench) -> Influence:
         """The three parts, for a training of `model` or of what becomes of it."""
-        teacher = teacher_of(
-            "detection_distillation", self.teacher, model, bench, whole="looks at inner layers of its teacher"
-        )
-        layer, theirs = self._layers(model, teacher) if self.hint > 0 else ("", "")
-        parts: list[Influence] = []
-        if self.hint > 0:
-            wanted, example = sizes_of_outputs(teacher)[theirs], model.example
-            adaptation(sizes_of_outputs(model)[layer], wanted)  # shapes that do not fit are told now
-
-            def fitting(module: nn.Module) -> nn.Module:
-                """For the network as it is then: another technique may have cut it."""
-                return adaptation(sizes_of_outputs(Model(module, example=example))[layer], wanted)
-
-            parts.append(Companion(ADAPTATION, fitting))
-        parts.append(
-            DetectionGuidance(
-                guide=Guide(teacher, (theirs,) if theirs else ()),
-                task=model.task if isinstance(model.task, Detection) else None,
-                layer=layer,
-                theirs=theirs,
-                hard=self.hard,
-                background=self.background,
-                bounded=self.bounded,
-                margin=self.margin,
-                hint=self.hint,
-                resize=self.resize,
-            )
-        )
+        parts = self._with_hint(model, bench) if self.hint > 0 else (self._of_answers(model, bench),)
         masks = zero_masks(model.module) if self.keep_zeros else {}
         return Together(*([MaskKeeper(masks)] if masks else []), *parts)
+
+    def _with_hint(self, model: Model, bench: Bench) -> tuple[Influence, ...]:
+        """All three parts, and the adaptation layer of the hint."""
+        teacher = teacher_of(SLUG, self.teacher, model, bench, whole="looks at inner layers of its teacher")
+        layer, theirs = self._layers(model, teacher)
+        wanted, example = sizes_of_outputs(teacher)[theirs], model.example
+        adaptation(sizes_of_outputs(model)[layer], wanted)  # shapes that do not fit are told now
+
+        def fitting(module: nn.Module) -> nn.Module:
+            """For the network as it is then: another technique may have cut it."""
+            return adaptation(sizes_of_outputs(Model(module, example=example))[layer], wanted)
+
+        guidance = self._guidance(model, guide=Guide(teacher, (theirs,)), layer=layer, theirs=theirs)
+        return Companion(ADAPTATION, fitting), guidance
+
+    def _of_answers(self, model: Model, bench: Bench) -> DetectionGuidance:
+        """What answers alone tell: the classes and the boxes."""
+        teachers = teachers_of(SLUG, self.teacher, model, bench)
+        if isinstance(model.task, Detection):
+            teachers = tuple(packed(SLUG, one) for one in teachers)
+        asked = keeping(teachers, bench).teachers(teachers, classes=False)
+        return self._guidance(model, guide=None, teachers=asked)
+
+    def _guidance(self, model: Model, **asked: Any) -> DetectionGuidance:
+        return DetectionGuidance(
+            task=model.task if isinstance(model.task, Detection) else None,
+            hard=self.hard,
+            background=self.background,
+            bounded=self.bounded,
+            margin=self.margin,
+            hint=self.hint,
+            resize=self.resize,
+            **asked,
+        )
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """The student, taught."""

@@ -39,11 +39,11 @@ from torch import Tensor, nn
 
 from karui.distill._clipping import clipped
 from karui.distill._maps import sizes_of_outputs
-from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teacher_of
+from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teacher_of, teachers_of
 from karui.errors import NeedError, SettingError, require, told
 from karui.measuring.inference import inference
 from karui.model import Model, layer_at
-from karui.numerics.soft_targets import soft_cross_entropy, soften
+from karui.numerics.soft_targets import arithmetic, soft_cross_entropy
 from karui.technique import Card, technique
 from karui.train import Influence, Moment, Together, Turn
 from karui.train.companion import Companion, companion_of
@@ -158,7 +158,7 @@ class FadingTargets(Influence):
     """The loss plus w CE(teacher's softened probabilities, student's), with w falling linearly to zero.
 
     Settings:
-        teachers: the teacher, alone.
+        teachers: the teacher, or several, whose mean probabilities count.
         temperature: tau, for both.
         weight: w at the first step; at the last one it is zero.
         squared: whether the soft part is multiplied by tau², which the authors' code does not do.
@@ -187,15 +187,15 @@ class FadingTargets(Influence):
         weight = self.at(moment)
         if weight == 0:
             return loss
-        (answers,) = self.teachers(moment.inputs) if moment.ahead is None else moment.ahead
+        answers = self.teachers(moment.inputs) if moment.ahead is None else moment.ahead
         outputs = moment.outputs
         require(
-            isinstance(outputs, Tensor) and answers.shape == outputs.shape,
-            f"The student gives {told(outputs)} and the teacher {told(answers)}.",
+            isinstance(outputs, Tensor) and answers.shape[1:] == outputs.shape,
+            f"The student gives {told(outputs)} and the teacher {told(answers[0])}.",
             "Stage 2 needs a teacher that knows the same classes; set weight=0 for the hint alone.",
             NeedError,
         )
-        soft = soft_cross_entropy(outputs, soften(answers, self.temperature), self.temperature)
+        soft = soft_cross_entropy(outputs, arithmetic(answers, self.temperature), self.temperature)
         return loss + weight * (soft if self.squared else soft / self.temperature**2)
 
 
@@ -218,7 +218,8 @@ class FitNets:
     """Train the lower half of a network towards a middle layer of its teacher, then all of it.
 
     Settings:
-        teacher: a karui Model or the folder of a saved one; None is the model at the start of the pipeline.
+        teacher: a karui Model, the folder of a saved one or a torch module; with hint_epochs=0 also what only answers,
+            as [30] takes it, or several of these; None is the model at the start of the pipeline.
         layer: path of the student's guided layer; "" takes the middle one of those that give maps.
         teacher_layer: path of the teacher's hint layer; "" takes the one nearest the middle that fits.
         activation: what the regressor ends with: "relu", "none", or "auto", which takes the ReLU where the hint has no
@@ -242,7 +243,7 @@ class FitNets:
         3.0
     """
 
-    teacher: Teacher | None = None
+    teacher: Teacher | tuple[Teacher, ...] | None = None
     layer: str = ""
     teacher_layer: str = ""
     activation: Activation = "auto"
@@ -274,19 +275,27 @@ class FitNets:
         """The student, taught in two stages."""
         if self.hint_epochs == 0 and self.epochs == 0:
             return model
-        teacher = teacher_of("fitnets_hint", self.teacher, model, bench, whole="looks at an inner layer of its teacher")
-        hinted = self._hinted(model, teacher, bench) if self.hint_epochs else model
+        teachers, hinted = self._teachers(model, bench), model
+        if self.hint_epochs:
+            hinted = self._hinted(model, teachers[0], bench)
         if self.epochs == 0:
             return hinted
-        kept = keeping((teacher,), bench, None if self.weight else 0)
+        kept = keeping(teachers, bench, None if self.weight else 0)
         fading = FadingTargets(
-            teachers=kept.teachers((teacher,), classes=False),
+            teachers=kept.teachers(teachers, classes=False),
             temperature=self.temperature,
             weight=self.weight,
             squared=self.squared,
         )
         influence = self._with_zeros(model, fading)
         return bench.fit(hinted, epochs=self.epochs, influence=influence, label="distil after the hint")
+
+    def _teachers(self, model: Model, bench: Bench) -> tuple[Model, ...]:
+        """The teacher; without a hint, any that answer."""
+        if self.hint_epochs == 0:
+            return teachers_of("fitnets_hint", self.teacher, model, bench)
+        inside = "looks at an inner layer of its teacher"
+        return (teacher_of("fitnets_hint", self.teacher, model, bench, whole=inside),)
 
     def _with_zeros(self, model: Model, part: Influence) -> Influence:
         masks = zero_masks(model.module) if self.keep_zeros else {}

@@ -25,7 +25,7 @@ FLOOR = 1e-4
 Gives = Literal["logits", "probabilities", "numbers"]
 GIVES = ("logits", "probabilities", "numbers")
 Ask = Callable[[tuple[Tensor, ...]], Any]
-"""From a batch of inputs to a tensor or an array, `[batch, ...]`."""
+"""From a batch of inputs to a tensor or an array, `[batch, ...]`; of a detector, to a tuple of these."""
 
 
 @runtime_checkable
@@ -67,14 +67,26 @@ class Predictor(nn.Module):
         self.ask, self.name, self.content = ask, name, content
         self.gives: Gives = gives
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Logits, or the numbers of a regression, on the device of the inputs.
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Logits, or the numbers of a regression, on the device of the inputs; where a tuple is said, its parts.
+
+        In a tuple only the first part can be probabilities.
 
         Raises:
             NeedError: it fails, or gives something else.
         """
         with torch.no_grad():
             said = self.ask(inputs)
+        if isinstance(said, tuple):
+            first, *others = (self._values(part, inputs) for part in said)
+            return self._logits(first) if self.gives == "probabilities" else first, *others
+        values = self._values(said, inputs)
+        if self.gives == "numbers":
+            return values[:, None] if values.ndim == 1 else values
+        return self._logits(values) if self.gives == "probabilities" else values
+
+    def _values(self, said: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+        """What was said as a tensor of a row for each sample."""
         try:
             values = said.detach() if isinstance(said, Tensor) else torch.from_numpy(np.asarray(said, dtype=np.float32))
         except (TypeError, ValueError) as error:
@@ -85,10 +97,7 @@ class Predictor(nn.Module):
             "Let it give one row for each sample.",
             NeedError,
         )
-        values = values.to(inputs[0].device)
-        if self.gives == "numbers":
-            return values[:, None] if values.ndim == 1 else values
-        return self._logits(values) if self.gives == "probabilities" else values
+        return values.to(inputs[0].device)
 
     def extra_repr(self) -> str:
         """What it is: fingerprints of trainings count it."""
