@@ -121,6 +121,22 @@ def test_teachers_of_other_kinds_are_named_on_the_command_line(folder: Path, cap
         assert not (folder / "x" / "model.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [("nn.Conv2d(3, 4, 3)", "which takes 3 channels"), ("nn.Sequential(nn.Flatten(), nn.Linear(64, 7))", "(2, 7)")],
+)
+def test_a_teacher_that_does_not_fit_is_told_before_the_dense_network_is_trained(
+    factory: str, words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    (folder / "teacher.py").write_text(f"from torch import nn\n\n\ndef made():\n    return {factory}\n")
+    line = "knowledge_distillation:teacher=teacher.py:made,epochs=1"
+    assert run(["compress", "resnet8", "--data", "digits", "--recipe", line, "--out", "x"]) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert "started" not in told
+    assert not (folder / "x" / "steps").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_command_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]):
     """Killed by a signal when the first step is kept; the resumed result equals an uninterrupted one, bit for bit."""

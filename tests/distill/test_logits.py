@@ -250,7 +250,7 @@ def test_wrong_settings_are_told(setting: str, value: int, digits: Splits) -> No
 
 def test_a_teacher_of_other_classes_is_refused(digits: Splits) -> None:
     other = Model(perceptron((64, 8, 7)), example=(torch.zeros(1, 1, 8, 8),), task=Classification())
-    with pytest.raises(NeedError, match=r"teacher logits of shape"):
+    with pytest.raises(NeedError, match=r"student gives .*\(1, 10\) and the teacher .*\(1, 7\)"):
         LogitRegression(teacher=other, normalise=False).apply(mlp(8), bench_of(digits))
     with pytest.raises(NeedError, match="needs a teacher"):
         LogitRegression().apply(mlp(8), bench_of(digits))

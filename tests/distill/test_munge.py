@@ -92,7 +92,7 @@ def test_the_teacher_is_asked_once_and_answers_with_probabilities(digits: Splits
     counted: list[int] = []
     Counting.seen = counted
     technique.apply(mlp(8), bench_of(digits, 50))
-    assert sum(counted) == 150, "two copies and the originals, whatever the number of passes"
+    assert sum(counted) == 1 + 150, "the example, two copies and the originals, whatever the number of passes"
 
 
 class Counting(nn.Module):
@@ -233,7 +233,7 @@ def test_wrong_settings_are_told(setting: str, value: object) -> None:
 
 def test_a_teacher_of_other_classes_is_refused(digits: Splits) -> None:
     other = Model(perceptron((64, 8, 7)), example=(torch.zeros(1, 1, 8, 8),), task=Classification())
-    with pytest.raises(NeedError, match=r"\(64, 10\).*\(64, 7\)"):
+    with pytest.raises(NeedError, match=r"\(1, 10\).*\(1, 7\)"):
         ModelCompression(teacher=other, copies=1).apply(mlp(8), bench_of(digits))
     with pytest.raises(NeedError, match="needs a teacher"):
         ModelCompression().apply(mlp(8), bench_of(digits))

@@ -47,7 +47,8 @@ from karui.model import Classification, Model, Regression
 from karui.recipes import recipe_from_values
 from karui.recipes.recipe import recipe_from
 from karui.recipes.run import run_recipe
-from karui.technique import Bench, lacking
+from karui.technique import Bench, Then, lacking
+from karui.technique.protocol import require_fit
 from karui.train import SGD, Adam, Constant, Influence, Moment, Training
 from karui.train.fingerprint import fingerprint
 from karui.train.guide import Guide
@@ -243,16 +244,16 @@ def student() -> Model:
     ids=lambda step: type(step).__name__,
 )
 def test_a_teacher_is_asked_once_for_each_sample_unless_every_pass_augments_anew(technique: Any, bench: Bench) -> None:
-    """Two batches, three passes; one more call tells the size of an answer."""
+    """Two batches, three passes; two more calls tell whether it fits, and the size of an answer."""
 
     def calls(bench: Bench) -> int:
         seen: list[tuple[bool, bool]] = []
         replace(technique, teacher=Watched(seen)).apply(student(), bench)
         return len(seen)
 
-    assert calls(bench) == 1 + 2
+    assert calls(bench) == 2 + 2
     shifted = replace(bench, training=replace(bench.training, augment=RandomCrop(1)))
-    assert calls(shifted) == 6
+    assert calls(shifted) == 1 + 6
 
 
 @pytest.mark.parametrize(
@@ -343,6 +344,81 @@ def test_a_wrong_shape_names_both(forest: RandomForestClassifier, onnx_file: Pat
             technique(teacher=forest, epochs=1).apply(student, bench)
 
 
+LOOKING_INSIDE: dict[str, Callable[..., Any]] = {
+    "neurons": functools.partial(NeuronSelection, number=2, by="random"),
+    "hints": FitNets,
+    "maps": AttentionTransfer,
+    "gradients": functools.partial(AttentionTransfer, by="gradients"),
+    "boxes": DetectionDistillation,
+    "records": DataFree,
+}
+ALL = {**{getattr(one, "func", one).__name__: one for one in OUTPUTS_ALONE}, **LOOKING_INSIDE}
+
+
+def never_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was trained")
+
+    monkeypatch.setattr("karui.technique.bench.fit", train)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_teacher_of_other_inputs_is_refused_before_anything_is_trained(
+    name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never_trained(monkeypatch)
+    coloured = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
+    own = Model(coloured, example=(torch.zeros(2, 3, 8, 8),), task=Classification())
+    for teacher, words in (
+        (coloured, "begins with '0', which takes 3 channels"),
+        (own, "takes a tensor of shape (2, 3"),
+    ):
+        step = ALL[name](teacher=teacher)
+        for refused in (lambda step=step: step.apply(student(), bench), lambda step=step: step.fits(student(), bench)):
+            with pytest.raises(NeedError) as caught:
+                refused()
+            assert words in caught.value.message
+            assert "is given a tensor of shape (1, 1, 8, 8)" in caught.value.message
+            assert step.card.slug in caught.value.message
+            assert "teacher=file.py:factory" in caught.value.hint
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("neurons", "maps")])
+def test_a_teacher_of_other_classes_is_refused_before_anything_is_trained(
+    name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never_trained(monkeypatch)
+    step = ALL[name](teacher=mlp(16, classes=7))
+    for refused in (step.apply, step.fits):
+        with pytest.raises(NeedError, match=r"student gives .*\(1, 10\) and the teacher .*\(1, 7\)") as caught:
+            refused(mlp(8), bench)
+        assert caught.value.hint
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.paper(34)
+def test_maps_need_no_common_classes_but_soft_targets_beside_them_do(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = student()
+    other.module[-1] = nn.Linear(8, 7)
+    step = AttentionTransfer(teacher=other, epochs=1)
+    assert not same(step.apply(student(), bench), student())
+    never_trained(monkeypatch)
+    with pytest.raises(NeedError, match=r"\(1, 10\) and the teacher .*\(1, 7\).*soft=0"):
+        replace(step, soft=0.5).apply(student(), bench)
+
+
+def test_a_pipeline_asks_named_teachers_before_its_first_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    never_trained(monkeypatch)
+    first, wrong = KnowledgeDistillation(teacher=mlp(16)), KnowledgeDistillation(teacher=mlp(16, classes=7))
+    with pytest.raises(NeedError, match=r"\(1, 7\)"):
+        Then(first, wrong).apply(mlp(8), bench)
+    narrowed = NeuronSelection(teacher=mlp(16), number=7, by="random")
+    require_fit((narrowed, wrong), mlp(8), bench)  # what comes after new outputs is not known yet
+
+
 @pytest.mark.parametrize(
     "technique",
     [
@@ -404,8 +480,8 @@ def test_what_cannot_teach_is_refused_in_one_line(bench: Bench, few: TensorDatas
     (tmp_path / "broken.onnx").write_bytes(b"nothing")
     refused(tmp_path / "broken.onnx", "broken.onnx")
     refused(lambda x: {"logits": x}, "gives")
-    refused(lambda x: x.flatten(1)[:3], "one row for each sample")
-    refused(lambda x: x.flatten(1)[:, :1], "not logits")
+    refused(lambda x: x.flatten(1)[:3, :10], "one row for each sample")
+    refused(lambda x: x.flatten(1)[:, :1], "(1, 10)", "(1, 1)")
     refused(predictor(plain, gives="probabilities"), "no probabilities")
 
 
@@ -431,7 +507,7 @@ def test_regressions_teach_numbers(bench: Bench) -> None:
         taught = ModelCompression(teacher=teacher, copies=2, epochs=10).apply(student, bench)
         torch.testing.assert_close(taught.module(x).detach(), y, atol=0.1, rtol=0)
     two = RandomForestRegressor(3).fit(x.numpy(), np.stack([y[:, 0], y[:, 0]], 1))
-    with pytest.raises(NeedError, match=r"\(64, 1\)|\(16, 1\)"):
+    with pytest.raises(NeedError, match=r"\(1, 1\).*\(1, 2\)"):
         ModelCompression(teacher=two, copies=1, epochs=1).apply(student, bench)
 
 

@@ -8,21 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from karui.errors import NeedError, require, told
 from karui.model import Model
 
 OFFSETS = 4
 """Numbers of a box."""
 
 
-def packed(slug: str, detector: Model) -> Model:
-    """A detector whose logits and offsets are one tensor, `[batch, classes + 4, boxes]`.
-
-    Args:
-        slug: of the technique, for errors.
-        detector: left as it is.
-    """
-    return Model(_Packed(slug, detector.module), example=detector.example, task=detector.task)
+def packed(detector: Model) -> Model:
+    """A detector whose logits and offsets are one tensor, `[batch, classes + 4, boxes]`."""
+    return Model(_Packed(detector.module), example=detector.example, task=detector.task)
 
 
 def unpacked(
@@ -40,21 +34,9 @@ def unpacked(
 class _Packed(nn.Module):
     """Asks a detector."""
 
-    def __init__(self, slug: str, detector: nn.Module) -> None:
+    def __init__(self, detector: nn.Module) -> None:
         super().__init__()
-        self.slug, self.detector = slug, detector
+        self.detector = detector
 
     def forward(self, *inputs: Any) -> Tensor:
-        said = self.detector(*inputs)
-        parts = list(said) if isinstance(said, tuple | list) else [said]
-        pair = len(parts) == 2 and all(isinstance(part, Tensor) and part.ndim >= 3 for part in parts)
-        fits = pair and parts[1].shape == (len(parts[0]), OFFSETS, *parts[0].shape[2:])
-        gives = " and ".join(map(told, parts))
-        require(
-            fits,
-            f"'{self.slug}': the teacher gives {gives}; a detector gives logits [batch, classes, boxes] and offsets "
-            "[batch, 4, boxes].",
-            "Give a teacher that judges the student's boxes.",
-            NeedError,
-        )
-        return torch.cat(parts, 1)
+        return torch.cat(list(self.detector(*inputs)), 1)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from karui.data import Batches
+from karui.distill._asking import ask, require_alike
 from karui.distill.predictors import Classifier, Predictor, Regressor, predictor
 from karui.errors import KaruiError, NeedError, require, told
 from karui.measuring.inference import inference
@@ -69,6 +70,7 @@ def teachers_of(
     bench: Bench,
     *,
     whole: str = "",
+    alike: str = "",
 ) -> tuple[Model, ...]:
     """The teachers as models, read where they are files; without any, the model at the start of the pipeline.
 
@@ -79,9 +81,12 @@ def teachers_of(
         bench: knows the start of the pipeline.
         whole: what the technique does to its teacher that outputs alone do not allow, such as "looks at inner layers
             of its teacher"; empty where any teacher will do.
+        alike: where answers must be of the shape of the student's: what to do if they are not; empty where they need
+            not be.
 
     Raises:
-        NeedError: there is none, it is the student itself, or it only gives outputs where more is needed.
+        NeedError: there is none, it is the student itself, it only gives outputs where more is needed, it does not take
+            the student's inputs, or does not answer alike.
     """
     named = given(teacher) or ((bench.dense,) if bench.dense is not None else ())
     teachers = tuple(model for one in named for model in _models(slug, one, student))
@@ -95,18 +100,28 @@ def teachers_of(
     outside = [one.module.name for one in teachers if isinstance(one.module, Predictor)]
     told = f"'{slug}' {whole}, and {', '.join(outside)} gives outputs alone."
     require(not (whole and outside), told, WHOLE, NeedError)
+    for one in teachers:
+        said = ask(slug, one, student)
+        if alike:
+            require_alike(slug, said, student, alike)
     return teachers
 
 
 def teacher_of(
-    slug: str, teacher: Teacher | tuple[Teacher, ...] | None, student: Model, bench: Bench, *, whole: str
+    slug: str,
+    teacher: Teacher | tuple[Teacher, ...] | None,
+    student: Model,
+    bench: Bench,
+    *,
+    whole: str,
+    alike: str = "",
 ) -> Model:
     """The one teacher of a technique that matches a single network's inner layers; as `teachers_of`.
 
     Raises:
         NeedError: as there, or there are several: none of them may be passed over in silence.
     """
-    found = teachers_of(slug, teacher, student, bench, whole=whole)
+    found = teachers_of(slug, teacher, student, bench, whole=whole, alike=alike)
     require(
         len(found) == 1,
         f"'{slug}' {whole}, and was given {len(found)} teachers.",

@@ -311,6 +311,11 @@ class AttentionTransfer:
         """What is missing for a teacher, before any work starts: (message, remedy) pairs."""
         return [] if self.by == "symmetry" else lacking_teachers("attention_transfer", self.teacher, bench, first=first)
 
+    def fits(self, model: Model, bench: Bench) -> None:
+        """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        if self.teacher is not None and self.by != "symmetry":
+            self.influence(model, bench)
+
     def influence(self, model: Model, bench: Bench) -> Influence:
         """What draws the maps, or the gradients, together; for a training of `model` or of what becomes of it."""
         part = self._maps(model, bench) if self.by == "activations" else self._gradients(model, bench)
@@ -325,7 +330,14 @@ class AttentionTransfer:
 
     def _maps(self, model: Model, bench: Bench) -> Influence:
         teacher = teacher_of(
-            "attention_transfer", self.teacher, model, bench, whole="looks at inner layers of its teacher"
+            "attention_transfer",
+            self.teacher,
+            model,
+            bench,
+            whole="looks at inner layers of its teacher",
+            alike="Soft targets need a teacher that knows the same classes; set soft=0 for the maps alone."
+            if self.soft
+            else "",
         )
         own, theirs = paired_layers("attention_transfer", model, teacher, self.layers, self.teacher_layers)
         return AttentionMaps(
@@ -358,7 +370,14 @@ class AttentionTransfer:
         guide = None
         if self.by == "gradients":
             guide = Guide(
-                teacher_of("attention_transfer", self.teacher, model, bench, whole="differentiates its teacher")
+                teacher_of(
+                    "attention_transfer",
+                    self.teacher,
+                    model,
+                    bench,
+                    whole="differentiates its teacher",
+                    alike="Gradients of the loss need a teacher that knows the same classes; set by='activations'.",
+                )
             )
         return InputGradients(guide=guide, task=model.task, beta=self._beta(), decay=self.decay)
 

@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from karui.distill._asking import SAME_CLASSES
 from karui.distill._reconstruction import Descent, Rebuilt, reconstruct
 from karui.distill._recording import record
 from karui.distill._records import KINDS, Kind, Record, load_record
@@ -188,9 +189,19 @@ class DataFree:
         facts = {"loss": [rebuilt.losses[0], rebuilt.losses[-1]], "samples": len(rebuilt.inputs)}
         return taught.evolve(taught.module, Note(f"taught on inputs rebuilt from an {held.describe()}", facts))
 
+    def fits(self, model: Model, bench: Bench) -> None:
+        """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        if self.teacher is not None:
+            self._teacher(model, bench)
+
     def _teacher(self, model: Model, bench: Bench) -> Model:
         return teacher_of(
-            "data_free_distillation", self.teacher, model, bench, whole="looks at inner layers of its teacher"
+            "data_free_distillation",
+            self.teacher,
+            model,
+            bench,
+            whole="looks at inner layers of its teacher",
+            alike=SAME_CLASSES if self.epochs else "",
         )
 
     def _at_hand(self) -> bool:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 Resize = Literal["interpolate", "pad"]
 SLUG = "detection_distillation"
+SAME_BOXES = "Both have to judge the same boxes and classes: give them the same anchors, or the same proposals."
 ADAPTATION = "_hint_adaptation"
 CONVOLUTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MODES = ("", "linear", "bilinear", "trilinear")
@@ -232,7 +233,7 @@ def _same_boxes(outputs: Any, answers: Any) -> None:
     require(
         shapes[0] == shapes[1],
         f"The student gives {told(outputs)} and the teacher {told(answers)}.",
-        "Both have to judge the same boxes and classes: give them the same anchors, or the same proposals.",
+        SAME_BOXES,
         NeedError,
     )
 
@@ -312,6 +313,11 @@ class DetectionDistillation:
         """What is missing for a teacher, before any work starts: (message, remedy) pairs."""
         return lacking_teachers(SLUG, self.teacher, bench, first=first)
 
+    def fits(self, model: Model, bench: Bench) -> None:
+        """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        if self.teacher is not None:
+            self.influence(model, bench)
+
     def influence(self, model: Model, bench: Bench) -> Influence:
         """The three parts, for a training of `model` or of what becomes of it."""
         parts = self._with_hint(model, bench) if self.hint > 0 else (self._of_answers(model, bench),)
@@ -320,7 +326,8 @@ class DetectionDistillation:
 
     def _with_hint(self, model: Model, bench: Bench) -> tuple[Influence, ...]:
         """All three parts, and the adaptation layer of the hint."""
-        teacher = teacher_of(SLUG, self.teacher, model, bench, whole="looks at inner layers of its teacher")
+        inside = "looks at inner layers of its teacher"
+        teacher = teacher_of(SLUG, self.teacher, model, bench, whole=inside, alike=SAME_BOXES)
         layer, theirs = self._layers(model, teacher)
         wanted, example = sizes_of_outputs(teacher)[theirs], model.example
         adaptation(sizes_of_outputs(model)[layer], wanted)  # shapes that do not fit are told now
@@ -334,9 +341,9 @@ class DetectionDistillation:
 
     def _of_answers(self, model: Model, bench: Bench) -> DetectionGuidance:
         """What answers alone tell: the classes and the boxes."""
-        teachers = teachers_of(SLUG, self.teacher, model, bench)
+        teachers = teachers_of(SLUG, self.teacher, model, bench, alike=SAME_BOXES)
         if isinstance(model.task, Detection):
-            teachers = tuple(packed(SLUG, one) for one in teachers)
+            teachers = tuple(map(packed, teachers))
         asked = keeping(teachers, bench).teachers(teachers, classes=False)
         return self._guidance(model, guide=None, teachers=asked)
 

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from karui.technique import Bench
 
 Activation = Literal["auto", "relu", "none"]
+CLASSES = "Stage 2 needs a teacher that knows the same classes; set weight=0 for the hint alone."
 REGRESSOR = "_hint_regressor"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -192,7 +193,7 @@ class FadingTargets(Influence):
         require(
             isinstance(outputs, Tensor) and answers.shape[1:] == outputs.shape,
             f"The student gives {told(outputs)} and the teacher {told(answers[0])}.",
-            "Stage 2 needs a teacher that knows the same classes; set weight=0 for the hint alone.",
+            CLASSES,
             NeedError,
         )
         soft = soft_cross_entropy(outputs, arithmetic(answers, self.temperature), self.temperature)
@@ -271,6 +272,13 @@ class FitNets:
         """What is missing for a teacher, before any work starts: (message, remedy) pairs."""
         return lacking_teachers("fitnets_hint", self.teacher, bench, first=first)
 
+    def fits(self, model: Model, bench: Bench) -> None:
+        """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        if self.teacher is not None and (self.hint_epochs or self.epochs):
+            (teacher, *_) = self._teachers(model, bench)
+            if self.hint_epochs:
+                self._pair(model, teacher)
+
     def apply(self, model: Model, bench: Bench) -> Model:
         """The student, taught in two stages."""
         if self.hint_epochs == 0 and self.epochs == 0:
@@ -292,19 +300,26 @@ class FitNets:
 
     def _teachers(self, model: Model, bench: Bench) -> tuple[Model, ...]:
         """The teacher; without a hint, any that answer."""
+        alike = CLASSES if self.epochs and self.weight else ""
         if self.hint_epochs == 0:
-            return teachers_of("fitnets_hint", self.teacher, model, bench)
+            return teachers_of("fitnets_hint", self.teacher, model, bench, alike=alike)
         inside = "looks at an inner layer of its teacher"
-        return (teacher_of("fitnets_hint", self.teacher, model, bench, whole=inside),)
+        return (teacher_of("fitnets_hint", self.teacher, model, bench, whole=inside, alike=alike),)
 
     def _with_zeros(self, model: Model, part: Influence) -> Influence:
         masks = zero_masks(model.module) if self.keep_zeros else {}
         return Together(MaskKeeper(masks), part) if masks else part
 
-    def _hinted(self, model: Model, teacher: Model, bench: Bench) -> Model:
-        """The student after stage 1: layers above the guided one are as they were, to the bit."""
+    def _pair(self, model: Model, teacher: Model) -> tuple[str, str, tuple[int, ...], tuple[int, ...]]:
+        """The layers of the hint and their shapes, between which there is a regressor."""
         layer, teacher_layer = hint_pair(model, teacher, self.layer, self.teacher_layer)
         guided, hint = (_shape(one, path) for one, path in ((model, layer), (teacher, teacher_layer)))
+        regressor(guided, hint)
+        return layer, teacher_layer, guided, hint
+
+    def _hinted(self, model: Model, teacher: Model, bench: Bench) -> Model:
+        """The student after stage 1: layers above the guided one are as they were, to the bit."""
+        layer, teacher_layer, guided, hint = self._pair(model, teacher)
         activation = self.activation
         if activation == "auto":
             activation = "relu" if _is_positive(teacher, teacher_layer, bench) else "none"
@@ -337,8 +352,9 @@ def hint_pair(student: Model, teacher: Model, layer: str, teacher_layer: str) ->
         space, wanted = guided[1:], theirs[path][1:]
         if len(space) == len(wanted) and all(a >= b for a, b in zip(space, wanted, strict=True)):
             return layer, path
+    given = f"the nearest, '{nearest[0]}', gives {theirs[nearest[0]]}"
     raise SettingError(
-        f"'fitnets_hint': no layer of the teacher fits the student's '{layer}', which gives shape {guided}.",
+        f"'fitnets_hint': no layer of the teacher fits the student's '{layer}', which gives shape {guided}: {given}.",
         "Name layer and teacher_layer; maps of the student must be at least as large as the teacher's.",
     )
 

@@ -35,6 +35,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from karui.data import Batches
+from karui.distill._asking import SAME_CLASSES
 from karui.distill._heads import head_of
 from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teachers_of
 from karui.errors import SettingError, UsageError, require
@@ -179,9 +180,14 @@ class KnowledgeDistillation:
         """What is missing for a teacher, before any work starts: (message, remedy) pairs."""
         return lacking_teachers("knowledge_distillation", self.teacher, bench, first=first)
 
+    def fits(self, model: Model, bench: Bench) -> None:
+        """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        if self.teacher is not None:
+            self._teachers(model, bench)
+
     def influence(self, model: Model, bench: Bench) -> Influence:
         """The soft targets, for a training of `model` or of what becomes of it."""
-        teachers = teachers_of("knowledge_distillation", self.teacher, model, bench)
+        teachers = self._teachers(model, bench)
         soft = SoftTargets(
             teachers=keeping(teachers, bench, self.remember).teachers(teachers),
             temperature=self.temperature,
@@ -197,6 +203,10 @@ class KnowledgeDistillation:
             return model
         taught = bench.fit(model, epochs=self.epochs, influence=self.influence(model, bench), label="distil")
         return self._lifted(taught, bench) if self.missing else taught
+
+    def _teachers(self, model: Model, bench: Bench) -> tuple[Model, ...]:
+        alike = SAME_CLASSES if self.weight else ""
+        return teachers_of("knowledge_distillation", self.teacher, model, bench, alike=alike)
 
     def _lifted(self, taught: Model, bench: Bench) -> Model:
         logits, targets = _outputs(taught, bench.validation)

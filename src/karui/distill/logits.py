@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from karui.data.sources import load_unlabelled
+from karui.distill._asking import SAME_CLASSES
 from karui.distill._clipping import clipped
 from karui.distill._heads import head_of
 from karui.distill._scale import Scale, can_hold, scale_of
@@ -240,9 +241,14 @@ class LogitRegression:
             )
         return missing
 
+    def fits(self, model: Model, bench: Bench) -> None:
+        """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        if self.teacher is not None:
+            self._teachers(model, bench)
+
     def influence(self, model: Model, bench: Bench) -> Influence:
         """The distance from the teachers' logits in place of the loss, for a training of `model` by another step."""
-        models = teachers_of("logit_regression", self.teacher, model, bench)
+        models = self._teachers(model, bench)
         teachers = keeping(models, bench, self.remember).teachers(models)
         scale = scale_of(teachers, bench.train) if self.normalise else None
         return self._with_zeros(model, LogitTargets(teachers=teachers, scale=scale))
@@ -254,7 +260,7 @@ class LogitRegression:
         if self.parameters is not None:
             bench = bench if bench.dense is not None else replace(bench, dense=model)
             model = shallow_student(model, self.parameters, self.rank, self.filters, seed=bench.seed)
-        models, train = teachers_of("logit_regression", self.teacher, model, bench), bench.train
+        models, train = self._teachers(model, bench), bench.train
         if self.unlabelled is not None:
             named = isinstance(self.unlabelled, str)
             train = with_unlabelled(train, load_unlabelled(self.unlabelled) if named else self.unlabelled)  # pyright: ignore[reportArgumentType]
@@ -269,6 +275,9 @@ class LogitRegression:
         return replace(bench, train=train, training=clipped(bench.training)).fit(
             model, epochs=self.epochs, influence=influence, turns=(turn,), label="logits"
         )
+
+    def _teachers(self, model: Model, bench: Bench) -> tuple[Model, ...]:
+        return teachers_of("logit_regression", self.teacher, model, bench, alike=SAME_CLASSES)
 
     def _with_zeros(self, model: Model, part: Influence) -> Influence:
         masks = zero_masks(model.module) if self.keep_zeros else {}

@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from karui.data import Batches, hold_out, targets_of
+from karui.distill._asking import SAME_CLASSES
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
 from karui.distill.shallow import hidden_layer_student
 from karui.errors import NeedError, require, told
@@ -267,6 +268,14 @@ class ModelCompression:
         facts = {"generator": self.generator, "pseudo samples": self.copies * len(Batches(bench.train))}
         return taught.evolve(taught.module, Note("taught on pseudo data that a teacher labelled", facts))
 
+    def fits(self, model: Model, bench: Bench) -> None:
+        """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        if self.teacher is not None:
+            self._teachers(model, bench)
+
+    def _teachers(self, model: Model, bench: Bench) -> tuple[Model, ...]:
+        return teachers_of("munge_compression", self.teacher, model, bench, alike=SAME_CLASSES)
+
     def transfer(self, model: Model, bench: Bench) -> tuple[TensorDataset, TensorDataset | None]:
         """What is taught on, labelled by the teacher, and the pseudo data that are held out of it.
 
@@ -279,7 +288,7 @@ class ModelCompression:
         made = self.pseudo().grow(TensorDataset(given), bench.seed, progress=bench.progress)
         samples = len(made) + len(given)
         kept = bench.checkpoints / "answers" if bench.checkpoints is not None else None
-        named = teachers_of("munge_compression", self.teacher, model, bench)
+        named = self._teachers(model, bench)
         teachers = Teachers(named, samples if kept is not None else 0, kept, classes=classes)
         held = None
         train = labelled(teachers, made.tensors[0], classes=classes, progress=bench.progress) if len(made) else None

@@ -207,6 +207,18 @@ class MutualLearning:
             return max(zip(scores, trained, strict=True), key=_merit)[1]
         return trained[0]
 
+    def fits(self, model: Model, bench: Bench) -> None:
+        """Ask each partner once, so that one that does not fit is told before anything is trained."""
+        self._partners(model, bench)
+
+    def _partners(self, model: Model, bench: Bench) -> tuple[Model, ...]:
+        if not self.partners:
+            return ()
+        alike = "Partners must know the same classes."
+        return teachers_of(
+            "deep_mutual_learning", self.partners, model, bench, whole="trains its partners", alike=alike
+        )
+
     def study(self, model: Model, bench: Bench) -> tuple[Model, ...]:
         """Every peer after the training, the given one first.
 
@@ -215,12 +227,7 @@ class MutualLearning:
             bench: with training data.
         """
         fresh = [redrawn(model, seed_of(bench.seed, "peer", number)) for number in range(1, self.peers)]
-        partners = (
-            teachers_of("deep_mutual_learning", self.partners, model, bench, whole="trains its partners")
-            if self.partners
-            else ()
-        )
-        models = (model, *fresh, *partners)
+        models = (model, *fresh, *self._partners(model, bench))
         masks = zero_masks(model.module) if self.keep_zeros else {}
         trained = fit_together(
             models,

@@ -155,9 +155,7 @@ class NeuronSelection:
         """The student, whose outputs are the selected neurons; without a task, as it gives no classes."""
         if self.epochs == 0:
             return model
-        teachers = teachers_of(
-            "neuron_selection_distillation", self.teacher, model, bench, whole="looks at inner neurons of its teacher"
-        )
+        teachers = self._teachers(model, bench)
         layers = [self.layer or last_hidden(one) for one in teachers]
         kept = tuple(
             self.selection(one, path, bench, number)
@@ -173,6 +171,15 @@ class NeuronSelection:
         note = Note(f"gives {total} neurons of its teacher, selected by {self.by}", facts)
         made = taught.evolve(taught.module, note)
         return Model(made.module, example=made.example, lineage=made.lineage)
+
+    def fits(self, model: Model, bench: Bench) -> None:
+        """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        if self.teacher is not None:
+            self._teachers(model, bench)
+
+    def _teachers(self, model: Model, bench: Bench) -> tuple[Model, ...]:
+        inside = "looks at inner neurons of its teacher"
+        return teachers_of("neuron_selection_distillation", self.teacher, model, bench, whole=inside)
 
     def selection(self, teacher: Model, layer: str, bench: Bench, number: int = 0) -> Int[Tensor, "kept"]:
         """The neurons of a teacher's layer that are kept; `number` tells teachers of an ensemble apart."""

@@ -222,9 +222,17 @@ class TransparentDistillation:
         """What is missing for a teacher that is named, before any work starts: (message, remedy) pairs."""
         return [] if self.teacher is None else lacking_teachers(SLUG, self.teacher, bench, first=first)
 
+    def fits(self, model: Model, bench: Bench) -> None:
+        """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        with inference(self._teacher(model, bench).module) as module:
+            module(*model.example)
+
+    def _teacher(self, model: Model, bench: Bench) -> Model:
+        return model if self.teacher is None else spoken(SLUG, teachers_of(SLUG, self.teacher, model, bench), model)
+
     def apply(self, model: Model, bench: Bench) -> Model:
         """The student in place of the network."""
-        teacher = model if self.teacher is None else spoken(SLUG, teachers_of(SLUG, self.teacher, model, bench), model)
+        teacher = self._teacher(model, bench)
         lesson, _ = lesson_of(teacher, bench.train, self.target)
         layer = self.grow(lesson, bench.seed, progress=bench.progress)
         student = replace_layers(model, {"": layer}, f"the network taught a {self.student} and gave it its place")

@@ -12,7 +12,7 @@ from karui.measuring import count
 from karui.model import Analysis, Note, coupled_groups, plan_surgery
 from karui.recipes.recipe import Recipe, slug_of
 from karui.technique import card_of, lacking
-from karui.technique.protocol import needs_of
+from karui.technique.protocol import needs_of, require_fit
 from karui.technique.pruning.schedule import WHOLE
 
 if TYPE_CHECKING:
@@ -126,10 +126,12 @@ def plan_recipe(model: Model, recipe: Recipe | None, bench: Bench) -> Preflight:
     except CaptureError as error:
         uncaptured = error.message
     counts = count(model)
-    plans, current = [], model
+    plans, current, known = [], model, True
     for step in recipe.steps if recipe else ():
-        told, current = _look(step, current, bench, uncaptured)
+        told, current = _look(step, current, bench, uncaptured, known=known)
         plans.append(told)
+        card = card_of(step)
+        known = known and card is not None and card.same_signature
         bench = dataclasses.replace(bench, dense=model)
     return Preflight(
         parameters=counts.parameters,
@@ -141,8 +143,8 @@ def plan_recipe(model: Model, recipe: Recipe | None, bench: Bench) -> Preflight:
     )
 
 
-def _look(step: Technique, model: Model, bench: Bench, uncaptured: str) -> tuple[StepPlan, Model]:
-    """The plan of one step, and the model that the next one would be given."""
+def _look(step: Technique, model: Model, bench: Bench, uncaptured: str, *, known: bool) -> tuple[StepPlan, Model]:
+    """The plan of one step, and the model that the next one would be given; `known`: no step changed its outputs."""
     slug, card = slug_of(step), card_of(step)
     assert card is not None  # noqa: S101  (what has a slug has a card)
     missing = tuple(lacking(step, model, bench))
@@ -152,13 +154,18 @@ def _look(step: Technique, model: Model, bench: Bench, uncaptured: str) -> tuple
         hint = "Techniques that replace layers one by one still work; karui list tells them."
         return StepPlan(technique=slug, refusals=((f"'{slug}' cuts the graph: {uncaptured}", hint),)), model
     try:
+        if known:
+            require_fit((step,), model, bench)
         remarks = _remarks(step, model)
         trial = _without_training(step)
         if card.kind not in PREDICTABLE or "training" in needs_of(trial):
             return StepPlan(technique=slug, remarks=(*remarks, "what it gains is known after the training")), model
         tried = trial.apply(model, dataclasses.replace(bench, progress=False, checkpoints=None))
     except KaruiError as error:
-        return StepPlan(technique=slug, refusals=((f"'{slug}': {error.message}", error.hint),)), model
+        named = error.message.startswith(f"'{slug}'")
+        return StepPlan(
+            technique=slug, refusals=((error.message if named else f"'{slug}': {error.message}", error.hint),)
+        ), model
     remarks = _with_what_stays(remarks, _left_whole(model, tried))
     counts, before = count(tried), count(model)
     if (counts.parameters, counts.macs) == (before.parameters, before.macs) and {"parameters", "macs"} & set(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from karui.errors import NeedError, UsageError, require
-from karui.technique.protocol import Technique, lacking
+from karui.technique.protocol import Technique, lacking, require_fit
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -45,6 +45,8 @@ class Then:
         missing = lacking(self, model, bench)
         if missing:
             raise NeedError(*missing[0])
+        if model is not None:
+            require_fit(self.steps, model, bench)
         first, *later = self.steps
         made = first.apply(model, bench if model is None else _from(model, bench))
         bench = _from(made if model is None else model, bench)

@@ -91,6 +91,23 @@ def lacking(step: Technique, model: Model | None, bench: Bench) -> list[tuple[st
     return missing
 
 
+def require_fit(steps: tuple[Technique, ...], model: Model, bench: Bench) -> None:
+    """Let each step of a pipeline that can look at what it is given besides the model, such as a teacher.
+
+    A technique does so by a method of its own, `fits(model, bench)`, which trains nothing. Steps after one that gives
+    other outputs are left out: what they will be given is not known.
+
+    Raises:
+        KaruiError: something does not fit.
+    """
+    for step in steps:
+        own, card = getattr(step, "fits", None), card_of(step)
+        if own is not None:
+            own(model, bench)
+        if card is None or not card.same_signature:
+            break
+
+
 def needs_of(step: Technique) -> tuple[Need, ...]:
     """What the technique needs with its settings: its own `needs()` where it has one, else what the card says.
 

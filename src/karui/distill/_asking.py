@@ -1,0 +1,75 @@
+"""Asking a teacher once, before anything is trained: whether it takes the student's inputs, and answers like it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from karui.errors import KaruiError, NeedError, require, told
+from karui.measuring.inference import inference, tensors_of
+from karui.model import Model
+from karui.model.importing import told_of
+
+SAME_CLASSES = "A teacher must know the same classes, or give as many numbers."
+FIT = (
+    "Give a teacher that was made for such inputs, or a function that brings them to its form: teacher=file.py:factory."
+)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def ask(slug: str, teacher: Model, student: Model) -> Any:
+    """What a teacher says of the student's example.
+
+    Raises:
+        NeedError: it does not take such inputs.
+    """
+    device = next((p.device for p in teacher.module.parameters()), torch.device("cpu"))
+    inputs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, student.example)
+    try:
+        with inference(teacher.module) as module:
+            return module(*inputs)
+    except KaruiError:
+        raise
+    except Exception as failure:  # the teacher is foreign code and may raise anything
+        raise NeedError(
+            f"'{slug}': the teacher {_takes(teacher, student)}, and the student is given {_shapes(student.example)}: "
+            f"{told_of(failure)}",
+            FIT,
+        ) from failure
+
+
+def require_alike(slug: str, said: Any, student: Model, remedy: str) -> None:
+    """Refuse answers of another shape than the student's.
+
+    Args:
+        slug: of the technique.
+        said: what the teacher says of the student's example.
+        student: whose outputs are compared.
+        remedy: what to do.
+
+    Raises:
+        NeedError: naming both shapes.
+    """
+    with inference(student.module) as module:
+        own = module(*student.example)
+    alike = [one.shape for one in tensors_of(own)] == [one.shape for one in tensors_of(said)]
+    require(alike, f"'{slug}': the student gives {_shapes(own)} and the teacher {_shapes(said)}.", remedy, NeedError)
+
+
+def _shapes(values: Any) -> str:
+    return " and ".join(map(told, tensors_of(values))) or told(values)
+
+
+def _takes(teacher: Model, student: Model) -> str:
+    """What a teacher takes: its own example's shape, or what its first layer says."""
+    if _shapes(teacher.example) != _shapes(student.example):
+        return f"takes {_shapes(teacher.example)}"
+    for path, layer in teacher.module.named_modules():
+        if isinstance(layer, CONVOLUTIONS):
+            return f"begins with '{path}', which takes {layer.in_channels} channels"
+        if isinstance(layer, nn.Linear):
+            return f"begins with '{path}', which takes {layer.in_features} numbers"
+    return "does not take the inputs"
