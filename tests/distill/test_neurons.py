@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from karui.architectures.cifar_resnet import resnet8
 from karui.architectures.perceptron import perceptron
 from karui.data import Splits
 from karui.distill._nuisances import NUISANCES, changed
@@ -196,6 +197,10 @@ def test_what_cannot_be_done_is_told(digits: Splits, teacher: Model) -> None:
         NeuronSelection(teacher=teacher, number=99).apply(mlp(8), bench)
     with pytest.raises(SettingError, match="random neurons need a number"):
         NeuronSelection(by="random")
+    resnet = Model(resnet8(in_channels=1), example=(torch.zeros(2, 1, 8, 8),), task=Classification())
+    named = r"Name another: layer=layer3 \(256 neurons\), layer=layer2 \(512 neurons\), layer=layer1"
+    with pytest.raises(UsageError, match=named):
+        NeuronSelection(teacher=resnet).fits(resnet.copy(), Bench())
     with pytest.raises(UsageError, match="no linear layer before its last one"):
         NeuronSelection(teacher=mlp(), number=2).apply(mlp(8), bench)
     with pytest.raises(NeedError, match="needs a teacher"):

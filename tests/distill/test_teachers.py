@@ -483,6 +483,7 @@ def test_what_cannot_teach_is_refused_in_one_line(bench: Bench, few: TensorDatas
     refused(lambda x: x.flatten(1)[:3, :10], "one row for each sample")
     refused(lambda x: x.flatten(1)[:, :1], "(1, 10)", "(1, 1)")
     refused(predictor(plain, gives="probabilities"), "no probabilities")
+    refused(None, "needs a teacher", ".onnx file", "file.py:factory")
 
 
 def test_classes_that_an_estimator_has_not_seen_keep_their_numbers(few: TensorDataset) -> None:

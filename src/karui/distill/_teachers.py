@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from karui.technique import Bench
 
 Teacher = Model | nn.Module | Classifier | Regressor | Callable[..., Any] | Path | str
-GIVE = "Give teacher=..., a Model or the folder of a saved one."
+GIVE = (
+    "Give teacher=..., a Model, the folder of a saved one, file.py:factory or package.module:factory; "
+    "where outputs are enough also an .onnx file, an estimator or a function."
+)
 WHOLE = "Teachers with inner layers are a karui Model, the folder of a saved one, or a torch module."
 _ZOOS = ("timm", "torchvision")
 

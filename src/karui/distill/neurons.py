@@ -33,6 +33,7 @@ DEPARTURE: outputs are regressed before the ReLU by default, since most targets 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +42,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from karui.distill._heads import head_of
+from karui.distill._maps import last_of_each_size, sizes_of_outputs
 from karui.distill._selection import select_neurons
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
 from karui.distill.logits import logit_loss
@@ -156,7 +158,7 @@ class NeuronSelection:
         if self.epochs == 0:
             return model
         teachers = self._teachers(model, bench)
-        layers = [self.layer or last_hidden(one) for one in teachers]
+        layers = self._layers(teachers)
         kept = tuple(
             self.selection(one, path, bench, number)
             for number, (one, path) in enumerate(zip(teachers, layers, strict=True))
@@ -175,7 +177,10 @@ class NeuronSelection:
     def fits(self, model: Model, bench: Bench) -> None:
         """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
         if self.teacher is not None:
-            self._teachers(model, bench)
+            self._layers(self._teachers(model, bench))
+
+    def _layers(self, teachers: tuple[Model, ...]) -> list[str]:
+        return [self.layer or last_hidden(one) for one in teachers]
 
     def _teachers(self, model: Model, bench: Bench) -> tuple[Model, ...]:
         inside = "looks at inner neurons of its teacher"
@@ -204,7 +209,13 @@ def last_hidden(model: Model) -> str:
     """
     head = head_of(model)
     linear = [path for path, part in model.module.named_modules() if isinstance(part, nn.Linear) and path != head]
-    require(bool(linear), "The teacher has no linear layer before its last one.", "Name one: layer=...", UsageError)
+    hint = "Give a teacher with hidden layers."
+    if not linear:
+        sizes = sizes_of_outputs(model)
+        ends = last_of_each_size(model) or [path for path in sizes if path != head]
+        named = [f"layer={path} ({math.prod(sizes[path]):,} neurons)" for path in reversed(ends)]
+        hint = f"Name another: {', '.join(named)}." if named else hint
+    require(bool(linear), "The teacher has no linear layer before its last one.", hint, UsageError)
     return linear[-1]
 
 
