@@ -77,11 +77,23 @@ seconds, at the cost of the way in that line, seed by seed. Nothing is known bey
 told, with how much dearer the way was, and the comparison is not one at equal cost.
 Mean and 95 % interval over the seeds where there are several, differences in pairs of seeds; without an interval it is
 one seed, which proves nothing. All ways of a task have one learning rate, which suits none of them best."""
-ELSEWHERE = """Not in this table: [35] is told by its own benchmark, `results/detection_distillation.md`. Its data are
-synthetic over real: real 8x8 digits of five classes, pasted onto a cluttered canvas of 32 pixels, so that boxes are
-known exactly and a detector can be trained here in minutes; CamVid has class maps and no boxes, and its teacher would
-have had to be trained first. [38] makes networks of few bits, beside which a student of full precision is no
-comparison: see `results/guided_low_bit_training.md`."""
+ELSEWHERE = """## What is measured where, and what the teacher cost
+
+CIFAR-10, half the channels, has [30], [33], [34], [37] and [39]; the whole student [30], [34] (maps beside [30]) and
+[39]; words [30] alone. [31] is measured on spoken digits, [32] on faces, [36], [40] and [41] on rows of numbers: each
+on data of its paper's kind, beside [30] at equal cost. Two are in none of these tables. [35] is about boxes and has
+its own, `results/detection_distillation.md`, where the arm of soft classes with a background of 1 is [30] at
+temperature 1 and half the weight: real 8x8 digits of five classes are pasted onto a cluttered canvas of 32 pixels, so
+that boxes are known exactly and a detector is trained in minutes (CamVid has class maps and no boxes). [38] makes
+networks of few bits, beside which a student of full precision is no comparison: its own table,
+`results/guided_low_bit_training.md`, compares it with training the same bits directly. These two compare at equal
+passes, not at equal cost: a pass of their taught arms includes one of the teacher, or of the network that trains
+along, which the arm alone has not.
+
+In the tables above a teacher costs what it takes to ask it: its forward passes count, in seconds of the CPU, with the
+way that asks. [30], [31], [36], [37], [40], the second stage of [33] and the students of [41] ask once for each sample
+and keep what is said; [32], [34] and the first stage of [33] look inside and ask in each pass. Training the teacher
+counts for none of them, but where the way itself trains it: the first network of [37], the peer of [39]."""
 
 
 def page(tasks: dict[str, Any], *, seeds: int) -> str:

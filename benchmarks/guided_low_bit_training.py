@@ -116,7 +116,20 @@ def measured(told: dict[str, Any]) -> dict[str, list[str]]:
             f"file {dense['ONNX file'] / one['ONNX file']:.1f}; in ONNX Runtime, one thread, {one['batch 1']:.2f} "
             f"times as fast as dense at batch 1, {one['batch 64']:.2f} at batch 64"
         )
+    gain, short = told["gains"][f"{long} epochs, guided"], told["runs"][f"2 bits, {BUDGETS[0]} epochs, guided"]
+    lines.append(
+        f"2 bits, guided over direct in as many epochs: {shown(gain)} points, {_verdict(gain)}; a guide costs a second "
+        f"network, so at no more cost: guided for {BUDGETS[0]} epochs {shown(short)} % beside direct for {long}"
+    )
+    lines.append(
+        "not compared with [30] at equal cost: a student of full precision is no peer of one of few bits, and few bits "
+        "under soft targets were not measured; the guide is no teacher that was trained before, it trains along"
+    )
     return {"guided_low_bit_training": lines + unseen(told["claims"])}
+
+
+def _verdict(gain: dict[str, Any]) -> str:
+    return "beyond chance" if gain["low"] > 0 or gain["high"] < 0 else "within chance"
 
 
 def claims_of(runs: dict[str, Any], gains: dict[str, Any], held: dict[str, Any]) -> dict[str, bool]:

@@ -7,6 +7,13 @@ which may be wrong; and an inner map, through an adaptation layer that is thrown
 Pays where a detector too light for its task has a good teacher over the same boxes. Does not pay where the student does
 as well alone; the hint's weight has to be found anew for other maps.
 
+Measured on digits pasted onto a cluttered canvas, 300 pictures, five seeds, as many passes in each arm, mAP at 0.5
+(`results/detection_distillation.md`): 19.6 alone, 23.4 by soft classes alone, which is [30] at temperature 1 and half
+the weight, 25.4 by the hint, 30.1 by all three: 10.4 points over the student alone, and 6.7 over [30], within chance.
+A pass under a teacher includes one of the teacher, so that this is not at equal cost. That a hint needs its adaptation
+layer where the channels are equal does not show: in 24 passes on 200 pictures hints without one were 2 to 5 points
+better, for five seeds on each of five pairs of layers.
+
 Paper -> here: mu -> hard, w_0 -> background, nu -> bounded, m -> margin, gamma -> hint, lambda -> the task's `weight`,
 V and Z -> teacher_layer and layer, adaptation layer -> `adaptation`.
 
@@ -248,7 +255,8 @@ def _same_boxes(outputs: Any, answers: Any) -> None:
         identity={"epochs": 0},
         quick={"epochs": 1},
         pays="A light detector with a good teacher over the same boxes: soft classes, a bar for the boxes, and a hint.",
-        costs="Nothing gets smaller by it; teacher and student must judge the same boxes in the same order.",
+        costs="Nothing gets smaller by it; teacher and student must judge the same boxes in the same order. Five seeds "
+        "do not tell it from soft targets [30] in as many passes; it was not compared with them at equal cost.",
     )
 )
 @dataclass(frozen=True, kw_only=True)
