@@ -74,8 +74,8 @@ class _Network:
             [said[:size] for said in self._run(part)]
             for part, size in _parts(arrays, fixed if isinstance(fixed, int) else None)
         ]
-        joined = tuple(map(np.concatenate, zip(*parts, strict=True)))
-        return joined if len(joined) > 1 else joined[0]
+        joined = [np.concatenate(said) for said in zip(*parts, strict=True)]
+        return joined[0] if len(joined) == 1 else tuple(joined)
 
     def _fitted(self, x: Tensor, shape: list[Any], kind: Any) -> np.ndarray:
         """An input as the file wants it: of its type; flattened where it takes a table."""
