@@ -73,6 +73,14 @@ def test_the_best_form(  # noqa: PLR0917
     assert forms(dense, bench, cache, **given).best([PLAIN, *others]) == best
 
 
+def test_for_bytes_a_form_need_not_beat_its_own_network_if_it_beats_the_dense_one(
+    dense: Model, bench: Bench, cache: Path
+):
+    plain, narrow = form("fp32", 0.6, 0.6), form("int8", 0.7, 0.2)
+    assert forms(dense, bench, cache, wanted=("bytes",)).best([plain, narrow]) == 1
+    assert forms(dense, bench, cache).best([plain, narrow]) == 0
+
+
 def test_where_32_bits_break_the_floor_too_8_are_not_at_fault(dense: Model, bench: Bench, cache: Path):
     """A point that is looked at on the way may be trained on; what it costs then is what its lightest form costs."""
     maker = forms(dense, bench, cache, max_drop=1.0)
