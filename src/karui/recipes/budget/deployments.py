@@ -147,7 +147,7 @@ class Forms:
         return ROUNDING + (self.max_drop if self.max_drop is not None else plain.lost + SLACK)
 
     def _pays(self, form: Form, plain: Form) -> bool:
-        """Whether it is faster than the plain form; for bytes, it is enough not to be slower than that or the dense one."""
+        """Whether it is faster than the plain form; for bytes, no slower than that or the dense one is enough."""
         return form.time * SLOWER < plain.time or ("bytes" in self.wanted and form.time < max(plain.time, 1.0) * SLOWER)
 
     def _score(self, model: Model) -> Score | None:
