@@ -10,7 +10,7 @@ from karui.measuring.values import bytes_text, seconds_text
 
 if TYPE_CHECKING:
     from karui.model import Model
-    from karui.recipes.budget.front import Point
+    from karui.recipes.budget.front import Form, Point
     from karui.recipes.budget.stages import Plan
 
 SHOWN = 3
@@ -89,6 +89,13 @@ def _in_the_way(point: Point, plan: Plan, points: Sequence[Point], light: Model,
             f"What stops it is the floor: point {best.number} ({shares(best)}) loses {best.form.lost:.2f} where "
             f"{plan.max_drop:g} is allowed. Allow more, or give more epochs to recover in (they were {plan.epochs})."
         )
+    elif (narrow := _too_narrow(point, plan, points, missed)) is not None:
+        tried, form = narrow
+        sentences.append(
+            f"What stops it is the floor: point {tried.number} in the form {form.told} (time {form.time:.2f} and bytes "
+            f"{form.bytes:.2f} of the dense model) loses {form.lost:.2f} where {plan.max_drop:g} is allowed, and with "
+            f"more bits it weighs more. Allow more, or give more epochs to recover in (they were {plan.epochs})."
+        )
     elif reach:
         ends = " and ".join(
             f"{seconds_text(v)} of time" if q == "time" else f"{bytes_text(v)} of file" for q, v in reach.items()
@@ -100,6 +107,18 @@ def _in_the_way(point: Point, plan: Plan, points: Sequence[Point], light: Model,
     else:
         sentences.append("Nothing more on the menu makes the network lighter. Ask for less.")
     return " ".join(filter(None, sentences))
+
+
+def _too_narrow(point: Point, plan: Plan, points: Sequence[Point], missed: Sequence[str]) -> tuple[Point, Form] | None:
+    """Of the forms that broke the floor and were lighter in what is missed, the one that broke it least."""
+    if plan.max_drop is None:
+        return None
+
+    def lighter(form: Form) -> bool:
+        return all((form.time if q == "time" else form.bytes) < point.share(q) for q in missed)
+
+    found = [(p, f) for p in points for f in p.forms if missed and f.lost > plan.max_drop and lighter(f)]
+    return min(found, key=lambda pair: pair[1].lost, default=None)
 
 
 def _heaviest(light: Model, missed: Sequence[str]) -> str:
