@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from karui.errors import SettingError
+from karui.numerics import cp_normal
 from karui.numerics.cp import CP, balanced, gram, khatri_rao, mttkrp
 from karui.numerics.cp_als import _sweep, als, greedy, greedy_batch, hosvd_start, random_start
 from karui.numerics.cp_fit import cp
-from karui.numerics.cp_nls import gauss_newton_product, gradient, nls
+from karui.numerics.cp_nls import gradient, nls
+from karui.numerics.cp_normal import Normal
 from karui.numerics.unfold import unfold
 
 pytestmark = pytest.mark.paper(17)
@@ -99,26 +101,67 @@ def test_the_gradient_is_that_of_finite_differences(ridge: float) -> None:
             assert float(slope[place]) == pytest.approx((moved[0] - moved[1]) / 2e-5, rel=1e-5, abs=1e-6)
 
 
-def test_the_gauss_newton_product_is_that_of_the_jacobian() -> None:
-    sizes, rank = (5, 4, 3), 3
+def normal_and_jacobian(sizes: tuple[int, ...], rank: int, way: list[Tensor]) -> tuple[Normal, Tensor, Tensor]:
+    """The normal equations at random factors, the Jacobian there, and the second derivative along a way."""
     factors = factors_of(sizes, rank)
+    start, along = (torch.cat([part.flatten() for part in parts]) for parts in (factors, way))
 
     def model(flat: Tensor) -> Tensor:
-        parts = [part.reshape(size, rank) for part, size in zip(flat.split([s * rank for s in sizes]), sizes)]  # noqa: B905
+        pieces = flat.split([size * rank for size in sizes])
+        parts = [part.reshape(size, rank) for part, size in zip(pieces, sizes, strict=True)]
         return CP(tuple(parts), (0.0,)).tensor().flatten()
 
-    jacobian: Tensor = torch.autograd.functional.jacobian(model, torch.cat([f.flatten() for f in factors]))  # pyright: ignore
+    def slope(flat: Tensor) -> Tensor:
+        return torch.autograd.functional.jvp(model, flat, along, create_graph=True)[1]  # pyright: ignore
+
+    jacobian: Tensor = torch.autograd.functional.jacobian(model, start)  # pyright: ignore
+    second: Tensor = torch.autograd.functional.jvp(slope, start, along)[1]  # pyright: ignore
+    arrays = [factor.numpy() for factor in factors]
+    return Normal(arrays, [factor.T @ factor for factor in arrays]), jacobian, second
+
+
+@pytest.mark.parametrize("sizes", [(5, 4, 3), (5, 4, 3, 2), (4, 6)])
+def test_the_normal_equations_are_those_of_the_jacobian(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = 3
     way = factors_of(sizes, rank, 7)
-    wanted = jacobian.T @ (jacobian @ torch.cat([w.flatten() for w in way]))
-    found = gauss_newton_product(factors, [f.T @ f for f in factors], way)
-    torch.testing.assert_close(torch.cat([f.flatten() for f in found]), wanted)
+    normal, jacobian, second = normal_and_jacobian(sizes, rank, way)
+    parts, flat = [part.numpy() for part in way], torch.cat([part.flatten() for part in way])
+
+    def joined(found: list[np.ndarray]) -> Tensor:
+        return torch.cat([torch.from_numpy(part).flatten() for part in found])
+
+    torch.testing.assert_close(joined(normal.product(parts)), jacobian.T @ (jacobian @ flat))
+    torch.testing.assert_close(joined(normal.bend(parts)), jacobian.T @ second / 2)
+    shifted = jacobian.T @ jacobian + 0.7 * torch.eye(len(flat), dtype=torch.float64)
+    wanted = torch.linalg.solve(shifted, flat)
+    for most, close in ((700, 1e-9), (0, 2e-2)):  # directly, and by conjugate gradients
+        monkeypatch.setattr(cp_normal, "_DIRECT", most)
+        solve = cp_normal.solver(normal, 0.7)
+        assert solve is not None
+        assert float((joined(solve(parts)) - wanted).norm() / wanted.norm()) < close
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+def test_both_ways_to_solve_go_down_to_about_the_same_error(ridge: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = smooth(12, 16)  # the largest mode is not the first
+    start = als(tensor, hosvd_start(tensor, 10, torch.Generator().manual_seed(0)), sweeps=20, ridge=ridge).factors
+    errors = []
+    for most in (700, 0):
+        monkeypatch.setattr(cp_normal, "_DIRECT", most)
+        fit = nls(tensor, start, iterations=200, tolerance=1e-8, ridge=ridge)
+        errors.append(fit.error)
+        assert [len(factor) for factor in fit.factors] == [12, 16, 3, 3]
+    assert errors[0] == pytest.approx(errors[1], rel=5e-3)
 
 
 def test_sweeps_that_start_further_on_are_ahead_of_plain_ones() -> None:
     for seed in range(3):
         tensor = torch.randn(16, 12, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         start = balanced(random_start(tensor, 12, torch.Generator().manual_seed(seed)))
-        flat, total, plain, error = unfold(tensor, (0,)), float(tensor.square().sum()), start, 1.0
+        flat, total = unfold(tensor, (0,)).numpy(), float(tensor.square().sum())
+        plain, error = [factor.numpy() for factor in start], 1.0
         for _ in range(30):
             plain, error = _sweep(flat, plain, 0.0, total)
         assert als(tensor, start, sweeps=30, tolerance=0.0).error < error - 1e-3

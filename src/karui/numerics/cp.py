@@ -4,6 +4,9 @@
 deflation (one component at a time, by power iterations) and alternating least squares (one factor at a time) in
 `karui.numerics.cp_als`, non-linear least squares (all factors at once) in `karui.numerics.cp_nls`. All in float64.
 
+The least squares run on numpy's views of the tensors: a kernel's products are so small that most of the time goes into
+calling them, and numpy's calls take a third of torch's. What both need is written for either kind of array.
+
 TensorLy's `parafac` is alternating least squares too. Here a sweep makes two large products instead of one for each
 mode and starts from where the last two lead, a step can never raise the error (it is proximal, and undone where it
 overshoots), and the components' norms are watched: at a rank that suits the
@@ -15,12 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from karui.numerics.unfold import unfold
+Array = TypeVar("Array", Tensor, np.ndarray)
 
 Watch = Callable[[str, int, float], None]
 """Told after each step: the solver's name, steps done from 1, and the relative error so far. It may raise to stop."""
@@ -66,15 +71,15 @@ class CP:
         return flat.reshape([factor.shape[0] for factor in self.factors])
 
 
-def khatri_rao(factors: Sequence[Float[Tensor, "size rank"]]) -> Float[Tensor, "product rank"]:
+def khatri_rao(factors: Sequence[Float[Array, "size rank"]]) -> Float[Array, "product rank"]:
     """Column by column Kronecker product: row `(i, j, ...)` is the product of the rows `i`, `j`, ... of the factors."""
     product = factors[0]
     for factor in factors[1:]:
-        product = (product.unsqueeze(1) * factor.unsqueeze(0)).flatten(0, 1)
+        product = (product[:, None] * factor).reshape(-1, product.shape[1])
     return product
 
 
-def gram(factors: Sequence[Float[Tensor, "size rank"]]) -> Float[Tensor, "rank rank"]:
+def gram(factors: Sequence[Float[Array, "size rank"]]) -> Float[Array, "rank rank"]:
     """Inner products of the components: the element-wise product of the factors' Gram matrices."""
     product = factors[0].T @ factors[0]
     for factor in factors[1:]:
@@ -82,34 +87,28 @@ def gram(factors: Sequence[Float[Tensor, "size rank"]]) -> Float[Tensor, "rank r
     return product
 
 
-def project_others(
-    projected: Float[Tensor, "rank rest"], factors: Sequence[Float[Tensor, "size rank"]], mode: int
-) -> Float[Tensor, "size rank"]:
-    """The tensor times all factors but that of `mode` (not 0), from its product with the first factor.
+def mttkrp(
+    flat: Float[Array, "first rest"], factors: Sequence[Float[Array, "size rank"]]
+) -> list[Float[Array, "size rank"]]:
+    """For each mode the tensor (unfolded along its first) times all other factors: two large products in all.
 
-    `projected` is `factors[0].T @ unfold(tensor, (0,))`; every mode but the first is read off it by small products.
+    Once the first mode is multiplied away, so is one after the other by small products.
     """
-    rank, sizes = factors[0].shape[1], [factor.shape[0] for factor in factors[1:]]
-    left = projected.reshape(rank, *sizes)
-    for other in reversed(range(1, len(factors))):
-        if other != mode:
-            ways = factors[other].T.reshape(rank, *([1] * (other - 1)), -1, *([1] * (left.ndim - other - 1)))
-            left = (left * ways).sum(other)
-    return left.T
+    rank, found, left = factors[0].shape[1], [flat @ khatri_rao(factors[1:])], factors[0].T @ flat
+    for mode, factor in enumerate(factors[1:-1], 1):
+        left = left.reshape(rank, len(factor), -1)
+        found.append((left @ khatri_rao(factors[mode + 1 :]).T[:, :, None])[:, :, 0].T)
+        left = (factor.T[:, None] @ left)[:, 0]
+    return [*found, left.T]
 
 
-def mttkrp(flat: Float[Tensor, "first rest"], factors: Sequence[Float[Tensor, "size rank"]]) -> list[Tensor]:
-    """For each mode the tensor (unfolded along its first) times all other factors: two large products in all."""
-    projected = factors[0].T @ flat
-    rest = [project_others(projected, factors, mode) for mode in range(1, len(factors))]
-    return [flat @ khatri_rao(factors[1:]), *rest]
-
-
-def balanced(factors: Sequence[Float[Tensor, "size rank"]]) -> list[Tensor]:
+def balanced(factors: Sequence[Float[Array, "size rank"]]) -> list[Float[Array, "size rank"]]:
     """The same components, each with its weight spread evenly over the modes."""
-    norms = torch.stack([factor.norm(dim=0) for factor in factors]).clamp(min=1e-150)
-    even = norms.log().mean(0).exp()
-    return [factor * (even / norm) for factor, norm in zip(factors, norms, strict=True)]
+    norms = [((factor * factor).sum(0) ** 0.5).clip(min=1e-150) for factor in factors]
+    even = norms[0] ** (1 / len(norms))
+    for norm in norms[1:]:
+        even = even * norm ** (1 / len(norms))
+    return [factor * (even / norm) for factor, norm in zip(factors, norms, strict=True)]  # pyright: ignore[reportReturnType]
 
 
 def ridge_weight(ridge: float, tensor: Float[Tensor, "..."]) -> float:
@@ -117,8 +116,7 @@ def ridge_weight(ridge: float, tensor: Float[Tensor, "..."]) -> float:
     return ridge * float(tensor.norm()) ** (2 - 2 / tensor.ndim) if ridge else 0.0
 
 
-def relative_error(tensor: Float[Tensor, "..."], factors: Sequence[Float[Tensor, "size rank"]]) -> float:
+def relative_error(flat: Float[np.ndarray, "first rest"], factors: Sequence[Float[np.ndarray, "size rank"]]) -> float:
     """Relative Frobenius error, from the residual itself: exact to rounding, where a formula of norms is not."""
-    total = float(tensor.norm())
-    flat = factors[0] @ khatri_rao(factors[1:]).T
-    return float((unfold(tensor, (0,)) - flat).norm()) / total if total else 0.0
+    total = float(np.linalg.norm(flat))
+    return float(np.linalg.norm(flat - factors[0] @ khatri_rao(factors[1:]).T)) / total if total else 0.0

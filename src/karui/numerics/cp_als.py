@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.linalg.lapack import dposv  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 
 from karui.errors import require
-from karui.numerics.cp import CP, Watch, balanced, gram, khatri_rao, project_others, relative_error, ridge_weight
+from karui.numerics.cp import CP, Watch, balanced, gram, relative_error, ridge_weight
 from karui.numerics.rank_one import outer, rank_one
 from karui.numerics.unfold import unfold
 
@@ -59,9 +61,11 @@ def als(
     of the factors' squared norms in the objective, for a tensor of norm 1: a little of it keeps components from
     cancelling one another, and the error then may rise by as little.
     """
-    flat, factors = unfold(tensor, (0,)), _as_large(tensor, balanced(start))
-    weight, total = ridge_weight(ridge, tensor), float(flat.square().sum())
-    errors, before, momentum = [relative_error(tensor, factors)], None, _MOMENTUM
+    flat = unfold(tensor, (0,)).numpy()
+    factors = _as_large(flat, balanced([factor.numpy() for factor in start]))
+    weight, total = ridge_weight(ridge, tensor), float(np.vdot(flat, flat))
+    errors, before, momentum = [relative_error(flat, factors)], None, _MOMENTUM
+    require(math.isfinite(errors[0]), "the tensor, or the start of its decomposition, has values that are not finite")
     for sweep in range(sweeps):
         after, error = _sweep(flat, _further(factors, before, momentum), weight, total)
         undone = before is not None and error > errors[-1]
@@ -78,56 +82,65 @@ def als(
         if not undone and errors[-2] - error < tolerance:
             break
     factors = balanced(factors)
-    return CP(tuple(factors), (*errors[:-1], relative_error(tensor, factors)))
+    found = tuple(torch.from_numpy(factor) for factor in factors)
+    return CP(found, (*errors[:-1], relative_error(flat, factors)))
 
 
-def _further(factors: list[Tensor], before: list[Tensor] | None, share: float) -> list[Tensor]:
+def _further(factors: list[np.ndarray], before: list[np.ndarray] | None, share: float) -> list[np.ndarray]:
     """The factors, moved on by a share of how they have changed."""
     if before is None:
         return factors
     return [factor + share * (factor - last) for factor, last in zip(factors, before, strict=True)]
 
 
-def _as_large(tensor: Tensor, factors: list[Tensor]) -> list[Tensor]:
+def _as_large(flat: np.ndarray, factors: list[np.ndarray]) -> list[np.ndarray]:
     """A start whose sum has the tensor's norm, so that a ridge weighs the same from the first sweep on."""
-    norm, total = math.sqrt(max(0.0, float(gram(factors).sum()))), float(tensor.norm())
+    norm, total = math.sqrt(max(0.0, float(gram(factors).sum()))), float(np.linalg.norm(flat))
     return [factor * (total / norm) ** (1 / len(factors)) for factor in factors] if norm and total else factors
 
 
-def _sweep(flat: Tensor, factors: list[Tensor], ridge: float, total: float) -> tuple[list[Tensor], float]:
-    """All factors once, and the relative error after the last of them."""
-    factors = list(factors)
-    grams = [factor.T @ factor for factor in factors]
-    projected = inner = torch.empty(0)
-    for mode in range(len(factors)):
-        if mode == 1:
-            projected = factors[0].T @ flat
-        inner = flat @ khatri_rao(factors[1:]) if mode == 0 else project_others(projected, factors, mode)
-        others = _product([one for number, one in enumerate(grams) if number != mode])
-        factors[mode] = _solve(inner, others, factors[mode], ridge)
-        grams[mode] = factors[mode].T @ factors[mode]
-    left = total - 2 * float((inner * factors[-1]).sum()) + float(_product(grams).sum())
-    return factors, math.sqrt(max(0.0, left) / total) if total else 0.0
+def _sweep(
+    flat: np.ndarray, factors: Sequence[np.ndarray], ridge: float, total: float
+) -> tuple[list[np.ndarray], float]:
+    """All factors once, and the relative error after the last of them.
+
+    The tensor is multiplied by each factor as soon as it is renewed, and by the Khatri-Rao product of those that are
+    not: of these, and of their Gram matrices' products, a sweep makes one chain from behind before it starts.
+    """
+    rank = factors[0].shape[1]
+    late, grams = [factors[-1]], [factors[-1].T @ factors[-1]]
+    for factor in factors[-2:0:-1]:
+        late.append((factor[:, None] * late[-1]).reshape(-1, rank))
+        grams.append(grams[-1] * (factor.T @ factor))
+    inner, left = (flat @ late.pop()).T, flat
+    factor = _solve(inner, grams.pop(), factors[0].T, ridge)
+    renewed, done = [factor.T], factor @ factor.T
+    for old in factors[1:]:
+        left = factor @ left if left is flat else (factor[:, None] @ left)[:, 0]
+        if late:
+            left = left.reshape(rank, len(old), -1)
+            inner, others = (left @ late.pop().T[:, :, None])[:, :, 0], done * grams.pop()
+        else:
+            inner, others = left, done
+        factor = _solve(inner, others, old.T, ridge)
+        renewed.append(factor.T)
+        done = done * (factor @ factor.T)
+    rest = total - 2 * float(np.vdot(inner, factor)) + float(done.sum())
+    return renewed, math.sqrt(max(0.0, rest) / total) if total else 0.0
 
 
-def _solve(inner: Tensor, others: Tensor, before: Tensor, ridge: float) -> Tensor:
-    """The factor that is best for the others, with a pull to where it was that keeps the system solvable."""
-    size = float(others.diagonal().mean())
-    eye = torch.eye(len(others), dtype=others.dtype)
+def _solve(inner: np.ndarray, others: np.ndarray, before: np.ndarray, ridge: float) -> np.ndarray:
+    """The factor, transposed, that is best for the others, with a pull to where it was that keeps it solvable."""
+    size = float(others.trace()) / len(others)
     pull = _PROXIMAL
     while True:
-        lower, failed = torch.linalg.cholesky_ex(others + (ridge + pull * size) * eye)
+        system = others.copy()
+        system.flat[:: len(system) + 1] += ridge + pull * size
+        _, factor, failed = dposv(system, inner + pull * size * before)
         if not failed:
-            return torch.cholesky_solve((inner + pull * size * before).T, lower).T
+            return factor
         pull *= 100
         require(pull < 1, "the tensor, or the start of its decomposition, has values that are not finite")
-
-
-def _product(matrices: Sequence[Tensor]) -> Tensor:
-    product = matrices[0]
-    for matrix in matrices[1:]:
-        product = product * matrix
-    return product
 
 
 def greedy(tensor: Float[Tensor, "..."], rank: int, *, sweeps: int = 64, watch: Watch | None = None) -> CP:
