@@ -76,7 +76,7 @@ def one_seed(seed: int) -> dict[str, float]:
         step = GuidedLowBit(weight_bits=2, activation_bits=2, epochs=epochs, **SCHEMES["direct"])
         here = bench(epochs, 0.02)
         began = time.process_time()
-        made = step.apply(dense, here.under(KnowledgeDistillation(teacher=dense).influence(dense, here)))
+        made = step.apply(dense, here.under(KnowledgeDistillation(teacher=dense.copy()).influence(dense, here)))
         told[f"2 bits, {epochs} epochs, {SOFT}: seconds"] = time.process_time() - began
         told[f"2 bits, {epochs} epochs, {SOFT}"] = 100 * judge.evaluate(made, "test").value
 

@@ -79,3 +79,23 @@ def test_it_is_saved_read_and_verified(words: Model, tmp_path: Path):
 def test_a_damaged_form_is_refused():
     with pytest.raises(UsageError, match="no whole ONNX file"):
         quantise_dynamically(OnnxForm(data=b"nothing", layers={}))
+
+
+def test_products_with_constants_of_three_dimensions_stay_as_they_are():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.head = nn.Parameter(torch.randn(4, 64, 64) * 0.1), nn.Linear(64, 512)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((x[:, None, None] @ self.weight).relu().mean((1, 2)))
+
+    torch.manual_seed(0)
+    model = Model(Experts().eval(), example=(torch.zeros(1, 64),))
+    light = quantise_dynamically(onnx_form(model))
+    assert light.quantised == ("head",)
+    made = Deployment(name="light", engine="onnxruntime", precision=light.precision, data=light.data)
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = model.module(x)
+        assert (ours - as_model(made, model).module(x)).norm() < 0.02 * ours.norm()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 
 from karui.artifact import load, save
 from karui.data import Splits, load_data
@@ -27,7 +28,7 @@ from karui.errors import KaruiError, NeedError, SettingError
 from karui.model import Classification, Model, resolve
 from karui.sparsify import L1Filters
 from karui.technique import Bench
-from karui.train import Adam, Moment, Together, Training
+from karui.train import Adam, Influence, Moment, Together, Training
 from karui.train.companion import Companion
 from karui.train.guide import Guide
 
@@ -287,3 +288,25 @@ def test_a_hint_through_an_adaptation_layer_helps_though_one_of_equal_channels_n
     means = {name: sum(values) / len(values) for name, values in found.items()}
     assert means["adapted"] >= means["alone"] + 1, found
     assert means["as it is"] >= means["adapted"], found
+
+
+def test_a_training_may_have_the_hints_of_two_teachers() -> None:
+    def net(width: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * width, 2))
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 1, 8, 8)
+    bench = Bench(train=TensorDataset(x, (x[:, 0, 0, 0] > 0).long()), training=Training(epochs=1))
+    student = Model(net(3), example=(x[:2],), task=Classification())
+
+    def hint(teacher: nn.Module) -> Influence:
+        made = DetectionDistillation(teacher=teacher, layer="0", teacher_layer="0", bounded=0)
+        return made.influence(student, bench)
+
+    one, other = hint(net(5)), hint(net(5))
+    both = bench.under(one).under(other).fit(student)
+    assert [name for name, _ in both.module.named_children()] == ["0", "1", "2", "3"]
+    single = bench.under(one).fit(student)
+    assert not torch.equal(both.module.state_dict()["0.weight"], single.module.state_dict()["0.weight"])
+    with pytest.raises(SettingError, match="has a '_hint_adaptation_.*' already"):
+        bench.under(one).under(one).fit(student)

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from karui.architectures.perceptron import perceptron
 from karui.data import Splits, hold_out
+from karui.distill import KnowledgeDistillation
 from karui.distill._scale import Scale, can_hold, scale_of
 from karui.distill.logits import LogitRegression, LogitTargets, logit_loss
 from karui.errors import NeedError, SettingError
@@ -280,3 +281,13 @@ def test_the_default_rate_does_not_diverge(digits: Splits) -> None:
     teacher = bench_of(digits).fit(mlp(64), epochs=8)
     student = LogitRegression(parameters=20_000, epochs=4).apply(teacher, plain)
     assert evaluate(student, digits.test).value > 0.6
+
+
+def test_the_term_of_another_teacher_counts_beside_it_in_either_order(digits: Splits) -> None:
+    """Alone it replaces the labels; what another influence has made of the loss it does not throw away."""
+    bench, student = bench_of(digits), mlp(16)
+    soft = KnowledgeDistillation(teacher=mlp(24, seed=1)).influence(student, bench)
+    logits = LogitRegression(teacher=mlp(24, seed=2)).influence(student, bench)
+    alone = bench.fit(student, influence=logits)
+    assert not same(bench.under(soft).under(logits).fit(student), alone)
+    assert not same(bench.under(logits).under(soft).fit(student), alone)

@@ -758,3 +758,23 @@ def test_a_network_within_a_function_is_asked_in_evaluation_mode(wrapped: Callab
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert network.training
     assert network[1].training
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("made", [torch.jit.script, lambda net: torch.jit.trace(net, torch.zeros(2, 1, 8, 8))])
+def test_torchscript_modules_teach(made: Callable[[nn.Module], Any], bench: Bench) -> None:
+    net = mlp(16, seed=3).module.eval()
+    student = mlp(8)
+    taught = KnowledgeDistillation(teacher=made(net)).apply(student, bench)
+    assert same(taught, KnowledgeDistillation(teacher=net).apply(student, bench))
+
+
+def test_an_onnx_teacher_may_have_its_weights_beside_it(onnx_file: Path, bench: Bench, tmp_path: Path) -> None:
+    whole, parted = onnx.load(onnx_file), tmp_path / "parted.onnx"
+    onnx.save(whole, parted, save_as_external_data=True, location="weights.data", size_threshold=0)
+    student = mlp(8)
+    taught = KnowledgeDistillation(teacher=parted).apply(student, bench)
+    assert same(taught, KnowledgeDistillation(teacher=onnx_file).apply(student, bench))
+    (tmp_path / "weights.data").unlink()
+    with pytest.raises(NeedError, match="has its weights in another file, weights.data, which is not there"):
+        KnowledgeDistillation(teacher=parted).apply(student, bench)

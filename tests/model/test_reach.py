@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from karui.model import Model
 from karui.model.reach import networks
 
 INNER = nn.Linear(2, 2)
@@ -43,6 +45,59 @@ def test_a_module_comes_first_then_what_it_holds_without_registering(held: Any) 
 
 def test_what_the_forward_names_is_reached_too() -> None:
     assert networks(nn.Sequential(Named()))[1:] == (INNER,)
+
+
+LISTED = [INNER]
+
+
+def helper(x: torch.Tensor) -> torch.Tensor:
+    return INNER(x)
+
+
+class Shared:
+    net = INNER
+
+    @staticmethod
+    def ask(x: torch.Tensor) -> torch.Tensor:
+        return Shared.net(x)
+
+
+SPACE = SimpleNamespace(net=INNER, model=Model(INNER, example=(torch.zeros(1, 2),)))
+
+
+class Slotted:
+    __slots__ = ("net",)
+
+    def __init__(self) -> None:
+        self.net = INNER
+
+
+class Calling:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return helper(x)
+
+
+class Delegating(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return LISTED[0](x)
+
+
+def keyword(x: torch.Tensor, *, net: nn.Module = INNER) -> torch.Tensor:
+    return net(x)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [lambda x: [net(x) for net in LISTED], lambda x: [INNER(x) for _ in "ab"], lambda x: helper(2 * x), Shared.ask,
+     lambda x: SPACE.net(2 * x), lambda x: SPACE.model.module(2 * x), Slotted(), Calling(), keyword,
+     Delegating().forward],
+    ids=["list", "comprehension", "helper", "class", "namespace", "model", "slots", "callable", "keyword", "method"],
+)  # fmt: skip
+def test_what_a_function_names_by_another_way_is_reached(held: Any) -> None:
+    assert INNER in networks(held)
 
 
 def test_circles_end_and_what_holds_nothing_reaches_nothing() -> None:

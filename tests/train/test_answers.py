@@ -181,3 +181,16 @@ def test_distillation_keeps_them_beside_its_checkpoints(
     technique.apply(small_cnn((6, 6, 6)), bench)
     assert {file: file.stat().st_size for file in folder.iterdir()} == before
     assert len(Answers(5000, folder)) == len(bench.train)
+
+
+def test_inputs_within_dictionaries_and_lists_count() -> None:
+    answers, x = Answers(room=9), torch.randn(3, 4)
+
+    def of(mask: float) -> Tensor:
+        given = ({"x": x, "rest": [torch.full((3, 1), mask)]},)
+        return answers.of(given, lambda inputs: (inputs[0]["x"] * inputs[0]["rest"][0])[None])
+
+    assert torch.equal(of(1.0)[0], x)
+    assert torch.equal(of(0.0)[0], torch.zeros(3, 4))
+    assert torch.equal(of(1.0)[0], x)
+    assert len(answers) == 6

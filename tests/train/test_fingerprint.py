@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn.ensemble import RandomForestClassifier
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -122,3 +125,72 @@ def test_what_contains_itself_ends() -> None:
     ring: list[object] = [1]
     ring.append(ring)
     assert fingerprint(ring) == fingerprint(ring)
+
+
+def _forest(labels: list[int]) -> Callable[[np.ndarray], np.ndarray]:
+    forest = RandomForestClassifier(3, random_state=0).fit(np.arange(8.0)[:, None], labels)
+    return lambda x: forest.predict_proba(2 * x)
+
+
+class Point:
+    __slots__ = ("x",)
+
+    def __init__(self, x: float) -> None:
+        self.x = x
+
+
+def _calling(factor: float) -> Any:
+    code = f"class Calls:\n    def __call__(self, x):\n        return x * {factor}\n"
+    space: dict[str, Any] = {"__name__": "mine"}
+    exec(code, space)  # noqa: S102  (two classes of one name)
+    return space["Calls"]()
+
+
+def _scaled(factor: float) -> Any:
+    def scale(x: torch.Tensor, *, by: float = factor) -> torch.Tensor:
+        return x * by
+
+    return scale
+
+
+def _traced(factor: float) -> nn.Module:
+    return torch.fx.symbolic_trace(Times(factor))
+
+
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.layer, self.factor = nn.Identity(), factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * self.factor
+
+
+@pytest.mark.parametrize(
+    ("one", "alike", "other"),
+    [
+        (_forest([0, 1] * 4), _forest([0, 1] * 4), _forest([1, 0] * 4)),
+        (Point(1.0), Point(1.0), Point(2.0)),
+        (_calling(2.0), _calling(2.0), _calling(3.0)),
+        (_scaled(2.0), _scaled(2.0), _scaled(3.0)),
+        (_traced(2.0), _traced(2.0), _traced(3.0)),
+    ],
+    ids=["forest in a function", "slots", "code of a callable", "keyword default", "traced program"],
+)
+def test_what_hides_its_content_counts_by_it_all_the_same(one: Any, alike: Any, other: Any) -> None:
+    assert fingerprint(one) == fingerprint(alike)
+    assert fingerprint(one) != fingerprint(other)
+
+
+class Sealed:
+    """Shows no attributes, and does not let itself be written."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(protocol)
+
+
+def test_what_cannot_be_told_is_like_nothing_else() -> None:
+    assert fingerprint(object()) == fingerprint(object())
+    assert fingerprint(Sealed()) != fingerprint(Sealed())

@@ -68,7 +68,7 @@ def quantise_dynamically(form: OnnxForm) -> Int8Form:
                 activation_qType=QuantType.QUInt8,
                 tensors_range=None,
                 nodes_to_quantize=[],
-                nodes_to_exclude=[],
+                nodes_to_exclude=_deep(proto),
                 op_types_to_quantize=["MatMul", "Gather"],
                 extra_options={"MatMulConstBOnly": True},
             )
@@ -98,6 +98,12 @@ def quantise_dynamically(form: OnnxForm) -> Int8Form:
     )
 
 
+def _deep(proto: onnx.ModelProto) -> list[str]:
+    """Products with a constant of more than two dimensions, for which ONNX Runtime has no integer kernel."""
+    deep = {tensor.name for tensor in proto.graph.initializer if len(tensor.dims) > 2}
+    return [node.name for node in proto.graph.node if node.op_type in LINEAR and deep & set(node.input)]
+
+
 def _floats(proto: onnx.ModelProto) -> dict[str, int]:
     """How many numbers each constant in 32 bits has."""
     return {tensor.name: math.prod(tensor.dims) for tensor in proto.graph.initializer if tensor.data_type == 1}
@@ -105,7 +111,7 @@ def _floats(proto: onnx.ModelProto) -> dict[str, int]:
 
 def _weights(form: OnnxForm, proto: onnx.ModelProto) -> dict[str, list[str]]:
     """The constant matrices of linear layers and embeddings, by the path of the layer."""
-    matrices = {tensor.name for tensor in proto.graph.initializer if tensor.data_type == 1 and len(tensor.dims) > 1}
+    matrices = {tensor.name for tensor in proto.graph.initializer if tensor.data_type == 1 and len(tensor.dims) == 2}
     found: dict[str, list[str]] = {}
     for node in proto.graph.node:
         names = [name for name in node.input[:2] if name in matrices]

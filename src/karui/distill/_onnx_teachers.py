@@ -40,12 +40,33 @@ def onnx_teacher(path: Path, *, gives: Gives | None = None, pair: bool = False) 
     Raises:
         NeedError: ONNX Runtime does not open it, or several outputs may be meant.
     """
-    data, name = path.read_bytes(), path.name
+    data, name = _whole(path), path.name
     try:
         network = _Network(data, name, pair=pair)
     except KaruiError as error:
         raise NeedError(f"The teacher {name} cannot be used: {error.message}", error.hint) from error
     return Predictor(network, name, digest_of(data), gives or _told_by(data, network.outputs[0]))
+
+
+def _whole(path: Path) -> bytes:
+    """The bytes of a file; with those of its weights, where the exporter put them beside it."""
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    data = path.read_bytes()
+    try:
+        told = onnx.load_model_from_string(data)
+    except Exception:  # noqa: BLE001  (it is no ONNX file, which ONNX Runtime says better)
+        return data
+    beside = [tensor for tensor in told.graph.initializer if uses_external_data(tensor)]
+    for name in {ExternalDataInfo(tensor).location for tensor in beside}:
+        require(
+            (path.parent / name).is_file(),
+            f"The teacher {path.name} has its weights in another file, {name}, which is not there.",
+            "Put it beside the teacher.",
+            NeedError,
+        )
+    return onnx.load(path).SerializeToString() if beside else data
 
 
 class _Network:

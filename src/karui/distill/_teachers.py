@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from karui.data import Batches
@@ -178,7 +179,8 @@ def _models(slug: str, one: Any, student: Model) -> tuple[Model, ...]:
     if isinstance(one, str | Path):
         return _named(slug, str(one), student)
     gives = "numbers" if isinstance(student.task, Regression) else None
-    module = one if isinstance(one, nn.Module) else predictor(one, gives=gives)
+    whole = isinstance(one, nn.Module) and not isinstance(one, torch.jit.ScriptModule)
+    module = one if whole else predictor(one, gives=gives)
     return (Model(module, example=student.example, task=student.task),)
 
 

@@ -49,6 +49,7 @@ from karui.model.detection import mean_over
 from karui.technique import Card, technique
 from karui.train import Influence, Moment, Together
 from karui.train.companion import Companion, companion_of
+from karui.train.fingerprint import fingerprint
 from karui.train.guide import Guide
 from karui.train.masks import MaskKeeper, zero_masks
 from karui.train.teaching import Teachers
@@ -176,6 +177,7 @@ class DetectionGuidance(Influence):
         teachers: in place of it, one or several that answer; the mean counts.
         task: the detector's; None where the model is no detector.
         layer, theirs: paths of the hint in student and teacher; "" where there is none.
+        adapted: name of the `Companion` that adapts the student's map.
         hard, background, bounded, margin, hint, resize: as in `DetectionDistillation`.
     """
 
@@ -184,6 +186,7 @@ class DetectionGuidance(Influence):
     teachers: Teachers | None = None
     layer: str = ""
     theirs: str = ""
+    adapted: str = ADAPTATION
     hard: float = 0.5
     background: float = 1.5
     bounded: float = 0.5
@@ -219,7 +222,7 @@ class DetectionGuidance(Influence):
         else:
             loss = loss + self._of_boxes(self.task, moment, answers)
         if self.hint > 0:
-            adapted = companion_of(moment.module, ADAPTATION)(moment.taps[self.layer])
+            adapted = companion_of(moment.module, self.adapted)(moment.taps[self.layer])
             loss = loss + self.hint * hint_distance(adapted, shown[self.theirs], self.resize)
         return loss
 
@@ -345,8 +348,10 @@ class DetectionDistillation:
             """For the network as it is then: another technique may have cut it."""
             return adaptation(sizes_of_outputs(Model(module, example=example))[layer], wanted)
 
-        guidance = self._guidance(model, guide=Guide(teacher, (theirs,)), layer=layer, theirs=theirs)
-        return Companion(ADAPTATION, fitting), guidance
+        # A name of its own: a training under two teachers has two of these layers.
+        name = f"{ADAPTATION}_{fingerprint(teacher.module, layer, theirs)}"
+        asked = {"guide": Guide(teacher, (theirs,)), "layer": layer, "theirs": theirs, "adapted": name}
+        return Companion(name, fitting), self._guidance(model, **asked)
 
     def _of_answers(self, model: Model, bench: Bench) -> DetectionGuidance:
         """What answers alone tell: the classes and the boxes."""

@@ -128,7 +128,8 @@ class _Match:
 class LogitTargets(Influence):
     """The loss becomes a L + (1 - a) loss, with L the half squared distance from the teachers' logits.
 
-    Nothing is folded, so that other influences see the student's logits as they are.
+    Nothing is folded, so that other influences see the student's logits as they are. At a = 1 labels count for nothing,
+    as in the paper; what another influence has made of the loss before is kept, and L comes to it.
 
     Settings:
         teachers: the networks that teach; of several, the mean of their logits.
@@ -150,10 +151,12 @@ class LogitTargets(Influence):
         return self.teachers(inputs)
 
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
-        """The mixed loss of this step; at weight 1 no label counts, not even a missing one."""
+        """The mixed loss of this step; at weight 1 no label counts, not even a missing one, but other influences do."""
         answers = self.teachers(moment.inputs) if moment.ahead is None else moment.ahead
         logits = self.weight * _Match(self.teachers, self.scale, folded=False).loss(moment.outputs, answers)
-        return logits if self.weight == 1 else logits + (1 - self.weight) * loss
+        if self.weight == 1:
+            return logits if moment.plain is None or loss is moment.plain else loss + logits
+        return logits + (1 - self.weight) * loss
 
 
 @technique(

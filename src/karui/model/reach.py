@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,6 +21,10 @@ from karui.model.walking import layers
 
 _KNOWN = frozenset({"torch", "karui", "builtins"})
 """Packages whose modules register all that they run."""
+_ARRAYS = frozenset({"torch", "numpy", "scipy", "sklearn"})
+"""Packages whose objects are not looked into: they hold no networks, or hold whole programs."""
+_CLOSED = _KNOWN | _ARRAYS | sys.stdlib_module_names
+"""Packages whose functions and methods are not: they run no networks but those that they are given."""
 _STANDARD = frozenset(vars(nn.Module()))
 _ATOMS = (str, bytes, int, float, complex, type(None), Tensor, np.ndarray, torch.dtype, torch.device)
 
@@ -34,11 +39,28 @@ def is_foreign(kind: type) -> bool:
     return kind.__module__.partition(".")[0] not in _KNOWN
 
 
+def slots(value: Any) -> tuple[str, ...]:
+    """Names of an object's attributes that lie in slots.
+
+    Example:
+        >>> class Point:
+        ...     __slots__ = ("x", "y")
+        >>> point = Point()
+        >>> point.x = 1
+        >>> slots(point)
+        ('x',)
+    """
+    named = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    flat = [name for names in named for name in ((names,) if isinstance(names, str) else names)]
+    return tuple(name for name in flat if not name.startswith("__") and hasattr(value, name))
+
+
 def networks(value: Any) -> tuple[nn.Module, ...]:
     """The torch modules that a value is or reaches, each once; a module first, and without what is registered with it.
 
     Args:
-        value: a module; or a function, which reaches what it encloses, names, is bound to or holds; or anything else.
+        value: a module; or a function, which reaches what it encloses, names, is bound to or holds, and what the
+            functions that it names do; or anything else.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -64,10 +86,29 @@ def _found(value: Any, seen: set[int]) -> Iterator[nn.Module]:
 
 
 def _held(part: nn.Module) -> Iterable[Any]:
-    """What a module of foreign code may run that is not registered with it: attributes, and what its forward names."""
+    """What a module of foreign code may run that is not registered with it: attributes, and what its methods name."""
     if not any(map(is_foreign, type(part).__mro__)):
         return ()
-    return *(held for name, held in vars(part).items() if name not in _STANDARD), type(part).forward
+    return *(held for name, held in vars(part).items() if name not in _STANDARD), *_of_class(type(part))
+
+
+def _of_class(kind: type) -> list[Any]:
+    """What a class of foreign code and those above it hold: methods, networks, collections of them."""
+    return [
+        getattr(held, "__func__", held)  # of static and class methods
+        for each in kind.__mro__
+        if not _is_closed(each)
+        for name, held in vars(each).items()
+        if not name.startswith("__") or name == "__call__"
+    ]
+
+
+def _root(value: Any) -> str:
+    return str(getattr(value, "__module__", None) or "builtins").partition(".")[0]
+
+
+def _is_closed(value: Any) -> bool:
+    return _root(value) in _CLOSED
 
 
 def _enclosed(cell: types.CellType) -> Iterator[Any]:
@@ -76,25 +117,39 @@ def _enclosed(cell: types.CellType) -> Iterator[Any]:
 
 
 def _within(value: Any) -> Iterable[Any]:
+    found: Iterable[Any] = ()
     if isinstance(value, types.MethodType):
-        return value.__func__, value.__self__
-    if isinstance(value, functools.partial):
-        return value.func, value.args, value.keywords
-    if isinstance(value, dict):
-        return value.values()
-    if isinstance(value, list | tuple | set | frozenset):
-        return value
-    return _of_function(value) if isinstance(value, types.FunctionType) else _attributes(value)
+        found = value.__func__, value.__self__
+    elif isinstance(value, functools.partial):
+        found = value.func, value.args, value.keywords
+    elif isinstance(value, dict):
+        found = value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        found = value
+    elif isinstance(value, types.FunctionType):
+        found = () if _is_closed(value) else _of_function(value)
+    elif isinstance(value, type):
+        found = _of_class(value)
+    elif not isinstance(value, types.ModuleType | types.BuiltinFunctionType) and _root(type(value)) not in _ARRAYS:
+        found = _attributes(value)
+    return found
 
 
 def _of_function(value: types.FunctionType) -> Iterable[Any]:
-    named = [value.__globals__.get(name) for name in value.__code__.co_names]
     cells = [held for cell in value.__closure__ or () for held in _enclosed(cell)]
-    return *cells, *(value.__defaults__ or ()), *(one for one in named if isinstance(one, nn.Module))
+    named = [value.__globals__.get(name) for name in _names(value.__code__)]
+    return *cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Names that a function's code, and the functions and comprehensions written in it, look up."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _names(inner)
 
 
 def _attributes(value: Any) -> Iterable[Any]:
-    """Those of an object; torch's and numpy's own hold no networks, or hold whole programs."""
-    if isinstance(value, type | types.ModuleType) or type(value).__module__.partition(".")[0] in ("torch", "numpy"):
-        return ()
-    return vars(value).values() if "__dict__" in dir(value) else ()
+    """Those of an object, and what its methods name."""
+    own = vars(value).values() if hasattr(value, "__dict__") else ()
+    return *own, *(getattr(value, name) for name in slots(value)), *_of_class(type(value))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +44,7 @@ def quiet(text: str) -> None:
 def refuse_foreign(out: Path) -> None:
     """Refuse a folder that holds anything else than a run."""
     held = list(out.iterdir()) if out.is_dir() else []
-    strangers = sorted(path.name for path in held if path.name not in OWN)
+    strangers = sorted(path.name for path in held if path.name not in OWN and not _cut_off(path.name))
     require(
         not strangers and (not out.exists() or out.is_dir()),
         f"{out} is no folder of a run: it holds {', '.join(strangers[:3]) or 'a file'}.",
@@ -52,12 +53,21 @@ def refuse_foreign(out: Path) -> None:
     )
 
 
+def _cut_off(name: str) -> bool:
+    """Whether a file is what a killed process was about to write in place of one of a run."""
+    found = re.fullmatch(r"\.(.+)\.\d+\.tmp", name)
+    return found is not None and found[1] in OWN
+
+
 def claim(out: Path, resume: bool) -> None:
     """Make the folder, empty of unfinished work unless that is to go on."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"The folder {out} cannot be made: {error.strerror}.", "Give --out another one.") from error
+    for path in out.iterdir():
+        if _cut_off(path.name):
+            path.unlink()
     if not resume:
         for name in (STEPS, CHECKPOINTS, POINTS):
             shutil.rmtree(out / name, ignore_errors=True)

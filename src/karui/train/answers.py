@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from karui.measuring.inference import tensors_of
+
 KEY = 16
 """Bytes of a digest: two samples of equal digest are not to be expected."""
 HEAD = struct.Struct("<IIBB")
@@ -99,7 +101,7 @@ class Answers:
     ) -> Float[Tensor, "teachers batch classes *positions"]:
         """What is known of a batch, or what `ask` says where one of its samples is new."""
         keys = _digests(inputs)
-        device = next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
+        device = next((value.device for value in tensors_of(inputs)), torch.device("cpu"))
         places = [self._places[key] for key in keys if key in self._places]
         if len(places) == len(keys):
             return self._gathered(places).to(device, torch.float32)
@@ -171,7 +173,7 @@ def _records(file: Path) -> Iterator[tuple[list[bytes], _Block]]:
 
 def _digests(inputs: tuple[Any, ...]) -> list[bytes]:
     """A digest of each sample over all inputs of the call."""
-    parts = [value.detach().cpu().contiguous() for value in inputs if isinstance(value, Tensor)]
+    parts = [value.detach().cpu().contiguous() for value in tensors_of(inputs)]
     told = repr([(part.dtype, part.shape[1:]) for part in parts]).encode()
     rows = [part.reshape(len(part), -1).view(torch.uint8).numpy() for part in parts]
     return [

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from karui.errors import require
 from karui.train.influence import Influence
 
 
@@ -36,6 +37,11 @@ class Companion(Influence):
 
     def attach(self, module: nn.Module) -> None:
         """Put it into the module, on its device."""
+        require(
+            not hasattr(module, self.name),
+            f"The network has a '{self.name}' already.",
+            "Two influences of one training that are the same count as one: leave one out.",
+        )
         made = self.make(module)
         like = next(module.parameters(), None)
         module.add_module(self.name, _Passed(made if like is None else made.to(like.device, like.dtype)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import pickle
 import re
+import secrets
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from karui.model import Model
-from karui.model.reach import is_foreign
+from karui.model.reach import is_foreign, slots
 
 LOOKED_AT = 64
 """Samples of a data set without tensors that count, evenly spread from the first to the last."""
@@ -27,7 +29,8 @@ def fingerprint(*parts: Any) -> str:
 
     Tensors count by their values; modules by theirs and, of foreign classes, by their code and other attributes; data
     sets without tensors by length and 64 samples spread over them; functions by their code and what they enclose; other
-    objects by their class and attributes.
+    objects by their class and attributes, those that can be called by their code too, and those without attributes as
+    pickle writes them. What even that cannot tell is like nothing else, not even itself in another process.
 
     Example:
         >>> fingerprint({"epochs": 3}, torch.ones(2)) == fingerprint({"epochs": 3}, torch.ones(2))
@@ -57,11 +60,35 @@ def _parts(value: Any) -> Iterable[Any]:
     """What a value consists of, down to bytes. Addresses are left out, as they differ from process to process."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [part for field in dataclasses.fields(value) for part in (field.name, getattr(value, field.name))]
-    if not isinstance(value, type) and getattr(value, "__dict__", None):
-        return [part for pair in vars(value).items() for part in pair]
-    if type(value).__repr__ is object.__repr__:
-        return ()  # the name of its class, which is all it has, is counted already
-    return (re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode(),)
+    if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType):
+        return (_shown(value),)
+    foreign = is_foreign(type(value))
+    hidden = slots(value) if foreign else ()  # karui's own keep in slots what they do not want to be told by
+    own = {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in hidden}}
+    code = _code(type(value)) if callable(value) else ()
+    if own or code:
+        return [*code, *(part for pair in own.items() for part in pair)]
+    return (_shown(value),) if type(value).__repr__ is not object.__repr__ else (_written(value),) if foreign else ()
+
+
+def _written(value: Any) -> bytes:
+    """As pickle writes it: what is made in another language shows nothing else."""
+    try:
+        return pickle.dumps(value)
+    except Exception:  # noqa: BLE001  (pickling is the object's own code, and may raise anything)
+        return secrets.token_bytes(16)
+
+
+def _shown(value: Any) -> bytes:
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value)).encode()
+
+
+def _code(kind: type) -> list[tuple[str, types.FunctionType]]:
+    """The methods of a class and of those it inherits from, as far as they are neither torch's nor karui's."""
+    foreign = [each for each in kind.__mro__ if is_foreign(each)]
+    return [
+        (name, part) for each in foreign for name, part in vars(each).items() if isinstance(part, types.FunctionType)
+    ]
 
 
 @_parts.register
@@ -77,7 +104,7 @@ def _(value: np.ndarray) -> Iterable[Any]:
 
 @_parts.register
 def _(value: nn.Module) -> Iterable[Any]:
-    own = [part for module in value.modules() for part in _own(module)]
+    own = [part for module in value.modules() for part in (*_own(module), getattr(module, "code", None))]
     return repr(value).encode(), dict(value.named_parameters()), dict(value.named_buffers()), own
 
 
@@ -88,12 +115,9 @@ by `repr` or are registered values."""
 
 def _own(module: nn.Module) -> Iterable[Any]:
     """What a module of foreign code computes beside its values: its methods, and attributes that are not registered."""
-    foreign = [kind for kind in type(module).__mro__ if is_foreign(kind)]
-    code = [
-        (name, part) for kind in foreign for name, part in vars(kind).items() if isinstance(part, types.FunctionType)
-    ]
+    code = _code(type(module))
     attributes = [(name, vars(module)[name]) for name in sorted(vars(module).keys() - _OF_MODULES)]
-    return [*code, *attributes] if foreign else ()
+    return [*code, *attributes] if any(map(is_foreign, type(module).__mro__)) else ()
 
 
 @_parts.register
@@ -136,6 +160,7 @@ def _(value: types.FunctionType) -> Iterable[Any]:
         value.__qualname__,
         value.__code__,
         value.__defaults__,
+        value.__kwdefaults__,
         [cell.cell_contents for cell in value.__closure__ or ()],
     )
 

@@ -61,6 +61,7 @@ class Forward(nn.Module):
             taps=self.seen,
             turn=self.turns[number].name,
             ahead=ahead,
+            plain=loss,
             **position,
         )
         loss = self.influence.objective(loss, self.moment)

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from karui.measuring.inference import evaluated
+from karui.measuring.inference import evaluated, tensors_of
 from karui.model import frozen
 from karui.model.reach import networks
 
@@ -38,7 +38,7 @@ class Frozen:
     @contextmanager
     def on(self, inputs: tuple[Any, ...]) -> Iterator[nn.Module]:
         """The copy, on the device that the inputs are on."""
-        device = next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
+        device = next((value.device for value in tensors_of(inputs)), torch.device("cpu"))
         for network in (self.module, *self._own):
             network.to(device)
         with evaluated(*self._lent):

@@ -25,6 +25,7 @@ class Moment:
         epoch, epochs: this pass over the data and the number of all, from 0.
         turn: name of the turn whose update it is.
         ahead: what the influence's own `ahead` gave.
+        plain: the loss of the turn, before any influence; None where nobody tells it.
     """
 
     module: nn.Module
@@ -38,6 +39,7 @@ class Moment:
     epochs: int = 1
     turn: str = "training"
     ahead: Any = None
+    plain: Tensor | None = None
 
 
 class Influence:

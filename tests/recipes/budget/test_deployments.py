@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from karui.deployment import Deployment
 from karui.errors import UsageError
 from karui.measuring import Score, onnx_form
-from karui.measuring.engines import OpenVino
+from karui.measuring.engines import OnnxRuntime, OpenVino
 from karui.model import Classification, Model
 from karui.recipes.budget import deployments
 from karui.recipes.budget.cache import Measured, TimingCache
@@ -186,3 +186,46 @@ def test_a_network_of_linear_layers_is_tried_in_dynamic_8_bits_too(bench: Bench,
     made = maker.made(dense, found)
     assert [d.precision for d in made] == [f.told.partition(" in ")[0] for f in found]
     assert [d.bytes / onnx_form(dense).bytes for d in made] == [f.bytes for f in found]
+
+
+def test_a_form_within_the_limits_goes_before_a_lighter_one_that_is_not(dense: Model, bench: Bench, cache: Path):
+    found = [form("fp32", 0.55, 0.28), form("int8", 0.54, 0.35)]
+    for goal, best in ({}, 0), ({"time": 0.6, "bytes": 0.3}, 0), ({"time": 0.545, "bytes": 0.36}, 0):
+        assert forms(dense, bench, cache, wanted=("time", "bytes"), goal=goal).best(found) == best
+    found = [form("fp32", 0.55, 0.28), form("int8", 0.5, 0.29)]
+    assert forms(dense, bench, cache, wanted=("time", "bytes")).best(found) == 1
+    assert forms(dense, bench, cache, wanted=("time", "bytes"), goal={"time": 0.6, "bytes": 0.285}).best(found) == 0
+
+
+class Experts(nn.Module):
+    """A product with constants of three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(4, 192, 64) * 0.1), nn.Linear(64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((x.flatten(1)[:, None, None] @ self.weight).relu().mean((1, 2)))
+
+
+def test_a_form_that_does_not_run_is_left_out_and_told(bench: Bench, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    dense = Model(Experts().eval(), example=(torch.zeros(1, 3, 8, 8),), task=Classification())
+    assert forms(dense, bench, cache).of(dense, None)[0][0].name == "fp32, onnxruntime"
+    real = OnnxRuntime.prepare
+
+    def fails(engine: OnnxRuntime, model: Any, threads: int) -> Any:
+        run = real(engine, model, threads)
+
+        def called(inputs: Any) -> Any:
+            if isinstance(model, Deployment) and model.precision != "fp32":
+                raise RuntimeError("[ONNXRuntimeError] : zero point is not valid")
+            return run(inputs)
+
+        return called
+
+    monkeypatch.setattr(OnnxRuntime, "prepare", fails)
+    maker = forms(dense, bench, cache)
+    found, _ = maker.of(dense, None)
+    assert not [f for f in found if f.name.startswith(("int8, onnx", "dynamic int8, onnx"))]
+    assert any("int8 in onnxruntime was not tried: [ONNXRuntimeError]" in note for note in maker.notes)

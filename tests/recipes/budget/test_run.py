@@ -220,6 +220,49 @@ def test_other_tasks_than_pictures(name: str):
     assert done.model.parameters < dense.parameters
 
 
+class OwnLinear(nn.Linear):
+    """A layer of the user's, inside of a part that may be left out."""
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(OwnLinear(96, 96), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+@pytest.mark.usefixtures("steady")
+def test_parts_with_layers_of_the_users_own_can_be_left_out(bench: Bench):
+    """They are not timed at other widths; that they stay as they are is a setting all the same."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 96), Residual(), nn.Linear(96, 10))
+    model = Model(net.eval(), example=(torch.zeros(2, 1, 8, 8),), task=Classification())
+    done = karui.compress(model, bench, budget="bytes=0.5", epochs=0, int8=False)
+    assert done.met, done.explanation
+
+
+@pytest.mark.usefixtures("steady")
+def test_an_absolute_budget_that_the_dense_model_keeps_is_met(bench: Bench):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    model = Model(net.eval(), example=(torch.zeros(2, 1, 8, 8),), task=Classification())
+    assert karui.compress(model, bench, budget="bytes=1MB", epochs=0).met
+
+
+@pytest.mark.usefixtures("steady")
+def test_what_a_process_left_that_was_killed_as_it_wrote_is_taken_away(bench: Bench, tmp_path: Path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    model = Model(net.eval(), example=(torch.zeros(2, 1, 8, 8),), task=Classification())
+    (tmp_path / "points").mkdir()
+    (tmp_path / ".run.json.99999.tmp").touch()
+    done = karui.compress(model, bench, budget="bytes=1MB", epochs=0, out=tmp_path, resume=True)
+    assert done.met
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.usefixtures("steady")
 def test_a_training_that_makes_it_worse_is_not_kept():
     """The targets to train on are noise; those to judge by are what the dense network says."""

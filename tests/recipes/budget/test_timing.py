@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from karui.measuring import onnx_form
 from karui.model import Model, coupled_groups
 from karui.recipes.budget import timing
-from karui.recipes.budget.blocks import Block, blocks_of
+from karui.recipes.budget.blocks import Block, blocks_of, structure
 from karui.recipes.budget.cache import Measured, TimingCache, added, less, typical
 from karui.recipes.budget.front import Form, Point
 from karui.recipes.budget.recorder import ROUNDS, head_to_head, recorded
@@ -150,3 +151,19 @@ def test_a_limit_is_not_missed_by_noise():
 
     assert point(0.001).beyond({"time": 0.5, "bytes": 0.5}) == ["time"]
     assert point(0.03).beyond({"time": 0.5, "bytes": 0.2}) == ["bytes"]
+    assert point(9.0).beyond({"time": 0.4}) == ["time"], "a clock that knows nothing is not believed"
+
+
+def test_a_network_on_larger_pictures_has_a_time_of_its_own(cache: Path):
+    """The operators are the same, and so is the file but for the sizes of its inputs."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    watch = Stopwatch(cache=TimingCache.of_this_machine(cache / "sizes"))
+    before = len(watch.cache.found)
+    for size in (8, 32):
+        model = Model(net.eval(), example=(torch.zeros(1, 3, size, size),))
+        watch.whole(model, onnx_form(model))
+    whole = [key for key in watch.cache.found if key.startswith(structure(onnx_form(model).data))]
+    assert len(whole) == 2
+    assert len(watch.cache.found) > before

@@ -76,7 +76,9 @@ class Aims:
 
     def see(self, predicted: Mapping[str, float], measured: Mapping[str, float]) -> None:
         """What became of a choice: each quantity as a share of the dense model's."""
-        self.seen.append(max((measured[q] / share for q, share in self.wanted.items()), default=1.0))
+        # Bytes are exact: there nothing above the target is near enough.
+        near = {q: measured[q] / share * (1 + NEAR if q == "bytes" else 1) for q, share in self.wanted.items()}
+        self.seen.append(max(near.values(), default=1.0))
         self.next = {q: share * predicted[q] / measured[q] for q, share in self.wanted.items()}
 
     @property

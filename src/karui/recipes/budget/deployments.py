@@ -31,7 +31,7 @@ from karui.errors import KaruiError, UsageError
 from karui.measuring import OnnxForm, Score, evaluate, known_engine, onnx_form
 from karui.measuring.engines import OnnxRuntime
 from karui.model import Model
-from karui.recipes.budget.front import Form
+from karui.recipes.budget.front import Form, Point
 
 if TYPE_CHECKING:
     from karui.recipes.budget.timing import Stopwatch
@@ -82,6 +82,7 @@ class Forms:
         int8: whether 8 bits are tried.
         max_drop: the floor; None where there is none.
         wanted: the quantities that were asked for: "time", "bytes".
+        goal: the limits of a budget that was stated, shares of the dense model: a form within them goes before others.
         notes: what could not be done, and why.
     """
 
@@ -91,6 +92,7 @@ class Forms:
     int8: bool = True
     max_drop: float | None = None
     wanted: Sequence[str] = ("time",)
+    goal: Mapping[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def of(self, model: Model, first: Score | Mapping[str, Any] | None) -> tuple[tuple[Form, ...], int]:
@@ -117,6 +119,8 @@ class Forms:
         allowed = self._allowed(plain)
         allowed = allowed if plain.lost <= allowed else plain.lost + SLACK
         within = [k for k, form in enumerate(forms) if form.lost <= allowed and (k == 0 or self._pays(form, plain))]
+        fit = [k for k in within if not Point(number=0, forms=tuple(forms), best=k).beyond(self.goal)]
+        within = fit or within
         return min(within, key=lambda k: (_weight(forms[k], self.wanted), k))
 
     def made(self, model: Model, forms: Sequence[Form]) -> list[Deployment]:
@@ -148,7 +152,8 @@ class Forms:
 
     def _pays(self, form: Form, plain: Form) -> bool:
         """Whether it is faster than the plain form; for bytes, no slower than that or the dense one is enough."""
-        return form.time * SLOWER < plain.time or ("bytes" in self.wanted and form.time < max(plain.time, 1.0) * SLOWER)
+        most = plain.time if "time" in self.wanted else max(plain.time, 1.0)
+        return form.time * SLOWER < plain.time or ("bytes" in self.wanted and form.time < most * SLOWER)
 
     def _score(self, model: Model) -> Score | None:
         judged = self.bench.validation is not None and model.task is not None
@@ -174,15 +179,16 @@ class Forms:
         )
 
     def _open(self, made: Sequence[Deployment]) -> list[Deployment]:
-        """Those that their engine opens: OpenVINO takes fewer operators than ONNX Runtime, which has to take all."""
+        """Those that run: OpenVINO takes fewer operators than ONNX Runtime, which has to take all in 32 bits."""
         found = []
         for each in made:
             try:
-                known_engine(each.engine).prepare(each, self.watch.threads)
-            except UsageError as error:
-                if each.engine == OnnxRuntime().name:
+                known_engine(each.engine).prepare(each, self.watch.threads)(self.dense.example)
+            except Exception as error:  # engines raise classes of their own, without a common one
+                if each.engine == OnnxRuntime().name and each.precision == "fp32":
                     raise
-                reason, _, _ = error.message.partition(":")  # the rest names nodes, which differ from point to point
+                told = error.message if isinstance(error, UsageError) else str(error).strip().partition("\n")[0]
+                reason, _, _ = told.partition(":")  # the rest names nodes, which differ from point to point
                 self._note(f"{each.precision} in {each.engine} was not tried: {reason}")
             else:
                 found.append(each)

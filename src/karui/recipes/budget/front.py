@@ -12,6 +12,9 @@ from karui.recipes.budget.cache import SURE
 
 SAME = 1e-9
 TOLERATED = 1.02
+DOUBTED = 0.1
+"""The share of a time up to which its error counts for it."""
+EXACT = 1 + 1e-9
 """Times a limit that still count as kept: what the clock cannot tell apart."""
 
 
@@ -82,9 +85,12 @@ class Point:
         return self.form.time if quantity == "time" else self.form.bytes
 
     def beyond(self, limits: Mapping[str, float]) -> list[str]:
-        """The quantities that are above their limits (shares of the dense model) by more than the clock's noise."""
-        least = {"time": self.form.time - SURE * self.form.error, "bytes": self.form.bytes}
-        return [quantity for quantity, limit in limits.items() if least[quantity] > limit * TOLERATED]
+        """The quantities that are above their limits (shares of the dense model): bytes by anything, time by more than
+        the clock's noise. A clock that knows little is not believed to the budget's favour.
+        """
+        noise = min(SURE * self.form.error, DOUBTED * self.form.time)
+        least = {"time": (self.form.time - noise) / TOLERATED, "bytes": self.form.bytes / EXACT}
+        return [quantity for quantity, limit in limits.items() if least[quantity] > limit]
 
 
 def front(points: Sequence[Point]) -> list[Point]:

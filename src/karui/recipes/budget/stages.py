@@ -71,9 +71,8 @@ class Plan:
     @property
     def stages(self) -> int:
         """How many steps lead to the goal."""
-        return max(
-            1, *(math.ceil(math.log(share) / math.log(STEP) - 1e-9) for share in self.goal.values() if share < 1)
-        )
+        steps = (math.ceil(math.log(share) / math.log(STEP) - 1e-9) for share in self.goal.values() if share < 1)
+        return max(steps, default=1)
 
     def target(self, part: float) -> dict[str, float]:
         """The shares after a part of the way, in equal factors."""

@@ -193,7 +193,8 @@ class Coster:
         for path, dims in wanted:
             key = _widths(path, dims)
             if key not in self.cells and key not in fresh:
-                made = [resized(block, self.layers[path], dims) for block in self.graph.blocks[path]]
+                here = self.graph.blocks[path]
+                made = [resized(block, self.layers[path], dims) for block in here] if dims else here
                 fresh[key] = [block for block in made if block is not None]
         found = iter(self.watch.blocks([block for blocks in fresh.values() for block in blocks]))
         for key, blocks in fresh.items():
@@ -205,7 +206,10 @@ class Coster:
             self.cells[key] = _Cell(added(pairs) if key[1] else Measured(0.0), blocks[0].bytes if blocks else 0)
 
     def _cell(self, path: str, dims: Mapping[int, int]) -> _Cell:
-        return self.cells[_widths(path, dims)]
+        key = _widths(path, dims)
+        if not dims and key not in self.cells:  # of a kind that is never resized: it was not timed, and need not be
+            return _Cell(Measured(0.0), self.graph.blocks[path][0].bytes)
+        return self.cells[key]
 
     def _time_layers(self, candidates: Sequence[Candidate]) -> None:
         """Time new layers in the place of old ones; each is made, timed and dropped."""

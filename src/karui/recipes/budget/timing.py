@@ -19,7 +19,7 @@ from karui.deployment import Deployment
 from karui.measuring import Engine, OnnxForm, OnnxRuntime, Ratio, Timing, time_ratio
 from karui.measuring.bar import bar
 from karui.measuring.filed import Filed
-from karui.measuring.inference import batch_of
+from karui.measuring.inference import batch_of, tensors_of
 from karui.measuring.rounds import interleaved
 from karui.model import Model
 from karui.recipes.budget.blocks import Block, structure
@@ -40,6 +40,11 @@ FREE = 0.5
 
 Form = OnnxForm | Deployment
 """A whole file; its bytes are read where they are needed, and held by nobody."""
+
+
+def _inputs(dense: Model) -> str:
+    """Sizes and kinds of a sample: the same operators take longer on larger pictures and longer sequences."""
+    return " ".join(f"{list(x.shape[1:])} {str(x.dtype).removeprefix('torch.')}" for x in tensors_of(dense.example))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +126,7 @@ class Stopwatch:
             # Round by round: what slows the machine for a while slows both.
             return np.array(found["light"]) / np.array(found["other"])
 
-        return self._once(name, lambda: _until_near(race))
+        return self._once(f"{name} of {_inputs(dense)}", lambda: _until_near(race))
 
     def whole(self, dense: Model, file: Form) -> Measured:
         """Seconds of a whole file in ONNX Runtime, on the scale of the blocks; `dense` gives the inputs.
@@ -135,7 +140,7 @@ class Stopwatch:
             share = _until_near(lambda: self._beside_reference(dense, file))
             return Measured(known * share.value, known * share.error)
 
-        return self._once(self._structure(file), measure)
+        return self._once(f"{self._structure(file)} of {_inputs(dense)}", measure)
 
     def _beside_reference(self, dense: Model, file: Form) -> np.ndarray:
         """A whole file's time as a share of the reference's, round by round."""

@@ -102,6 +102,12 @@ class Visitor:
         )
         return self._visited("dense", lambda: self._finished(self.dense, Point(number=0)))
 
+    def heed(self, goal: Mapping[str, float]) -> Point:
+        """From now on a form within these limits goes before others; the dense model in the form that then counts."""
+        self.forms.goal = goal
+        self.points[0] = replace(self.points[0], best=self.forms.best(self.points[0].forms))
+        return self.points[0]
+
     def model_of(self, point: Point) -> Model:
         """The model of a point, read from its folder where it is not the last one made."""
         if not point.folder:
