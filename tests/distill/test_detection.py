@@ -282,7 +282,7 @@ def test_a_hint_through_an_adaptation_layer_helps_though_one_of_equal_channels_n
         )
         adapted = step.influence(student, bench)
         assert isinstance(adapted, Together)
-        plain = Together(Companion(ADAPTATION, lambda _: nn.Identity()), adapted.parts[-1])
+        plain = Together(Companion(adapted.parts[-1].adapted, lambda _: nn.Identity()), adapted.parts[-1])
         for name, part in (("alone", None), ("adapted", adapted), ("as it is", plain)):
             found[name].append(micro.mean_precision(bench.fit(student, influence=part), test))
     means = {name: sum(values) / len(values) for name, values in found.items()}

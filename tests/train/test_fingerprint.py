@@ -182,6 +182,13 @@ def test_what_hides_its_content_counts_by_it_all_the_same(one: Any, alike: Any, 
     assert fingerprint(one) != fingerprint(other)
 
 
+def test_an_object_without_attributes_counts_by_its_class_also_where_it_cannot_be_written() -> None:
+    class Here:
+        pass
+
+    assert fingerprint(Here()) == fingerprint(Here())
+
+
 class Sealed:
     """Shows no attributes, and does not let itself be written."""
 

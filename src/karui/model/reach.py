@@ -64,7 +64,7 @@ def networks(value: Any) -> tuple[nn.Module, ...]:
 
     Example:
         >>> net = nn.Linear(2, 2)
-        >>> [one is net for one in networks(lambda x: net(x))]
+        >>> [one is net for one in networks({"first": [net, functools.partial(net)]})]
         [True]
     """
     return tuple(_found(value, set()))

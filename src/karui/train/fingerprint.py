@@ -68,11 +68,14 @@ def _parts(value: Any) -> Iterable[Any]:
     code = _code(type(value)) if callable(value) else ()
     if own or code:
         return [*code, *(part for pair in own.items() for part in pair)]
-    return (_shown(value),) if type(value).__repr__ is not object.__repr__ else (_written(value),) if foreign else ()
+    if type(value).__repr__ is not object.__repr__:
+        return (_shown(value),)
+    # What has no room for attributes is made in another language; of the others the class's name is all that they have.
+    return (_written(value),) if foreign and not hasattr(value, "__dict__") else ()
 
 
 def _written(value: Any) -> bytes:
-    """As pickle writes it: what is made in another language shows nothing else."""
+    """As pickle writes it; what cannot be told is like nothing else."""
     try:
         return pickle.dumps(value)
     except Exception:  # noqa: BLE001  (pickling is the object's own code, and may raise anything)
