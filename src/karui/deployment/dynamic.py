@@ -15,9 +15,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from karui.deployment.int8 import Int8Form, first_line, quiet
+from karui.deployment.int8 import Int8Form, requantised
 from karui.deployment.layers import layers_of, parsed
-from karui.errors import UsageError
 from karui.measuring import OnnxForm
 
 if TYPE_CHECKING:
@@ -55,31 +54,24 @@ def quantise_dynamically(form: OnnxForm) -> Int8Form:
 
     proto = parsed(form)
     layers, weights = layers_of(form, proto), _weights(form, proto)
-    told = proto.producer_name, proto.producer_version
-    with quiet():
-        try:
-            quantiser = ONNXQuantizer(
-                proto,
-                per_channel=True,
-                reduce_range=True,
-                mode=QuantizationMode.IntegerOps,
-                static=False,
-                weight_qType=QuantType.QInt8,
-                activation_qType=QuantType.QUInt8,
-                tensors_range=None,
-                nodes_to_quantize=[],
-                nodes_to_exclude=_deep(proto),
-                op_types_to_quantize=["MatMul", "Gather"],
-                extra_options={"MatMulConstBOnly": True},
-            )
-            quantiser.quantize_model()
-        except Exception as error:
-            raise UsageError(
-                f"The ONNX form cannot be quantised: {first_line(error)}", "Deploy it in 32 bits."
-            ) from error
-    made = quantiser.model.model
-    made.producer_name, made.producer_version = told
-    del made.metadata_props[:], made.graph.value_info[:]  # engines work out shapes for themselves
+    made = requantised(
+        proto,
+        lambda: ONNXQuantizer(
+            proto,
+            per_channel=True,
+            reduce_range=True,
+            mode=QuantizationMode.IntegerOps,
+            static=False,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QUInt8,
+            tensors_range=None,
+            nodes_to_quantize=[],
+            nodes_to_exclude=_deep(proto),
+            op_types_to_quantize=["MatMul", "Gather"],
+            extra_options={"MatMulConstBOnly": True},
+        ),
+        "Deploy it in 32 bits.",
+    )
     left = _floats(made)
     quantised = tuple(path for path, names in weights.items() if not any(name in left for name in names))
     known = sorted(form.layers, key=len)
@@ -93,7 +85,7 @@ def quantise_dynamically(form: OnnxForm) -> Int8Form:
         ),
         quantised=quantised,
         stored=(),
-        fp32={path: "it is no linear layer or embedding" for path in layers.paths if path not in quantised},
+        fp32={path: "dynamic 8 bits have no fast kernel for it" for path in layers.paths if path not in quantised},
         dynamic=True,
     )
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,7 +133,7 @@ def calibrate(form: OnnxForm, batches: Iterable[tuple[Any, ...]]) -> Calibrated:
     from onnxruntime.quantization import CalibrationMethod, create_calibrator
 
     names = [put.name for put in parsed(form).graph.input]
-    with quiet(), tempfile.TemporaryDirectory(prefix="karui-") as scratch:
+    with _quiet(), tempfile.TemporaryDirectory(prefix="karui-") as scratch:
         file = Path(scratch) / "form.onnx"
         file.write_bytes(form.data)
         try:
@@ -144,7 +144,7 @@ def calibrate(form: OnnxForm, batches: Iterable[tuple[Any, ...]]) -> Calibrated:
                 calibrate_method=CalibrationMethod.MinMax,
             )
         except Exception as error:
-            raise UsageError(f"The ONNX form cannot be calibrated: {first_line(error)}", "Export it again.") from error
+            raise UsageError(f"The ONNX form cannot be calibrated: {_line(error)}", "Export it again.") from error
         samples = 0
         for batch in batches:
             arrays = _arrays(batch, names)
@@ -153,7 +153,7 @@ def calibrate(form: OnnxForm, batches: Iterable[tuple[Any, ...]]) -> Calibrated:
             except Exception as error:
                 shapes = ", ".join(str(list(array.shape)) for array in arrays.values())
                 raise DataError(
-                    f"The ONNX form does not run on calibration inputs {shapes}: {first_line(error)}",
+                    f"The ONNX form does not run on calibration inputs {shapes}: {_line(error)}",
                     "Give batches of inputs that the model takes.",
                 ) from error
             samples += len(arrays[names[0]])
@@ -227,32 +227,50 @@ def _with_integers(
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-    told, channels = (proto.producer_name, proto.producer_version), channels_of(proto)
+    channels = channels_of(proto)
     average_pools(proto, channels)
-    with quiet():
+    made = requantised(
+        proto,
+        lambda: QDQQuantizer(
+            proto,
+            per_channel=settings.per_channel,
+            reduce_range=settings.weight_bits == 7,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QUInt8 if settings.unsigned else QuantType.QInt8,
+            tensors_range=ranges,
+            nodes_to_quantize=only,
+            nodes_to_exclude=leave,
+            op_types_to_quantize=INTEGER,
+            extra_options={},
+        ),
+        "Leave layers in 32 bits: Int8(leave=...).",
+    )
+    integer_shortcuts(made, channels)
+    _without_unread(made)
+    return made
+
+
+def requantised(proto: onnx.ModelProto, make: Callable[[], Any], remedy: str) -> onnx.ModelProto:
+    """What a quantiser of ONNX Runtime makes of a graph, without its advice, its name and its notes.
+
+    Args:
+        proto: the graph, which it changes.
+        make: makes the quantiser.
+        remedy: what to do where it fails.
+
+    Raises:
+        UsageError: it fails.
+    """
+    told = proto.producer_name, proto.producer_version
+    with _quiet():
         try:
-            quantiser = QDQQuantizer(
-                proto,
-                per_channel=settings.per_channel,
-                reduce_range=settings.weight_bits == 7,
-                weight_qType=QuantType.QInt8,
-                activation_qType=QuantType.QUInt8 if settings.unsigned else QuantType.QInt8,
-                tensors_range=ranges,
-                nodes_to_quantize=only,
-                nodes_to_exclude=leave,
-                op_types_to_quantize=INTEGER,
-                extra_options={},
-            )
+            quantiser = make()
             quantiser.quantize_model()
         except Exception as error:
-            raise UsageError(
-                f"The ONNX form cannot be quantised: {first_line(error)}", "Leave layers in 32 bits: Int8(leave=...)."
-            ) from error
+            raise UsageError(f"The ONNX form cannot be quantised: {_line(error)}", remedy) from error
     made = quantiser.model.model
-    integer_shortcuts(made, channels)
     made.producer_name, made.producer_version = told
     del made.metadata_props[:], made.graph.value_info[:]  # engines work out shapes for themselves
-    _without_unread(made)
     return made
 
 
@@ -291,7 +309,7 @@ def _arrays(batch: Any, names: list[str]) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """No advice of ONNX Runtime's quantiser: it warns that the graph was not prepared by its own tool."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -301,6 +319,6 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def first_line(error: BaseException) -> str:
+def _line(error: BaseException) -> str:
     """What an engine complains of, without its trace."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
