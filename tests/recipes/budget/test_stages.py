@@ -123,3 +123,8 @@ def test_room_that_is_left_is_used_as_far_as_the_next_point_tells():
     assert plan.holds(point)
     assert visits.points[1].form.time > 0.44
     assert point.form.time < 0.85 * visits.points[1].form.time
+
+
+@pytest.mark.parametrize("goal", [{"bytes": 1.0}, {"time": 1 - 1e-12}, {}])
+def test_a_goal_that_is_reached_already_takes_one_step(goal: dict[str, float]):
+    assert Plan(goal=goal, stated=True, max_drop=None, epochs=1).stages == 1

@@ -71,8 +71,8 @@ class Plan:
     @property
     def stages(self) -> int:
         """How many steps lead to the goal."""
-        steps = (math.ceil(math.log(share) / math.log(STEP) - 1e-9) for share in self.goal.values() if share < 1)
-        return max(steps, default=1)
+        steps = [math.ceil(math.log(share) / math.log(STEP) - 1e-9) for share in self.goal.values() if share < 1]
+        return max([1, *steps])
 
     def target(self, part: float) -> dict[str, float]:
         """The shares after a part of the way, in equal factors."""
