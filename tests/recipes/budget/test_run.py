@@ -280,6 +280,7 @@ def test_a_training_that_makes_it_worse_is_not_kept():
     lines: list[str] = []
     done = karui.compress(dense, bench, budget="bytes=0.7", epochs=3, int8=False, tell=lines.append)
     assert any("training made it worse on validation data" in line for line in lines)
+    assert any("training made it worse" in note for note in done.record["budget"]["notes"])
     assert done.met
     assert bench.evaluate(done.model).value < 1
 

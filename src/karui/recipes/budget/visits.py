@@ -203,9 +203,9 @@ class Visitor:
         if lost(*scores) <= 0:
             return trained
         after, was = (f"{score.value:.4g}" for score in reversed(scores))
-        self.tell(
-            f"  training made it worse on validation data ({scores[0].metric} {after}, was {was}): left as it was"
-        )
+        found = f"training made it worse on validation data ({scores[0].metric} {after}, was {was}): left as it was"
+        self.tell(f"  {found}")
+        self.notes.append(f"point {self.count - 1}: {found}")
         return model
 
     def _trained(self, model: Model, epochs: int, before: int) -> Model:
