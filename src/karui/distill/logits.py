@@ -30,6 +30,9 @@ a squared distance summed over classes is steep at first, and SGD at a rate fit 
 
 DEPARTURE: weights that are exactly zero in the student stay so (`keep_zeros`), so that a pruned network can be taught
 without losing its sparsity; the paper's students are dense.
+
+DEPARTURE: beside the influence of another technique this is a term of its own, and what that one has made of the loss,
+labels included, is kept: the paper knows no other term, and whoever asks for two wants both.
 """
 
 from __future__ import annotations
