@@ -32,7 +32,7 @@ def onnx_teacher(path: Path, *, gives: Gives | None = None, pair: bool = False) 
     """The network of an ONNX file as a predictor.
 
     Args:
-        path: the file, with its weights inside.
+        path: the file; its weights are inside, or in files beside it.
         gives: what comes out; None looks at the graph: probabilities where the output is a softmax's or a sigmoid's,
             or a classifier's of ai.onnx.ml, logits otherwise.
         pair: whether it is a detector, of which the logits and the offsets of boxes are meant, in this order.

@@ -12,10 +12,11 @@ from karui.recipes.budget.cache import SURE
 
 SAME = 1e-9
 TOLERATED = 1.02
+"""Times a limit that still count as kept: what the clock cannot tell apart."""
 DOUBTED = 0.1
 """The share of a time up to which its error counts for it."""
 EXACT = 1 + 1e-9
-"""Times a limit that still count as kept: what the clock cannot tell apart."""
+"""Of the arithmetic by which bytes are held against a limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
