@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from karui.errors import did_you_mean
 from karui.model.exporting import require_one_path
 from karui.model.labels import NO_RULE
-from karui.model.solve import Resolved, solve
+from karui.model.solve import Resolved, distinct, solve
 from karui.model.trace import Trace, capture
 
 if TYPE_CHECKING:
@@ -265,13 +265,14 @@ class _Book:
         """Units that own as many indices of the same slots form a group."""
         slot, index, unit = self.ownership()
         count = len(self.resolved.locked)
-        chance = np.random.default_rng(0)
-        marks = chance.integers(1, 2**62, size=max(len(self.slots), 1), dtype=np.uint64)
+        sides = [axis for _, axes in self.resolved.grids for axis in axes]
+        # Drawn by torch, which is there already: numpy imports its generators only when they are asked for.
+        chance = torch.Generator().manual_seed(0)
+        marks = torch.randint(1, 2**62, (len(self.slots) + len(sides),), generator=chance).numpy().astype(np.uint64)
         signature = np.zeros(count, dtype=np.uint64)
         np.add.at(signature, unit, marks[slot])
-        for _, axes in self.resolved.grids:
-            for axis in axes:  # rows and columns of a grid may own alike slices, but one of each must stay
-                signature[axis[axis >= 0]] += np.uint64(chance.integers(1, 2**62))
+        for mark, axis in zip(marks[len(self.slots) :], sides, strict=True):
+            signature[axis[axis >= 0]] += mark  # rows and columns of a grid may own alike slices, but one of each stays
         owners, seen = np.unique(unit, return_index=True)
         owners = owners[np.argsort(seen, kind="stable")]
         kinds, first, kind, sizes = np.unique(
@@ -319,7 +320,7 @@ class _Book:
     def locked(self) -> list[Locked]:
         """Output indices that must stay, by layer and reason; and those of weights that only unknown operators read."""
         told = [self.classes_of(slot) for slot, role in zip(self.slots, self.roles, strict=True) if role != "both"]
-        known = np.unique(np.concatenate(told or [np.zeros(0, dtype=np.int64)]))
+        known = distinct(np.concatenate(told or [np.zeros(0, dtype=np.int64)]))
         reasons, found = self.trace.labels.reasons, []
         for (name, dim), role in zip(self.slots, self.roles, strict=True):
             classes = self.classes_of((name, dim))
@@ -330,7 +331,7 @@ class _Book:
                 codes = self.resolved.locked[classes]
                 found += [
                     Locked(name.rpartition(".")[0] or name, int((codes == code).sum()), reasons[code])
-                    for code in np.unique(codes[codes >= 0])
+                    for code in distinct(codes[codes >= 0])
                     if not alone or reasons[code].endswith(NO_RULE)
                 ]
         return found
@@ -346,4 +347,4 @@ def _touched(classes: np.ndarray, resolved: Resolved) -> np.ndarray:
     found = [classes]
     for cell, axis in resolved.bases():
         found.append(cell[(cell >= 0) & np.isin(axis, classes)])
-    return np.unique(np.concatenate(found))
+    return distinct(np.concatenate(found))

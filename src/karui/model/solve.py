@@ -125,6 +125,17 @@ def components(count: int, one: np.ndarray, other: np.ndarray) -> tuple[int, np.
     return int(first.sum()), (np.cumsum(first) - 1)[root]
 
 
+def distinct(values: np.ndarray) -> np.ndarray:
+    """The different integers of an array [n], in order. As `numpy.unique`, which imports masked arrays to ask for them.
+
+    Example:
+        >>> distinct(np.array([3, 1, 3]))
+        array([1, 3])
+    """
+    values = np.sort(values)
+    return values[np.concatenate([np.ones(1, dtype=bool)[: len(values)], values[1:] != values[:-1]])]
+
+
 def _classes(state: _State) -> Resolved:
     """Connected components of the merges, and which of them must stay."""
     count = state.labels.count
@@ -252,19 +263,19 @@ def _conflicts(grids: list[GridArrays], found: Resolved, state: _State) -> None:
         of_cells = found.of(cells)
         flat = of_cells[of_cells >= 0]
         others = owner[flat]
-        clashing |= {number} if (others >= 0).any() or len(np.unique(flat)) != len(flat) else set()
-        clashing |= {int(o) for o in np.unique(others) if o >= 0}
+        clashing |= {number} if (others >= 0).any() or len(distinct(flat)) != len(flat) else set()
+        clashing |= {int(o) for o in distinct(others) if o >= 0}
         owner[flat] = number
     for number, (_, axes) in enumerate(grids):
         ends = [found.of(a) for a in axes]
         live = np.concatenate([e[e >= 0] for e in ends])
-        depends[number] = {int(o) for o in np.unique(owner[live]) if o >= 0}
-        if len(np.unique(live)) != len(live):
+        depends[number] = {int(o) for o in distinct(owner[live]) if o >= 0}
+        if len(distinct(live)) != len(live):
             clashing.add(number)
     clashing |= _cyclic(depends)
     for number in sorted(clashing):
         _, axes = grids[number]
-        sizes = [len(np.unique(found.of(a)[found.of(a) >= 0])) for a in axes]
+        sizes = [len(distinct(found.of(a)[found.of(a) >= 0])) for a in axes]
         state.lock(axes[int(np.argmin(sizes))], state.labels.code(HELD))
 
 

@@ -281,6 +281,10 @@ def test_a_training_that_makes_it_worse_is_not_kept():
     done = karui.compress(dense, bench, budget="bytes=0.7", epochs=3, int8=False, tell=lines.append)
     assert any("training made it worse on validation data" in line for line in lines)
     assert any("training made it worse" in note for note in done.record["budget"]["notes"])
+    worse = {note.split(":")[0] for note in done.record["budget"]["notes"] if "training made it worse" in note}
+    points = {f"point {p['number']}": p for p in done.record["budget"]["points"]}
+    # What is not kept does not count as training that the network has had.
+    assert all(points[name]["epochs"] == points[f"point {points[name]['parent']}"]["epochs"] for name in worse)
     assert done.met
     assert bench.evaluate(done.model).value < 1
 

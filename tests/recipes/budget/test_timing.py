@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from karui.errors import UsageError
 from karui.measuring import onnx_form
 from karui.model import Model, coupled_groups
 from karui.recipes.budget import timing
@@ -43,6 +45,12 @@ def test_the_error_of_a_median_is_that_of_repeated_ones():
     draw = np.random.default_rng(0)
     found = [typical(1 + 0.1 * draw.standard_normal(51)) for _ in range(400)]
     assert np.median([each.error for each in found]) == pytest.approx(np.std([each.value for each in found]), rel=0.15)
+
+
+def test_a_cache_that_cannot_be_kept_is_told_before_anything_is_measured(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"cannot be kept in .*under: .*KARUI_CACHE"):
+        TimingCache.of_this_machine(tmp_path / "file" / "under")
 
 
 def test_blocks_are_recorded_in_rounds(model: Model):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from karui.artifact.files import write_file
+from karui.errors import UsageError
 from karui.measuring import this_machine
 
 CACHE = "KARUI_CACHE"
@@ -90,10 +92,21 @@ class TimingCache:
 
     @classmethod
     def of_this_machine(cls, folder: Path | None = None) -> TimingCache:
-        """The cache of this processor and system."""
+        """The cache of this processor and system.
+
+        Raises:
+            UsageError: its folder cannot be made, or not be written in.
+        """
         machine = this_machine(())
         mark = hashlib.sha256(f"{machine.processor}|{machine.threads}|{machine.system}".encode()).hexdigest()[:12]
-        file = (folder or cache_folder()) / f"timings-{mark}.json"
+        folder = folder or cache_folder()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            why = f"The timing cache cannot be kept in {folder}: {error.strerror}."
+            raise UsageError(why, f"Set {CACHE} to a folder that can be written in.") from error
+        file = folder / f"timings-{mark}.json"
         return cls(file, _held(file))
 
     def put(self, found: Mapping[str, Measured]) -> None:

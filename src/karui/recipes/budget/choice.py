@@ -77,6 +77,19 @@ def choose(problem: Problem) -> dict[str, int] | None:
     return _Program(problem).solve()
 
 
+def slimmest(problem: Problem, quantity: str, harm: float) -> dict[str, int] | None:
+    """The settings within the limits that take least of one quantity, of those that do no more than so much harm.
+
+    Example:
+        >>> time = Table(("a", "b"), {"time": np.array([[0.0, -2.0], [-2.0, -4.0]])})
+        >>> size = Table(("b",), {"bytes": np.array([0.0, -9.0])})
+        >>> problem = Problem(harms={"a": [0, 1], "b": [0, 1.04]}, tables=[time, size], limits={"time": -2})
+        >>> choose(problem), slimmest(problem, "bytes", 1.05)
+        ({'a': 1, 'b': 0}, {'a': 0, 'b': 1})
+    """
+    return _Program(problem, aim=quantity, harm=harm).solve()
+
+
 def cheapest(problem: Problem, quantity: str) -> dict[str, int]:
     """The settings that take least of one quantity, whatever the harm: how far the menu reaches."""
     free = Problem(harms=problem.harms, tables=problem.tables)
@@ -87,7 +100,7 @@ def cheapest(problem: Problem, quantity: str) -> dict[str, int]:
 class _Program:
     """The integer program: a binary variable for each setting, a weight for each cell of each table."""
 
-    def __init__(self, problem: Problem, aim: str = "") -> None:
+    def __init__(self, problem: Problem, aim: str = "", harm: float = np.inf) -> None:
         self.problem = problem
         self.start: dict[str, int] = {}
         self.costs: list[float] = []
@@ -103,6 +116,9 @@ class _Program:
             self._add(table, aim)
         for quantity, limit in problem.limits.items():
             self.rows.append((self.spent[quantity], -np.inf, limit))
+        if np.isfinite(harm):
+            harms = {self.start[p] + k: float(h) for p, told in problem.harms.items() for k, h in enumerate(told)}
+            self.rows.append((harms, -np.inf, harm))
 
     def _add(self, table: Table, aim: str) -> None:
         """A table over one place needs no weights of its own; others get one for each cell that is possible."""

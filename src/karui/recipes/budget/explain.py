@@ -12,15 +12,25 @@ if TYPE_CHECKING:
     from karui.model import Model
     from karui.recipes.budget.front import Form, Point
     from karui.recipes.budget.stages import Plan
+    from karui.recipes.budget.timing import Stopwatch
+    from karui.recipes.budget.visits import Visitor
 
 SHOWN = 3
 """Layers that are named."""
 
 
-def told(point: Point, plan: Plan, points: Sequence[Point], light: Model, reach: Mapping[str, float]) -> str:
-    """The paragraph that goes with a result."""
+def told(point: Point, plan: Plan, visitor: Visitor, light: Model) -> str:
+    """The paragraph that goes with a result.
+
+    Args:
+        point: the result, and
+        light: its network.
+        plan: what was asked for.
+        visitor: who made the points.
+    """
+    points = visitor.points
     if plan.stated:
-        return _met(point, plan) if plan.met(point) else _in_the_way(point, plan, points, light, reach)
+        return _met(point, plan) if plan.met(point) else _in_the_way(point, plan, visitor, light)
     if plan.max_drop is not None:
         return (
             f"No budget was stated, so the network was made lighter as far as the floor allows: {shares(point)}, "
@@ -76,13 +86,14 @@ def _broken(points: Sequence[Point], plan: Plan) -> str:
     return f"The next point tried, time {nearest.form.time:.2f}, loses {nearest.form.lost:.2f}."
 
 
-def _in_the_way(point: Point, plan: Plan, points: Sequence[Point], light: Model, reach: Mapping[str, float]) -> str:
+def _in_the_way(point: Point, plan: Plan, visitor: Visitor, light: Model) -> str:
     """Which limit is missed, which layers hold what is left, and what would have to give."""
+    points, reach = visitor.points, visitor.reach
     missed = point.beyond(plan.goal)
     gap = " and ".join(f"{q} {point.share(q):.2f} instead of {plan.goal[q]:.3g}" for q in missed)
     broken = [p for p in points if not plan.holds(p)]
     sentences = [f"The budget is not met: the best that was found takes {gap or 'what was asked'}, {_loss(point)}."]
-    sentences.append(_heaviest(light, missed))
+    sentences.append(_heaviest(light, missed, visitor.watch))
     if broken:
         best = min(broken, key=lambda p: max(p.share(q) / share for q, share in plan.goal.items()))
         sentences.append(
@@ -121,10 +132,10 @@ def _too_narrow(point: Point, plan: Plan, points: Sequence[Point], missed: Seque
     return min(found, key=lambda pair: pair[1].lost, default=None)
 
 
-def _heaviest(light: Model, missed: Sequence[str]) -> str:
-    """The layers that hold most of what is left."""
+def _heaviest(light: Model, missed: Sequence[str], watch: Stopwatch) -> str:
+    """The layers that hold most of what is left, at the batch size and threads of the budget."""
     if "time" in missed:
-        layers = layer_times(light, engine=OnnxRuntime(), rounds=9).layers
+        layers = layer_times(light, engine=OnnxRuntime(), batch=watch.batch, threads=watch.threads, rounds=9).layers
         parts = {layer.path: layer.seconds for layer in layers}
     else:
         parts = {}

@@ -249,7 +249,7 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
     both = with_bytes(both, stored_bytes(dense), saved.weights_bytes)
     forms = _deployed(visitor, point, light, made)
     point = _raced(point, next(form["ratio"] for form in forms if form["chosen"]))
-    words = told(point, plan, visitor.points, light, visitor.reach)
+    words = told(point, plan, visitor, light)
     return {
         "machine": to_json(this_machine()),
         "dense": both.dense.to_json(),

@@ -133,8 +133,8 @@ class Visitor:
 
         def work() -> Point | None:
             self.tell(f"point {self.count - 1}: training point {parent.number} for {epochs} more epochs")
-            model = self._recovered(self._let_go(parent), epochs, before=parent.epochs)
-            made = replace(parent, number=self.count - 1, parent=parent.number, epochs=parent.epochs + epochs)
+            model, taken = self._recovered(self._let_go(parent), epochs, before=parent.epochs)
+            made = replace(parent, number=self.count - 1, parent=parent.number, epochs=parent.epochs + taken)
             return self._finished(model, replace(made, chosen={}))
 
         found = self._visited(digest_of("polish", parent.number, epochs), work)
@@ -194,19 +194,22 @@ class Visitor:
             self.notes.append(f"point {point.number} has no ONNX file: {error.message}")
             save(model, self.out / point.folder, onnx=False)
 
-    def _recovered(self, model: Model, epochs: int, before: int = 0) -> Model:
-        """The model trained, or as it was where that is better on validation data: few samples are soon overfitted."""
+    def _recovered(self, model: Model, epochs: int, before: int = 0) -> tuple[Model, int]:
+        """The model trained, and the passes that are in it; not trained where that is better on validation data, as
+        few samples are soon overfitted.
+        """
         trained = self._trained(model, epochs, before)
         if not epochs or self.bench.validation is None or model.task is None:
-            return trained
+            return trained, epochs
         scores = [self.bench.evaluate(each) for each in (model, trained)]
         if lost(*scores) <= 0:
-            return trained
+            return trained, epochs
         after, was = (f"{score.value:.4g}" for score in reversed(scores))
         found = f"training made it worse on validation data ({scores[0].metric} {after}, was {was}): left as it was"
         self.tell(f"  {found}")
         self.notes.append(f"point {self.count - 1}: {found}")
-        return model
+        del trained  # what follows makes a copy
+        return model if before else settled(model, self.dense, self.bench), 0
 
     def _trained(self, model: Model, epochs: int, before: int) -> Model:
         """The model trained; with smaller steps where it has been trained before, as large ones would undo that."""
@@ -233,16 +236,17 @@ class Visitor:
             self._menu = self._held = None
         if found is None:
             return None
+        model, taken = self._recovered(found.taken(), epochs)
         made = Point(
             number=self.count - 1,
             parent=parent.number,
             target=target,
             predicted=found.predicted,
             foreseen=parent.form.name if parent.form.told == NARROW else parent.fp32.name,
-            epochs=parent.epochs + epochs,
+            epochs=parent.epochs + taken,
             chosen=found.told,
         )
-        return self._finished(self._recovered(found.taken(), epochs), made)
+        return self._finished(model, made)
 
     def _menu_of(self, parent: Point) -> Menu:
         if self._menu is None or self._menu[0] != parent.number:
