@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.optimize import milp
 
 from karui.recipes.budget import choice
-from karui.recipes.budget.choice import Problem, Table, cheapest, choose
+from karui.recipes.budget.choice import ALIKE, Problem, Table, cheapest, choose, frugal
 
 AMOUNT = st.integers(-20, 20).map(float)
 HARM = st.integers(0, 50).map(float)
@@ -60,9 +61,11 @@ def presolved() -> Problem:
 
 
 @settings(max_examples=150, deadline=None)
-@example(presolved())
-@given(problems())
-def test_the_choice_equals_brute_force(problem: Problem):
+@example(presolved(), 1.0)
+@given(problems(), st.sampled_from([1.0, 1e6]))
+def test_the_choice_equals_brute_force(problem: Problem, scale: float):
+    """Also where some candidate's harm is beyond all measure."""
+    problem = replace(problem, harms={place: [0.0, told[1], scale * told[2]] for place, told in problem.harms.items()})
     best, chosen = brute(problem), choose(problem)
     if best is None:
         assert chosen is None
@@ -70,6 +73,25 @@ def test_the_choice_equals_brute_force(problem: Problem):
         assert chosen is not None
         assert problem.harm(chosen) == pytest.approx(best[0])
         assert all(problem.total(chosen, q) <= limit + 1e-6 for q, limit in problem.limits.items())
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.sampled_from([1.0, 1e6]))
+def test_of_choices_that_harm_alike_the_smallest_is_taken(problem: Problem, scale: float):
+    """Held against brute force, also where some candidate's harm is beyond all measure."""
+    harms = {place: [0.0, told[1], scale * told[2]] for place, told in problem.harms.items()}
+    problem = replace(problem, harms=harms, limits={"time": problem.limits["time"]})
+    best, chosen = brute(problem), frugal(problem, "bytes")
+    if best is None:
+        assert chosen is None
+        return
+    assert chosen is not None
+    every = (dict(zip(harms, cells, strict=True)) for cells in itertools.product(range(3), range(3)))
+    most = (1 + ALIKE) * best[0]
+    alike = [c for c in every if problem.harm(c) <= most + 1e-9 and problem.total(c, "time") <= problem.limits["time"]]
+    assert problem.harm(chosen) <= most * (1 + 1e-6)
+    assert problem.total(chosen, "time") <= problem.limits["time"] + 1e-6
+    assert problem.total(chosen, "bytes") == pytest.approx(min(problem.total(c, "bytes") for c in alike))
 
 
 @settings(max_examples=50, deadline=None)

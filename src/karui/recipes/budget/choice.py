@@ -22,6 +22,13 @@ from scipy.sparse import coo_matrix
 SECONDS = 60.0
 """Most that the solver may take; what it then has is taken, and is a valid choice, if perhaps not the best."""
 
+SHARP = 1e3
+"""Times the best choice's harm up to which a candidate's may be, for the solver to see what it must."""
+ALIKE = 0.1
+"""By what share harms may differ and count as the same. From one draw of 128 pictures to another, the harm of a
+candidate differs by a third on ResNet-20 and by two thirds on ResNet-56 (standard deviation, median of 30 candidates).
+"""
+
 
 @dataclass(frozen=True, eq=False)
 class Table:
@@ -74,20 +81,36 @@ def choose(problem: Problem) -> dict[str, int] | None:
         >>> choose(problem)
         {'a': 1, 'b': 0}
     """
-    return _Program(problem).solve()
+    found = _Program(problem).solve()
+    while found is not None:
+        most, worst = problem.harm(found), max((h for harms in problem.harms.values() for h in harms), default=0.0)
+        if worst <= SHARP * most:
+            break
+        # Beside a harm beyond all measure the solver sees no difference among small ones; without it, it does.
+        nearer = _Program(problem, harm=most).solve()
+        if nearer is None or problem.harm(nearer) >= most:
+            break
+        found = nearer
+    return found
 
 
-def slimmest(problem: Problem, quantity: str, harm: float) -> dict[str, int] | None:
-    """The settings within the limits that take least of one quantity, of those that do no more than so much harm.
+def frugal(problem: Problem, quantity: str) -> dict[str, int] | None:
+    """As `choose`; but of the choices that do hardly more harm, the one that takes least of a quantity without a limit.
+
+    Harms are measured on few samples: what differs by less than `ALIKE` is alike.
 
     Example:
         >>> time = Table(("a", "b"), {"time": np.array([[0.0, -2.0], [-2.0, -4.0]])})
         >>> size = Table(("b",), {"bytes": np.array([0.0, -9.0])})
         >>> problem = Problem(harms={"a": [0, 1], "b": [0, 1.04]}, tables=[time, size], limits={"time": -2})
-        >>> choose(problem), slimmest(problem, "bytes", 1.05)
+        >>> choose(problem), frugal(problem, "bytes")
         ({'a': 1, 'b': 0}, {'a': 0, 'b': 1})
     """
-    return _Program(problem, aim=quantity, harm=harm).solve()
+    least = choose(problem)
+    if least is None:
+        return None
+    found = _Program(problem, aim=quantity, harm=(1 + ALIKE) * problem.harm(least)).solve()
+    return least if found is None else found
 
 
 def cheapest(problem: Problem, quantity: str) -> dict[str, int]:
@@ -117,8 +140,7 @@ class _Program:
         for quantity, limit in problem.limits.items():
             self.rows.append((self.spent[quantity], -np.inf, limit))
         if np.isfinite(harm):
-            harms = {self.start[p] + k: float(h) for p, told in problem.harms.items() for k, h in enumerate(told)}
-            self.rows.append((harms, -np.inf, harm))
+            self._bound(harm)
 
     def _add(self, table: Table, aim: str) -> None:
         """A table over one place needs no weights of its own; others get one for each cell that is possible."""
@@ -149,6 +171,15 @@ class _Program:
             for axis, place in enumerate(table.places):
                 for setting, margin in enumerate(margins[axis]):
                     self.rows.append(({**margin, self.start[place] + setting: -1.0}, 0.0, 0.0))
+
+    def _bound(self, most: float) -> None:
+        """Settings that do more harm than that alone are out, and do not blur the solver's view of the others' sum."""
+        harms = {self.start[p] + k: float(h) for p, told in self.problem.harms.items() for k, h in enumerate(told)}
+        for column in [column for column, harm in harms.items() if harm > most]:
+            self.rows.append(({column: 1.0}, 0.0, 0.0))
+            self.costs[column] = 0.0
+            del harms[column]
+        self.rows.append((harms, -np.inf, most))
 
     def solve(self) -> dict[str, int] | None:
         """The chosen setting of each place."""

@@ -15,7 +15,7 @@ from karui.measuring import onnx_form
 from karui.measuring.values import from_json, to_json
 from karui.model import Model
 from karui.recipes.budget.aims import Aims, Scale
-from karui.recipes.budget.choice import cheapest, choose
+from karui.recipes.budget.choice import Problem, cheapest, choose, frugal
 from karui.recipes.budget.deployments import NARROW, Forms, lost
 from karui.recipes.budget.front import Point
 from karui.recipes.budget.menu import Menu, menu
@@ -272,7 +272,7 @@ class Visitor:
         tried: list[dict[str, str]] = []
         for _ in range(TRIES):
             limits = {q: share * scale.whole[q] - scale.now[q] for q, share in aims.next.items()}
-            chosen = choose(offers.problem(limits))
+            chosen = self._choice(offers.problem(limits))
             exhausted = chosen is None
             if chosen is None:
                 chosen = self._farthest(offers, limits, scale.now)
@@ -302,6 +302,12 @@ class Visitor:
         if best is not None and not best.light:
             best = replace(best, light=[offers.carry_out(made[aims.nearest])])
         return best
+
+    @staticmethod
+    def _choice(problem: Problem) -> dict[str, int] | None:
+        """The choice within the limits; where time or bytes have none, they are spared as far as that costs nothing."""
+        spared = [quantity for quantity in ("bytes", "time") if quantity not in problem.limits]
+        return frugal(problem, spared[0]) if spared else choose(problem)
 
     def _farthest(self, offers: Menu, limits: Mapping[str, float], now: Mapping[str, float]) -> dict[str, int]:
         """Where no choice keeps all limits: the one nearest to them, along the way that is possible."""
