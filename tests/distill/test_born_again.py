@@ -158,7 +158,7 @@ def test_what_it_cannot_do_is_told(digits: Splits) -> None:
         BornAgain(loss="mse")  # pyright: ignore[reportArgumentType]
     data = TensorDataset(torch.randn(40, 3), torch.randn(40))
     line = Model(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), example=(torch.zeros(2, 3),), task=Regression())
-    with pytest.raises(NeedError, match=r"needs logits.*shape \(36,\)"):
+    with pytest.raises(NeedError, match="scores of classes"):
         BornAgain().apply(line, Bench(train=data, training=Training(epochs=1, batch_size=64)))
 
 

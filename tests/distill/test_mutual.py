@@ -197,7 +197,7 @@ def test_what_it_cannot_do_is_told(digits: Splits, tmp_path: Path) -> None:
         MutualLearning(partners=(str(tmp_path),)).apply(mlp(8), bench_of(digits))
     data = TensorDataset(torch.randn(40, 3), torch.randn(40))
     line = Model(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), example=(torch.zeros(2, 3),), task=Regression())
-    with pytest.raises(NeedError, match="must give logits"):
+    with pytest.raises(NeedError, match="scores of classes"):
         MutualLearning().apply(line, Bench(train=data, training=Training(epochs=1)))
 
 

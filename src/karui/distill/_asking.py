@@ -1,4 +1,4 @@
-"""Asking a teacher once, before anything is trained: whether it takes the student's inputs, and answers like it."""
+"""Asking once, before anything is trained: whether a teacher fits the student, and whether there are classes at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from karui.errors import KaruiError, NeedError, require, told
 from karui.measuring.inference import inference, tensors_of
-from karui.model import Model
+from karui.model import Classification, Detection, Model, Regression
 from karui.model.importing import told_of
 
 SAME_CLASSES = "A teacher must know the same classes, or give as many numbers."
@@ -57,6 +57,32 @@ def require_alike(slug: str, said: Any, student: Model, remedy: str) -> None:
         own = module(*student.example)
     alike = [one.shape for one in tensors_of(own)] == [one.shape for one in tensors_of(said)]
     require(alike, f"'{slug}': the student gives {_shapes(own)} and the teacher {_shapes(said)}.", remedy, NeedError)
+
+
+def require_classes(slug: str, model: Model, remedy: str) -> None:
+    """Refuse a model whose outputs are no scores of classes: softened, numbers say nothing.
+
+    A classification's are, with or without positions. Those of a task given by its loss and metric are where they are
+    one tensor [batch, classes, ...] of two classes or more.
+
+    Args:
+        slug: of the technique.
+        model: what is to learn.
+        remedy: what to do.
+
+    Raises:
+        NeedError: naming the task, or what the model gives.
+    """
+    if isinstance(model.task, Classification):
+        return
+    if isinstance(model.task, Regression | Detection):
+        given = f"the model's task is {type(model.task).__name__}"
+        raise NeedError(f"'{slug}' learns from scores of classes, and {given}.", remedy)
+    with inference(model.module) as module:
+        said = module(*model.example)
+    scores = isinstance(said, Tensor) and said.ndim >= 2 and said.shape[1] >= 2
+    given = f"'{slug}' learns from scores of classes [batch, classes, ...], and the model gives {_shapes(said)}."
+    require(scores, given, remedy, NeedError)
 
 
 def _shapes(values: Any) -> str:

@@ -66,8 +66,9 @@ def scale_of(teachers: Teachers, dataset: Any, batch: int = 256) -> Scale:
     batches, running = Batches(dataset), None
     for index in torch.arange(len(batches)).split(batch):
         logits = teachers(batches.fetch(index)[0]).mean(0)
-        running = running or Running.zeros(logits.shape[1], full=False)
-        running.add(logits.movedim(1, -1).flatten(0, -2))
+        table = logits.movedim(1, -1).flatten(0, -2) if logits.ndim > 1 else logits[:, None]
+        running = running or Running.zeros(table.shape[1], full=False)
+        running.add(table)
     require(running is not None, "There is no sample to teach on.", "Give training data.", NeedError)
     assert running is not None  # noqa: S101  (just required; for the type checker)
     deviation = running.variance().sqrt()

@@ -37,6 +37,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from karui.distill._asking import require_classes
 from karui.distill._maps import paired_layers
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teacher_of
 from karui.errors import NeedError, SettingError, require, told
@@ -313,6 +314,8 @@ class AttentionTransfer:
 
     def fits(self, model: Model, bench: Bench) -> None:
         """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        if self.epochs:
+            self._require_classes(model)
         if self.teacher is not None and self.by != "symmetry":
             self.influence(model, bench)
 
@@ -328,7 +331,12 @@ class AttentionTransfer:
             return model
         return bench.fit(model, epochs=self.epochs, influence=self.influence(model, bench), label="attend")
 
+    def _require_classes(self, model: Model) -> None:
+        if self.soft:
+            require_classes("attention_transfer", model, "Set soft=0 for the maps alone.")
+
     def _maps(self, model: Model, bench: Bench) -> Influence:
+        self._require_classes(model)
         teacher = teacher_of(
             "attention_transfer",
             self.teacher,

@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from karui.distill._asking import require_classes
 from karui.distill._teachers import keeping
 from karui.errors import NeedError, require, told
 from karui.model import Model, Note
@@ -44,6 +45,8 @@ from karui.train.teaching import Teachers
 if TYPE_CHECKING:
     from karui.technique import Bench
 
+SLUG = "born_again_network"
+NUMBERS = "Numbers are learned by logit_regression, whose student may be of the same architecture."
 Loss = Literal["kd", "cwtm", "dkpp"]
 LOSSES = ("kd", "cwtm", "dkpp")
 
@@ -120,7 +123,7 @@ class Generation(Influence):
         fits = isinstance(outputs, Tensor) and outputs.ndim >= 2
         require(
             fits and answers.shape == outputs.shape,
-            f"'born_again_network' needs logits [batch, classes, ...]; the model gives {told(outputs)}.",
+            f"'{SLUG}' needs logits [batch, classes, ...]; the model gives {told(outputs)}.",
             "It is for classification.",
             NeedError,
         )
@@ -181,7 +184,7 @@ class BornAgain:
 
     Raises:
         SettingError: a setting is out of range.
-        NeedError: the model does not give logits.
+        NeedError: the model does not give logits, as in a regression.
         UsageError: initial values cannot be drawn.
 
     Relations: `KnowledgeDistillation` with temperature 1 is one generation for a student of any architecture.
@@ -209,6 +212,12 @@ class BornAgain:
         unfair = f"; {self.epochs} passes each, the given network had {had}" if had not in (None, self.epochs) else ""
         return (f"{self.generations} trainings from new initial values; {size}{unfair if self.epochs else ''}",)
 
+    def fits(self, model: Model, bench: Bench) -> None:
+        """Refuse a model that tells no classes apart before anything is trained."""
+        del bench
+        if self.generations:
+            require_classes(SLUG, model, NUMBERS)
+
     def apply(self, model: Model, bench: Bench) -> Model:
         """The last generation, or the mean of all."""
         made = self.study(model, bench)
@@ -223,6 +232,7 @@ class BornAgain:
             model: f_0, the trained network that teaches the first generation.
             bench: with training data.
         """
+        self.fits(model, bench)
         made: list[Model] = []
         teacher = model
         ignore = getattr(model.task, "ignore", None)

@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from karui.distill._asking import SAME_CLASSES
+from karui.distill._asking import SAME_CLASSES, require_classes
 from karui.distill._reconstruction import Descent, Rebuilt, reconstruct
 from karui.distill._recording import record
 from karui.distill._records import KINDS, Kind, Record, load_record
@@ -57,6 +57,8 @@ from karui.train.teaching import SoftTargets, Teachers
 
 if TYPE_CHECKING:
     from karui.technique import Bench
+
+NUMBERS = "Records are of classes; where there are inputs of any kind, logit_regression learns numbers."
 
 
 def _outputs_alone(module: nn.Module, inputs: tuple[Any, ...], targets: Any) -> tuple[Any, Tensor]:
@@ -191,10 +193,16 @@ class DataFree:
 
     def fits(self, model: Model, bench: Bench) -> None:
         """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        self._require_classes(model)
         if self.teacher is not None:
             self._teacher(model, bench)
 
+    def _require_classes(self, model: Model) -> None:
+        if self.epochs:
+            require_classes("data_free_distillation", model, NUMBERS)
+
     def _teacher(self, model: Model, bench: Bench) -> Model:
+        self._require_classes(model)
         return teacher_of(
             "data_free_distillation",
             self.teacher,

@@ -40,6 +40,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from karui.distill._asking import require_classes
 from karui.distill._maps import last_of_each_size, sizes_of_outputs
 from karui.distill._pairs import packed, unpacked
 from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teacher_of, teachers_of
@@ -327,14 +328,21 @@ class DetectionDistillation:
 
     def fits(self, model: Model, bench: Bench) -> None:
         """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        if self.epochs:
+            self._require_classes(model)
         if self.teacher is not None:
             self.influence(model, bench)
 
     def influence(self, model: Model, bench: Bench) -> Influence:
         """The three parts, for a training of `model` or of what becomes of it."""
+        self._require_classes(model)
         parts = self._with_hint(model, bench) if self.hint > 0 else (self._of_answers(model, bench),)
         masks = zero_masks(model.module) if self.keep_zeros else {}
         return Together(*([MaskKeeper(masks)] if masks else []), *parts)
+
+    def _require_classes(self, model: Model) -> None:
+        if self.hard < 1 and not isinstance(model.task, Detection):
+            require_classes(SLUG, model, "Give the model task=karui.Detection(...), or set hard=1 for the hint alone.")
 
     def _with_hint(self, model: Model, bench: Bench) -> tuple[Influence, ...]:
         """All three parts, and the adaptation layer of the hint."""

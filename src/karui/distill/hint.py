@@ -37,6 +37,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from karui.distill._asking import require_classes
 from karui.distill._clipping import clipped
 from karui.distill._maps import sizes_of_outputs
 from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teacher_of, teachers_of
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from karui.technique import Bench
 
 Activation = Literal["auto", "relu", "none"]
+NUMBERS = "Set weight=0, or epochs=0: the hint needs no classes, and stage 2 then learns from the targets alone."
 CLASSES = "Stage 2 needs a teacher that knows the same classes; set weight=0 for the hint alone."
 REGRESSOR = "_hint_regressor"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -234,7 +236,8 @@ class FitNets:
 
     Raises:
         SettingError: a setting is out of range, or the layers' shapes do not fit; both are named.
-        NeedError: there is no teacher, or it does not know the same classes.
+        NeedError: there is no teacher, it does not know the same classes, or the model tells none apart where stage 2
+            has soft targets.
 
     Relations: `KnowledgeDistillation` is stage 2 with a constant weight; `AttentionTransfer` matches inner layers
     without a regressor, and in one stage.
@@ -274,6 +277,7 @@ class FitNets:
 
     def fits(self, model: Model, bench: Bench) -> None:
         """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        self._require_classes(model)
         if self.teacher is not None and (self.hint_epochs or self.epochs):
             (teacher, *_) = self._teachers(model, bench)
             if self.hint_epochs:
@@ -283,6 +287,7 @@ class FitNets:
         """The student, taught in two stages."""
         if self.hint_epochs == 0 and self.epochs == 0:
             return model
+        self._require_classes(model)
         teachers, hinted = self._teachers(model, bench), model
         if self.hint_epochs:
             hinted = self._hinted(model, teachers[0], bench)
@@ -297,6 +302,10 @@ class FitNets:
         )
         influence = self._with_zeros(model, fading)
         return bench.fit(hinted, epochs=self.epochs, influence=influence, label="distil after the hint")
+
+    def _require_classes(self, model: Model) -> None:
+        if self.epochs and self.weight:
+            require_classes("fitnets_hint", model, NUMBERS)
 
     def _teachers(self, model: Model, bench: Bench) -> tuple[Model, ...]:
         """The teacher; without a hint, any that answer."""

@@ -35,7 +35,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from karui.data import Batches
-from karui.distill._asking import SAME_CLASSES
+from karui.distill._asking import SAME_CLASSES, require_classes
 from karui.distill._heads import head_of
 from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teachers_of
 from karui.errors import SettingError, UsageError, require
@@ -49,6 +49,8 @@ from karui.train.teaching import SoftTargets
 
 if TYPE_CHECKING:
     from karui.technique import Bench
+
+NUMBERS = "Take logit_regression, which learns numbers too, or set weight=0 to learn from the targets alone."
 
 
 def best_offset(
@@ -145,10 +147,11 @@ class KnowledgeDistillation:
 
     Raises:
         SettingError: a setting is out of range.
-        NeedError: there is no teacher, or it does not know the same classes.
+        NeedError: there is no teacher, it does not know the same classes, or the model tells none apart (a regression).
 
     Relations: as an influence it joins any other training: `bench.under(KnowledgeDistillation(...).influence(model,
-    bench))`, or `Together`. Techniques that match inner layers as well are siblings of this one.
+    bench))`, or `Together`. Techniques that match inner layers as well are siblings of this one; `LogitRegression` also
+    learns the numbers of a regression.
 
     Example:
         >>> KnowledgeDistillation(temperature=4.0, weight=0.9).epochs
@@ -182,11 +185,14 @@ class KnowledgeDistillation:
 
     def fits(self, model: Model, bench: Bench) -> None:
         """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        if self.epochs:
+            self._require_classes(model)
         if self.teacher is not None:
             self._teachers(model, bench)
 
     def influence(self, model: Model, bench: Bench) -> Influence:
         """The soft targets, for a training of `model` or of what becomes of it."""
+        self._require_classes(model)
         teachers = self._teachers(model, bench)
         soft = SoftTargets(
             teachers=keeping(teachers, bench, self.remember).teachers(teachers),
@@ -203,6 +209,10 @@ class KnowledgeDistillation:
             return model
         taught = bench.fit(model, epochs=self.epochs, influence=self.influence(model, bench), label="distil")
         return self._lifted(taught, bench) if self.missing else taught
+
+    def _require_classes(self, model: Model) -> None:
+        if self.weight:
+            require_classes("knowledge_distillation", model, NUMBERS)
 
     def _teachers(self, model: Model, bench: Bench) -> tuple[Model, ...]:
         alike = SAME_CLASSES if self.weight else ""

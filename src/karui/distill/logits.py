@@ -121,6 +121,8 @@ class _Match:
             "A teacher must know the same classes.",
             NeedError,
         )
+        if wanted.ndim == 1:  # a regression's number, without a dimension of its own
+            outputs, wanted = outputs[:, None], wanted[:, None]
         if self.scale is not None:
             wanted = self.scale.normalised(wanted)
             outputs = outputs if self.folded else self.scale.normalised(outputs)
@@ -202,7 +204,8 @@ class LogitRegression:
         SettingError: a setting is out of range, or the budget does not pay for one hidden unit.
         NeedError: there is no teacher, or it does not know the same classes.
 
-    Relations: `KnowledgeDistillation` at a high temperature is this with each sample's mean logit left free.
+    Relations: with a regression it learns the teacher's numbers, where those that soften classes refuse.
+    `KnowledgeDistillation` at a high temperature is this with each sample's mean logit left free.
 
     Example:
         >>> LogitRegression(unlabelled="npz:pool.npz").normalise
@@ -255,7 +258,7 @@ class LogitRegression:
     def influence(self, model: Model, bench: Bench) -> Influence:
         """The distance from the teachers' logits in place of the loss, for a training of `model` by another step."""
         models = self._teachers(model, bench)
-        teachers = keeping(models, bench, self.remember).teachers(models)
+        teachers = keeping(models, bench, self.remember).teachers(models, classes=False)
         scale = scale_of(teachers, bench.train) if self.normalise else None
         return self._with_zeros(model, LogitTargets(teachers=teachers, scale=scale))
 
@@ -270,7 +273,7 @@ class LogitRegression:
         if self.unlabelled is not None:
             named = isinstance(self.unlabelled, str)
             train = with_unlabelled(train, load_unlabelled(self.unlabelled) if named else self.unlabelled)  # pyright: ignore[reportArgumentType]
-        teachers = keeping(models, replace(bench, train=train), self.remember).teachers(models)
+        teachers = keeping(models, replace(bench, train=train), self.remember).teachers(models, classes=False)
         scale = scale_of(teachers, train) if self.normalise else None
         head = head_of(model)
         # Another influence on this training has to see logits as they are.

@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from karui.distill._asking import require_classes
 from karui.distill._teachers import Teacher, lacking_teachers, teachers_of
 from karui.errors import NeedError, require, told
 from karui.model import Model, Note
@@ -48,6 +49,8 @@ from karui.train.teaching import is_unlabelled
 if TYPE_CHECKING:
     from karui.technique import Bench
 
+SLUG = "deep_mutual_learning"
+NUMBERS = "Set weight=0 to train without a word of the others; numbers of a teacher are learned by logit_regression."
 Variant = Literal["mean", "ensemble"]
 VARIANTS = ("mean", "ensemble")
 Keep = Literal["first", "best", "smallest", "ensemble"]
@@ -113,7 +116,7 @@ class Mutual:
         outputs, peers = own.outputs, [other.outputs for other in others]
         require(
             isinstance(outputs, Tensor) and outputs.ndim >= 2 and all(one.shape == outputs.shape for one in peers),
-            f"'deep_mutual_learning': a peer gives {told(outputs)} and others {', '.join(told(one) for one in peers)}.",
+            f"'{SLUG}': a peer gives {told(outputs)} and others {', '.join(told(one) for one in peers)}.",
             "It is for classification: every peer must give logits [batch, classes, ...] of the same classes.",
             NeedError,
         )
@@ -157,7 +160,7 @@ class MutualLearning:
 
     Raises:
         SettingError: a setting is out of range.
-        NeedError: peers do not give logits of the same classes.
+        NeedError: peers do not give logits of the same classes, or the model gives none, as in a regression.
         UsageError: initial values cannot be drawn; an ensemble of different architectures.
 
     Relations: `KnowledgeDistillation` learns from a trained teacher; `BornAgain` from its former self.
@@ -191,7 +194,7 @@ class MutualLearning:
 
     def lacks(self, bench: Bench, *, first: bool) -> list[tuple[str, str]]:
         """What is missing, before any work starts: (message, remedy) pairs."""
-        return lacking_teachers("deep_mutual_learning", self.partners, bench, first=first)
+        return lacking_teachers(SLUG, self.partners, bench, first=first)
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """The network that is kept."""
@@ -209,15 +212,19 @@ class MutualLearning:
 
     def fits(self, model: Model, bench: Bench) -> None:
         """Ask each partner once, so that one that does not fit is told before anything is trained."""
+        if self.epochs != 0:
+            self._require_classes(model)
         self._partners(model, bench)
+
+    def _require_classes(self, model: Model) -> None:
+        if self.weight and self.peers + len(self.partners) > 1:
+            require_classes(SLUG, model, NUMBERS)
 
     def _partners(self, model: Model, bench: Bench) -> tuple[Model, ...]:
         if not self.partners:
             return ()
         alike = "Partners must know the same classes."
-        return teachers_of(
-            "deep_mutual_learning", self.partners, model, bench, whole="trains its partners", alike=alike
-        )
+        return teachers_of(SLUG, self.partners, model, bench, whole="trains its partners", alike=alike)
 
     def study(self, model: Model, bench: Bench) -> tuple[Model, ...]:
         """Every peer after the training, the given one first.
@@ -226,6 +233,7 @@ class MutualLearning:
             model: the first peer.
             bench: with training data.
         """
+        self._require_classes(model)
         fresh = [redrawn(model, seed_of(bench.seed, "peer", number)) for number in range(1, self.peers)]
         models = (model, *fresh, *self._partners(model, bench))
         masks = zero_masks(model.module) if self.keep_zeros else {}
