@@ -32,7 +32,7 @@ from karui.technique import Bench
 from karui.technique.redraw import redrawn
 from karui.train import Adam, Constant, Training
 from karui.train.guide import Guide
-from karui.train.teaching import Teachers
+from karui.train.teaching import SoftTargets, Teachers
 
 TAUGHT: dict[str, Callable[[Model], Any]] = {
     "knowledge_distillation": lambda t: KnowledgeDistillation(teacher=t, epochs=1),
@@ -125,3 +125,66 @@ def test_a_teacher_is_asked_on_the_device_of_the_inputs_and_gets_no_gradient() -
     guide((x,))[0].sum().backward()
     assert all(p.grad is None for p in guide.module.parameters())
     assert x.grad is not None, "what asks for input gradients has them"
+
+
+def moved(network: nn.Module) -> None:
+    """Another network in the same place, as after a few steps of somebody's training."""
+    with torch.no_grad():
+        for value in network.parameters():
+            value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(0)))
+
+
+class Listed(nn.Module):
+    """A network that lies in a list, of which torch knows not."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.parts = [network]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parts[0](x)
+
+
+INFLUENCES = (
+    "knowledge_distillation",
+    "logit_regression",
+    "attention_transfer",
+    "attention_transfer by gradients",
+    "detection_distillation",
+)
+
+
+@pytest.mark.parametrize("slug", INFLUENCES)
+def test_a_teacher_that_is_trained_on_meanwhile_teaches_what_it_knew(slug: str, bench: Bench) -> None:
+    def taught(*, meanwhile: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        network = nn.Sequential(*Watched([], 8))
+        teacher = Model(network, example=(torch.zeros(2, 1, 8, 8),), task=Classification())
+        influence = TAUGHT[slug](teacher).influence(student(), bench)
+        if meanwhile:
+            moved(network)
+        return bench.fit(student(), influence=influence).module.state_dict()
+
+    before, after = taught(meanwhile=False), taught(meanwhile=True)
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+@pytest.mark.parametrize("wrapped", [lambda network: network, Listed], ids=["plain", "in a list"])
+def test_a_frozen_network_says_what_it_said_unless_its_weights_are_shared(wrapped: Callable[..., nn.Module]) -> None:
+    x = (torch.randn(5, 4),)
+    for shared in (False, True):
+        network = nn.Linear(4, 3)
+        teachers = Teachers((Model(wrapped(network), example=x),), shared=shared)
+        said = teachers(x)
+        moved(network)
+        assert torch.equal(teachers(x), said) is not shared
+        assert network.weight.requires_grad
+
+
+def test_under_a_budget_the_teacher_is_no_further_copy(bench: Bench) -> None:
+    dense = Model(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), (torch.zeros(2, 1, 8, 8),), Classification())
+    for shared in (False, True):
+        soft = KnowledgeDistillation(teacher=dense).influence(dense.copy(), bench, shared=shared)
+        assert isinstance(soft, SoftTargets)
+        (kept,) = soft.teachers.modules
+        assert (kept[1].weight.data_ptr() == dense.module[1].weight.data_ptr()) is shared

@@ -224,9 +224,9 @@ class Keeping:
     folder: Path | None
     why: str | None = None
 
-    def teachers(self, models: tuple[Model, ...], *, classes: bool = True) -> Teachers:
-        """The models, frozen, with this memory."""
-        return Teachers(models, self.samples, self.folder, classes=classes, why=self.why)
+    def teachers(self, models: tuple[Model, ...], *, classes: bool = True, shared: bool = False) -> Teachers:
+        """The models, frozen, with this memory; `classes` and `shared` as in `Teachers`."""
+        return Teachers(models, self.samples, self.folder, classes=classes, why=self.why, shared=shared)
 
 
 def keeping(models: tuple[Model, ...], bench: Bench, remember: int | None = None) -> Keeping:

@@ -190,12 +190,20 @@ class KnowledgeDistillation:
         if self.teacher is not None:
             self._teachers(model, bench)
 
-    def influence(self, model: Model, bench: Bench) -> Influence:
-        """The soft targets, for a training of `model` or of what becomes of it."""
+    def influence(self, model: Model, bench: Bench, *, shared: bool = False) -> Influence:
+        """The soft targets, for a training of `model` or of what becomes of it.
+
+        They are those of the teacher as it is now: it is copied, and may be trained on meanwhile.
+
+        Args:
+            model: the student.
+            bench: its data tell whether answers are kept.
+            shared: whether the teacher's weights are not copied, where memory is short and nothing changes them.
+        """
         self._require_classes(model)
         teachers = self._teachers(model, bench)
         soft = SoftTargets(
-            teachers=keeping(teachers, bench, self.remember).teachers(teachers),
+            teachers=keeping(teachers, bench, self.remember).teachers(teachers, shared=shared),
             temperature=self.temperature,
             weight=self.weight,
             rule=geometric if self.geometric else arithmetic,

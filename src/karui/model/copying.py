@@ -48,21 +48,28 @@ def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     return twin
 
 
-def frozen(module: nn.Module) -> nn.Module:
-    """A copy for evaluation alone: its parameters lie where the module's do, and cannot be trained.
+def frozen(module: nn.Module, *, shared: bool = False) -> nn.Module:
+    """A copy for evaluation alone, whose parameters cannot be trained.
 
     So are the networks that lie in lists and attributes of it, of which torch knows not.
 
+    Args:
+        module: left as it is.
+        shared: whether parameters lie where the module's do: it takes no memory, and changes when they are changed in
+            place. Buffers are copied either way.
+
     Example:
         >>> net = nn.Linear(2, 3)
-        >>> twin = frozen(net)
+        >>> twin = frozen(net, shared=True)
         >>> twin.weight.data_ptr() == net.weight.data_ptr(), twin.weight.requires_grad, net.weight.requires_grad
         (True, False, True)
+        >>> frozen(net).weight.data_ptr() == net.weight.data_ptr()
+        False
     """
     given = networks(module)
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach(), False) for one in given for p in named_parameters(one).values()
-    }
+    memo: dict[int, Any] = {}
+    if shared:
+        memo = {id(p): nn.Parameter(p.detach(), False) for one in given for p in named_parameters(one).values()}
     twin = copied(module, memo)
     for one in networks(twin):
         if all(one is not other for other in given):

@@ -17,10 +17,13 @@ from karui.model.reach import networks
 class Frozen:
     """A frozen copy of a network and of the networks that lie in its lists and attributes.
 
-    What a function of it encloses cannot be copied: that is in evaluation mode while it is asked, and given back.
+    It says what the network said when the copy was made, whatever trains the network meanwhile. What a function of it
+    encloses cannot be copied: that is in evaluation mode while it is asked, and given back; trained meanwhile, it
+    answers as it then is.
 
     Args:
         module: left as it is.
+        shared: whether parameters are not copied, for who knows that nothing changes them in place meanwhile.
 
     Example:
         >>> asked = Frozen(nn.Dropout())
@@ -29,8 +32,8 @@ class Frozen:
         [1.0, 1.0]
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = frozen(module)
+    def __init__(self, module: nn.Module, *, shared: bool = False) -> None:
+        self.module = frozen(module, shared=shared)
         given, hidden = set(map(id, networks(module))), networks(self.module)[1:]
         self._own = tuple(one for one in hidden if id(one) not in given)
         self._lent = tuple(one for one in hidden if id(one) in given)

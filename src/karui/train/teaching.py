@@ -40,6 +40,8 @@ class Teachers:
         half: keep 16 bits of each number.
         classes: whether they tell classes apart; else any numbers will do, as in a regression.
         why: whether answers are kept and for what reason, for people; None tells it of the other arguments.
+        shared: whether the copies have the networks' own parameters, as in `Frozen`: for a training with many copies
+            of a network about, such as a budget's, in which nothing changes the teacher.
 
     Example:
         >>> teachers = Teachers((Model(nn.Linear(4, 3), example=(torch.zeros(1, 4),)),))
@@ -56,10 +58,11 @@ class Teachers:
         half: bool = False,
         classes: bool = True,
         why: str | None = None,
+        shared: bool = False,
     ) -> None:
         require(len(models) > 0, "There is no teacher.", "Give at least one model.", NeedError)
         self._classes = classes
-        self._networks = [Frozen(model.module) for model in models]
+        self._networks = [Frozen(model.module, shared=shared) for model in models]
         if folder is not None and remember:
             # Another version of torch rounds otherwise: what it said is not what this one would say.
             folder = folder / fingerprint(torch.__version__, *self.modules)

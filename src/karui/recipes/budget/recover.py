@@ -114,7 +114,8 @@ def _teaching(model: Model, dense: Model, bench: Bench, epochs: int) -> Influenc
         if bench.checkpoints is not None
         else 0
     )
-    return KnowledgeDistillation(teacher=dense, epochs=epochs, remember=room).influence(model, bench)
+    soft = KnowledgeDistillation(teacher=dense, epochs=epochs, remember=room)
+    return soft.influence(model, bench, shared=True)  # copies of the network are few; nothing trains the dense one
 
 
 def epochs_within(minutes: float, model: Model, bench: Bench) -> int:
