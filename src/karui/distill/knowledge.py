@@ -135,7 +135,8 @@ class KnowledgeDistillation:
             an .onnx file, a function, "file.py:factory" or "package.module:factory" that makes one, or several of
             these; None is the model at the start of the pipeline, so that a compressed network learns from what it was.
         temperature: softens student and teacher alike; 2.5 to 4 for very small students, above 8 hardly matters.
-        weight: share of the soft loss, in [0, 1]; the rest is the loss against the labels.
+        weight: share of the soft loss, in [0, 1]; the rest is the loss against the labels, and what influences before
+            this one in a `Together` have added to it.
         epochs: passes over the training data.
         geometric: whether an ensemble's probabilities are averaged geometrically rather than arithmetically.
         missing: classes that the training data lack; their biases are lifted as validation data tell.
@@ -150,8 +151,9 @@ class KnowledgeDistillation:
         NeedError: there is no teacher, it does not know the same classes, or the model tells none apart (a regression).
 
     Relations: as an influence it joins any other training: `bench.under(KnowledgeDistillation(...).influence(model,
-    bench))`, or `Together`. Techniques that match inner layers as well are siblings of this one; `LogitRegression` also
-    learns the numbers of a regression.
+    bench))`, or `Together`, where it comes first: terms after it count in full, those before it by 1 - `weight`, as
+    they are part of the loss that it mixes. Techniques that match inner layers as well are siblings of this one;
+    `LogitRegression` also learns the numbers of a regression.
 
     Example:
         >>> KnowledgeDistillation(temperature=4.0, weight=0.9).epochs

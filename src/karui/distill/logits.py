@@ -134,7 +134,8 @@ class LogitTargets(Influence):
     """The loss becomes a L + (1 - a) loss, with L the half squared distance from the teachers' logits.
 
     Nothing is folded, so that other influences see the student's logits as they are. At a = 1 labels count for nothing,
-    as in the paper; what another influence has made of the loss before is kept, and L comes to it.
+    as in the paper; what another influence has made of the loss before is kept, and L comes to it. Below 1 it counts
+    1 - a of its weight, as with `SoftTargets`: put its term after this one.
 
     Settings:
         teachers: the networks that teach; of several, the mean of their logits.

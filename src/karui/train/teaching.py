@@ -137,6 +137,10 @@ def _wide(logits: Tensor) -> Tensor:
 class SoftTargets(Influence):
     """The loss becomes a T² CE(teachers' soft targets) + (1 - a) loss, on the very batch that the student sees.
 
+    The loss is what the influences before it in a `Together` have made of it, so that their terms too are multiplied by
+    1 - a, and are gone at a = 1. To give another term the weight that it names, put it after the soft targets, as
+    `bench.under(soft)` does with what a technique itself adds.
+
     Settings:
         teachers: the networks that teach; an ensemble if there are several.
         temperature: T, for student and teachers alike.
@@ -154,6 +158,19 @@ class SoftTargets(Influence):
         >>> moment = Moment(net, (x,), torch.tensor([0, 1]), net(x))
         >>> bool(influence.objective(torch.tensor(1.0), moment) > 0)
         True
+
+        A term of 10, before the soft targets and after them:
+
+        >>> from karui.train import Together
+        >>> class Term(Influence):
+        ...     def objective(self, loss, moment):
+        ...         return loss + 10
+        >>> alone, before, after = (
+        ...     Together(*parts).objective(torch.tensor(1.0), moment).item()
+        ...     for parts in ((influence,), (Term(), influence), (influence, Term()))
+        ... )
+        >>> round(before - alone, 4), round(after - alone, 4)
+        (1.0, 10.0)
     """
 
     teachers: Teachers
