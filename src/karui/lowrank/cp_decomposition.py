@@ -27,6 +27,7 @@ grouped convolution are decomposed one by one; the paper has neither.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ from karui.lowrank._common import carry_out, fine_tune, require_data, require_fi
 from karui.lowrank._per_layer import Offering, PerLayer
 from karui.lowrank._scan import Seen, scan
 from karui.lowrank._watching import kept, watched
+from karui.model.taps import layer_at
 from karui.numerics.cp import CP
 from karui.numerics.cp_fit import SOLVERS, Solver, cp
 from karui.numerics.unfold import split_groups
@@ -88,7 +90,7 @@ class CpDecomposition(PerLayer, Offering):
         learning_rate: of the fine-tuning, smaller than that of the dense training. None takes the bench's.
         factor_rate: share of that rate that the decomposed layers take, since their gradients vary more.
         frozen_epochs: passes before that, in which the decomposed layers are held still and the rest adapts.
-        one_by_one: decompose layer after layer, with all the fine-tuning after each.
+        one_by_one: decompose layer after layer as the fine-tuning has left them, with all of it after each.
 
     Needs: nothing; training data and a task if there are epochs.
 
@@ -150,18 +152,16 @@ class CpDecomposition(PerLayer, Offering):
         chosen = [choice for choice in choices if choice.replaced]
         if not chosen:
             return carry_out(model, left, {}, "CP", {"solver": self.solver})
-        with watched("CP", len(chosen), shown=bench.progress) as report:
-            built = [
-                self._build(seen[choice.path], choice, bench, report(done, choice.path))
-                for done, choice in enumerate(chosen)
-            ]
-        steps = [[number] for number in range(len(chosen))] if self.one_by_one else [list(range(len(chosen)))]
-        for numbers in steps:
-            layers = {chosen[number].path: built[number][0] for number in numbers}
-            told = [replace(chosen[number], error=built[number][1], remark=built[number][2]) for number in numbers]
-            rest = left if numbers == steps[-1] else ()
+        steps = [[choice] for choice in chosen] if self.one_by_one else [chosen]
+        done: tuple[str, ...] = ()
+        for step in steps:
+            built = self._all_built(model, [seen[choice.path] for choice in step], step, bench)
+            layers = {choice.path: layer for choice, (layer, *_) in zip(step, built, strict=True)}
+            told = [replace(choice, error=how[1], remark=how[2]) for choice, how in zip(step, built, strict=True)]
+            rest = left if step is steps[-1] else ()
             model = carry_out(model, (*told, *rest), layers, "CP", {"solver": self.solver})
-            model = self._tune(model, bench, tuple(choice.path for choice in chosen[: numbers[-1] + 1]))
+            done += tuple(layers)
+            model = self._tune(model, bench, done)
         return model
 
     def _scan(self, model: Model) -> tuple[tuple[Seen, ...], tuple[Choice, ...]]:
@@ -208,6 +208,17 @@ class CpDecomposition(PerLayer, Offering):
         """For a budget: the chain of four layers, after a few sweeps of alternating least squares."""
         del evidence
         return self._build(one, choice, bench, lambda *_: None)[0]
+
+    def _all_built(
+        self, model: Model, seen: Sequence[Seen], choices: Sequence[Choice], bench: Bench
+    ) -> list[tuple[nn.Module, float, str]]:
+        """The factored layers, each from its weight in `model`, which a fine-tuning may have changed since the scan."""
+        now = [replace(one, layer=layer_at(model.module, one.path)) for one in seen]
+        with watched("CP", len(now), shown=bench.progress) as report:
+            return [
+                self._build(one, choice, bench, report(number, one.path))
+                for number, (one, choice) in enumerate(zip(now, choices, strict=True))
+            ]
 
     def _build(self, one: Seen, choice: Choice, bench: Bench, watch: Watch) -> tuple[nn.Module, float, str]:
         """The factored layer, its relative error, and what to tell of it."""
