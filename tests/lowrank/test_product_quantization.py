@@ -91,21 +91,26 @@ def test_a_linear_layer_by_tables_is_the_decoded_one() -> None:
         assert relative(layer.dense()(x), layer(x)) < 1e-5
 
 
-def test_tables_cost_what_the_paper_counts() -> None:
+@pytest.mark.parametrize(
+    "space", [{}, {"padding": 2, "dilation": 2}, {"padding": 2, "dilation": 2, "padding_mode": "reflect"}]
+)
+def test_tables_cost_what_the_paper_counts(space: Any) -> None:
     torch.manual_seed(0)
     x = torch.rand(20, 8, 9, 9)
-    net = nn.Sequential(nn.Conv2d(8, 32, 3, stride=2), nn.Flatten(), nn.Linear(32 * 16, 64))
+    conv = nn.Conv2d(8, 32, 3, stride=2, **space)
+    side = conv(x[:1]).shape[-1]
+    net = nn.Sequential(conv, nn.Flatten(), nn.Linear(32 * side**2, 64))
     model = Model(net, example=(x[:2],))
     step = technique(conv_sub_dim=4, lookup=True, correct=False)
     light = step.apply(model, Bench())
-    macs = 81 * 8 * 8 + 32 * 16 * 8  # `hw_in C K` and `Cs K`
+    macs = 81 * 8 * 8 + 32 * side**2 * 8  # `hw_in C K`, whatever is padded, and `Cs K`
     assert count(light).macs == macs == sum(choice.macs[1] for choice in step.choose(model))
     assert count(technique(correct=False).apply(model, Bench())).macs == count(model).macs
     # `hw_out d^2 N C / C'` and `Ct Cs / C's` additions, which are no multiply-adds.
     told = [choice.remark for choice in step.choose(model)]
     assert told == [
-        f"{16 * 9 * 32 * 2:,} additions of what is looked up",
-        f"{64 * 512 // 4:,} additions of what is looked up",
+        f"{side**2 * 9 * 32 * 2:,} additions of what is looked up",
+        f"{64 * 32 * side**2 // 4:,} additions of what is looked up",
     ]
     assert not any(choice.remark for choice in technique(correct=False).choose(model))
 

@@ -174,23 +174,25 @@ class QuantizedConv(nn.Module):
 
     def forward(self, input: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch filters *made"]:  # noqa: A002
         """By the decoded kernel, or by tables."""
-        padded = self._windows.padded(input)
         if self.lookup:
-            return self._by_tables(padded)
-        convolve = FUNCTIONS[len(self.kernel_size)]
+            return self._by_tables(input)
+        padded, convolve = self._windows.padded(input), FUNCTIONS[len(self.kernel_size)]
         return convolve(padded, self.weight(), self.bias, self.stride, 0, self.dilation, self.groups)
 
-    def _by_tables(self, padded: Tensor) -> Tensor:
-        """Products of each pixel with all codewords, then a sum of what the codes name, position by position."""
+    def _by_tables(self, given: Tensor) -> Tensor:
+        """Products of each pixel with all codewords, then a sum of what the codes name, position by position.
+
+        What lies around the input is zeros or copies of pixels, and so are its products: they are not computed again.
+        """
         dims, (parts, codewords, size) = len(self.kernel_size), self.books.shape
         products = self.books.reshape(parts * codewords, size, *[1] * dims)
-        tables = FUNCTIONS[dims](padded, products, groups=parts)
+        tables = self._windows.padded(FUNCTIONS[dims](given, products, groups=parts))
         filters, subspaces, taps = self.codes.shape
         first = torch.arange(filters, device=self.codes.device) // (filters // self.groups) * subspaces
         part = first[:, None] + torch.arange(subspaces, device=self.codes.device)
         made: Any = 0
         for tap in range(taps):
-            seen = tables[self._windows.at(tap, padded.shape[2:])]
+            seen = tables[self._windows.at(tap, tables.shape[2:])]
             places = (part * codewords + self.codes[:, :, tap].long()).flatten()
             made = made + seen.index_select(1, places).unflatten(1, (filters, subspaces)).sum(2)
         return made if self.bias is None else made + self.bias.reshape(-1, *[1] * dims)
