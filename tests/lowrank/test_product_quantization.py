@@ -127,6 +127,20 @@ def test_gradients_of_codebooks_are_those_of_the_decoded_weight() -> None:
     torch.testing.assert_close(layer.books.grad, other.books.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_bytes_are_those_of_the_layers_own_numbers(dtype: torch.dtype) -> None:
+    model = Model(nn.Linear(64, 256).to(dtype), example=(torch.zeros(2, 64, dtype=dtype),))
+    step, each = technique(sub_dim=4, codewords=16, correct=False), dtype.itemsize
+    light = step.apply(model, Bench())
+    bits = {"books": 8 * each * 64 * 16, "codes": 4 * 256 * 16, "bias": 8 * each * 256}
+    assert light.module.bits() == bits  # pyright: ignore
+    told = f"{64 * 256 * each:,} -> {(bits['books'] + bits['codes']) // 8:,} bytes"
+    assert told in step.choose(model)[0].describe()
+    # Codes weigh as much whatever the layer's numbers do: here they pay beside wide numbers only.
+    tight = technique(sub_dim=1, codewords=160, correct=False).choose(model)[0]
+    assert tight.replaced == (dtype == torch.float64)
+
+
 def test_codes_have_the_promised_width_on_disk(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(512, 512))

@@ -239,5 +239,5 @@ def _require_parts(channels: int, subspaces: int, codewords: int) -> None:
 
 
 def _bits(books: Tensor, codes: Tensor, bias: Tensor | None) -> dict[str, int]:
-    told = {"books": 32 * books.numel(), "codes": code_bits(books.shape[1]) * codes.numel()}
-    return {**told, "bias": 0 if bias is None else 32 * bias.numel()}
+    told = {"books": 8 * books.nbytes, "codes": code_bits(books.shape[1]) * codes.numel()}
+    return {**told, "bias": 0 if bias is None else 8 * bias.nbytes}

@@ -174,9 +174,10 @@ class ProductQuantization(PerLayer, Offering):
         size = max(part for part in range(1, min(asked, channels) + 1) if channels % part == 0)
         taps = weight[0, 0].numel()
         # Each group has codebooks of its own; its filters have codes for its channels alone.
-        held = stored_bytes(channels, size, words, filters, taps) + 4 * channels * (groups - 1) * words
-        if held >= 4 * weight.numel():
-            told = f"{words} codewords of {size} channels would not save bytes ({4 * weight.numel():,} -> {held:,})"
+        each = weight.element_size()
+        held = stored_bytes(channels, size, words, filters, taps, each=each) + each * channels * (groups - 1) * words
+        if held >= weight.nbytes:
+            told = f"{words} codewords of {size} channels would not save bytes ({weight.nbytes:,} -> {held:,})"
             return Choice(one.path, reason=told)
         bias, books = filters if one.layer.bias is not None else 0, channels * groups * words
         dense = one.calls * one.outputs * weight.numel()
@@ -190,7 +191,7 @@ class ProductQuantization(PerLayer, Offering):
             parameters=(weight.numel() + bias, books + bias),
             macs=(dense, one.calls * one.inputs * books if self.lookup else dense),
             remark="; ".join(filter(None, (uneven, added))),
-            form=f"{channels // size} subspaces, {words} codewords, {4 * weight.numel():,} -> {held:,} bytes",
+            form=f"{channels // size} subspaces, {words} codewords, {weight.nbytes:,} -> {held:,} bytes",
         )
 
     def alone(self, model: Model, one: Seen, speedup: float) -> tuple[ProductQuantization, Choice]:

@@ -52,14 +52,16 @@ def code_bits(codewords: int) -> int:
     return max(1, math.ceil(math.log2(codewords)))
 
 
-def stored_bytes(channels: int, size: int, codewords: int, filters: int, taps: int) -> int:
-    """Bytes of codebooks (in 32 bits) and packed codes: `4 C K + taps N (C / C') log2(K) / 8` in the paper's symbols.
+def stored_bytes(channels: int, size: int, codewords: int, filters: int, taps: int, *, each: int = 4) -> int:
+    """Bytes of codebooks and packed codes: `4 C K + taps N (C / C') log2(K) / 8` in the paper's symbols.
+
+    A number of a codebook takes `each` bytes, in the paper 4.
 
     Example:
         >>> stored_bytes(9216, 4, 32, 4096, 1) == 1_179_648 + 5_898_240
         True
     """
-    return 4 * channels * codewords + math.ceil(taps * filters * (channels // size) * code_bits(codewords) / 8)
+    return each * channels * codewords + math.ceil(taps * filters * (channels // size) * code_bits(codewords) / 8)
 
 
 def product_code(
