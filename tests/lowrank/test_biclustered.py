@@ -190,6 +190,9 @@ def test_groups_that_do_not_part_a_layer_give_way_and_each_refusal_has_its_reaso
     assert "linear_share" in {c.path: c for c in kind().choose(model)}["6"].reason
     light = kind(linear_share=0.5).apply(model, Bench())
     assert isinstance(light.module[5], FactoredLinear)  # pyright: ignore
+    named = step_of(kind, "6", (2, 4)).apply(model, Bench()).module[6]  # pyright: ignore
+    assert isinstance(named, FactoredLinear)
+    assert named.rank == (2 if kind is BiclusteredCp else 4)
     with pytest.raises(SettingError, match="conv9"):
         step_of(kind, "conv9", (2, 2)).apply(model, Bench())
     with pytest.raises(NeedError, match="calibration"):

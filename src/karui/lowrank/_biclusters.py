@@ -117,11 +117,13 @@ def conv_objection(layer: Any) -> str:
     return ""
 
 
-def linear_choice(one: Seen, share: float) -> Choice:
-    """A linear layer by truncated SVD, at the rank whose factors hold `share` of its numbers."""
+def linear_choice(one: Seen, share: float, own: int | None) -> Choice:
+    """A linear layer by truncated SVD: at its own rank, or at the one whose factors hold `share` of its numbers."""
+    if own is None and share == 1:
+        return Choice(one.path, reason="linear_share is 1")
     rows, columns = one.layer.weight.shape
     full = min(rows, columns)
-    rank = min(full, max(1, math.floor(share * rows * columns / (rows + columns) + 1e-9)))
+    rank = min(full, own or max(1, math.floor(share * rows * columns / (rows + columns) + 1e-9)))
     bias = rows if one.layer.bias is not None else 0
     size = factored_size((rows, columns), rank)
     return unless_larger(

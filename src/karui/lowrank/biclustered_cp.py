@@ -81,7 +81,8 @@ class BiclusteredCp(PerLayer, Offering):
         in_groups: groups of input channels.
         out_groups: groups of filters.
         speedup: how many times fewer multiply-adds each layer shall do, from 1; its rank is the largest that holds it.
-        ranks: outer products of single layers, as (path, rank) pairs; they go before `speedup`.
+        ranks: outer products of single layers, as (path, rank) pairs; they go before `speedup`. Of a linear layer it is
+            the rank of its SVD.
         linear_share: share of a linear layer's parameters that its truncated SVD keeps, in (0, 1]; 1 leaves it.
         solver: "greedy" (one outer product after another, the paper's) or "als" (all of a bicluster, in turns).
         metric: "l2", "maha" (weights that the loss is sensitive to count more) or "datacov" (responses count).
@@ -200,8 +201,7 @@ class BiclusteredCp(PerLayer, Offering):
         """The largest rank that cuts the layer's multiply-adds by `speedup`, or its own."""
         own = dict(self.ranks).get(one.path)
         if isinstance(one.layer, nn.Linear):
-            idle = self.linear_share == 1
-            return Choice(one.path, reason="linear_share is 1") if idle else linear_choice(one, self.linear_share)
+            return linear_choice(one, self.linear_share, own)
         if own is None and one.first:
             return Choice(one.path, reason="the first convolution is left to 'monochromatic'; name it in ranks")
         if own is None and self.speedup == 1:

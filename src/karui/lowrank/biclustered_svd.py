@@ -82,7 +82,8 @@ class BiclusteredSvd(PerLayer, Offering):
         out_groups: groups of filters.
         ratio_in: share of the channels of a group that is kept as its rank, in (0, 1].
         ratio_out: share of the filters of a group that is kept as its rank, in (0, 1].
-        ranks: ranks of single layers, as (path, rank_in, rank_out); they go before the ratios.
+        ranks: ranks of single layers, as (path, rank_in, rank_out); they go before the ratios. A linear layer takes the
+            second for its SVD.
         linear_share: share of a linear layer's parameters that its truncated SVD keeps, in (0, 1]; 1 leaves it.
         metric: "l2", "maha" (weights that the loss is sensitive to count more) or "datacov" (responses count).
         images: calibration inputs of the two.
@@ -197,8 +198,7 @@ class BiclusteredSvd(PerLayer, Offering):
         """Ranks by the setting; the layer is left if they would not save anything."""
         own = next(((inner, outer) for path, inner, outer in self.ranks if path == one.path), None)
         if isinstance(one.layer, nn.Linear):
-            idle = self.linear_share == 1
-            return Choice(one.path, reason="linear_share is 1") if idle else linear_choice(one, self.linear_share)
+            return linear_choice(one, self.linear_share, own and own[1])
         if own is None and one.first:
             return Choice(one.path, reason="the first convolution is left to 'monochromatic'; name it in ranks")
         groups = self._fit().groups_for(one)
