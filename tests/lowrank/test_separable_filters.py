@@ -92,6 +92,31 @@ def test_planted_slices_come_out_exact_also_channel_by_channel() -> None:
             assert relative(light.module(x), conv(x)) < 1e-4
 
 
+class Pyramid(nn.Module):
+    """One convolution on maps of two sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 5, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3)) + self.conv(x[:, :, ::2, ::2]).mean((2, 3))
+
+
+def test_a_layer_on_maps_of_several_sizes_is_coded_on_those_that_show_most() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(20, 2, 12, 12)
+    pyramid = Model(Pyramid(), example=(x[:2],))
+    flat = Model(nn.Sequential(pyramid.module.conv), example=(x[:2],))  # pyright: ignore
+    settings: Any = {"method": "direct", "images": 16, "rounds": 2}
+    both, single = (
+        technique(ranks=((path, 4),), **settings).apply(model, bench_of(x)).module.get_submodule(path)
+        for path, model in (("conv", pyramid), ("0", flat))
+    )
+    assert isinstance(both, SeparableBank)
+    assert all(torch.equal(value, single.state_dict()[name]) for name, value in both.state_dict().items())
+
+
 def test_each_refusal_has_its_reason() -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 8, 5, padding=2), nn.ConvTranspose2d(8, 8, 2), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, (1, 3)),

@@ -201,9 +201,14 @@ class SeparableFilters(PerLayer, Offering):
         return lambda bank: mixed(bank, rank_one(filters))
 
     def _pictures(self, model: Model, one: Seen, bench: Bench) -> Float[Tensor, "pictures *space"]:
-        """Channels of the layer's inputs, at random, each as a picture; those that are constant tell nothing."""
-        given = [r.given.flatten(0, 1) for r in self._responses(model, one, bench)]
-        maps = torch.cat(given)
+        """Channels of the layer's inputs, at random, each as a picture; those that are constant tell nothing.
+
+        A layer that is called on maps of several sizes is looked at on those of the size that shows most.
+        """
+        sizes: dict[torch.Size, list[Tensor]] = {}
+        for response in self._responses(model, one, bench):
+            sizes.setdefault(response.given.shape[2:], []).append(response.given.flatten(0, 1))
+        maps = torch.cat(max(sizes.values(), key=lambda given: sum(part.numel() for part in given)))
         lively = maps[maps.flatten(1).double().std(dim=1) > 1e-6]
         maps = lively if len(lively) else maps
         order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(bench.seed))
