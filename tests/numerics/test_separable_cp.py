@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,15 @@ def test_every_filter_is_separable_and_nothing_of_them_is_left() -> None:
         errors.append(found.error)
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 4), (3, 5, 5), (8, 2, 3, 2)])
+def test_more_filters_are_never_worse(shape: tuple[int, ...]) -> None:
+    bank = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    errors = [by_tensor(bank, count).error for count in range(1, len(exact_filters(bank)) + 1)]
+    # Where the descent comes to nothing it ends at the size of its smallest gradient, not at none.
+    assert all(after <= before + 1e-6 for before, after in pairwise(errors)), errors
+    assert errors[-1] < 1e-10
 
 
 def test_enough_filters_are_exact_and_more_starts_no_worse() -> None:
