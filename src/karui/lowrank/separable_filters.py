@@ -18,6 +18,9 @@ DEPARTURE: filters of `comb` are kept at length 1, so that small filters cannot 
 of its own; and after the cut to rank 1 the alternation goes on with filters held there, which takes away the bias of
 the penalty.
 
+DEPARTURE: with `comb` one filter more may leave a larger error, since the cut to rank 1 comes after all else: of three
+random filters of 5x5 four separable ones left 0.43 and five 0.52. With `td` the error never rose (18 random banks).
+
 DEPARTURE: in a network the bank is given, so `direct` learns its filters on the inputs of the layer, each channel a
 picture, and mixes the layer's slices of them; in the paper it replaces the bank.
 """
