@@ -74,6 +74,17 @@ def test_a_changed_weight_is_noticed_and_a_dense_one_goes_the_dense_way(monkeypa
     assert len(seen) == met
 
 
+def test_changes_that_torch_does_not_count_are_noticed_too() -> None:
+    _, light = pair(2)
+    x = torch.randn(2, 8, 7, 7)
+    with torch.no_grad():
+        before = light(x)
+        light.weight.data.mul_(2)
+        after = light(x)
+        torch.testing.assert_close(after, nn.functional.conv2d(x, light.weight, light.bias), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before, after)
+
+
 def test_it_learns_is_exported_and_counted_as_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, (dense, light) = calls(monkeypatch), pair(2, padding=1)
     x = torch.randn(2, 8, 7, 7, requires_grad=True)
