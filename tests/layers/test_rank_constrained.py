@@ -30,6 +30,14 @@ def test_it_is_the_linear_layer_of_its_outer_products(channels: int, bias: bool)
         torch.testing.assert_close(layer(x.flatten(1))[:, unit].detach(), told, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(35,), (4, 1, 35), (2, 3, 35)])
+def test_it_takes_what_a_linear_layer_takes(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer = RankConstrained(7, 5, units=6, rank=2)
+    x = torch.randn(shape)
+    torch.testing.assert_close(layer(x), layer.dense()(x), rtol=1e-4, atol=1e-5)
+
+
 def test_each_unit_has_its_rank_and_the_layer_is_no_bottleneck() -> None:
     torch.manual_seed(0)
     layer = RankConstrained(8, 8, units=40, rank=2)

@@ -85,6 +85,19 @@ def test_what_cannot_be_constrained_is_refused_by_name(small_cnn: Callable[..., 
     assert "no linear layer" in technique().remarks(none)[0]
 
 
+@pytest.mark.parametrize("shape", [(64,), (3, 1, 64)])
+def test_a_patch_may_come_without_a_batch_or_as_a_sequence_of_one(shape: tuple[int, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Model(nn.Linear(64, 32).eval(), example=(torch.randn(shape),))
+    light = technique(frames=8, start="svd").apply(model, Bench())
+    assert light.parameters < model.parameters
+    assert run(light, model.example[0]).shape == (*shape[:-1], 32)
+    if len(shape) > 1:
+        saved = save(light, tmp_path / "light")
+        assert saved.verification is not None
+        assert saved.verification.ok
+
+
 def test_starts_are_told_apart() -> None:
     model, bench = spotter(), Bench(seed=2)
     before = model.module.state_dict()

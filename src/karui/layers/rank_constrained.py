@@ -69,10 +69,11 @@ class RankConstrained(nn.Module):
         names = ("frames", "features", "units", "rank", "channels")
         return {**{name: getattr(self, name) for name in names}, "bias": self.over_time.bias is not None}
 
-    def forward(self, flat: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch units"]:
+    def forward(self, flat: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch units"]:
         """Project every frame, filter over time, sum within the unit."""
-        patch = flat.unflatten(1, (self.channels, self.frames, self.features)).transpose(1, 2).flatten(2)
-        return self.over_time(self.project(patch).transpose(1, 2)).squeeze(2)
+        patch = flat.reshape(-1, self.channels, self.frames, self.features).transpose(1, 2).flatten(2)
+        made = self.over_time(self.project(patch).transpose(1, 2)).squeeze(2)
+        return made if flat.ndim == 2 else made.reshape(*flat.shape[:-1], self.units)
 
     def filters(self) -> Float[Tensor, "units frames inputs_of_a_frame"]:
         """Each unit's filter over the patch, channels beside features, in float64."""
