@@ -123,6 +123,9 @@ class CompressionAwareTraining:
         require(within, f"share is {self.share}; give a share of each layer's weights in (0, 1), for example 0.2")
         require(self.tuning >= 0, f"tuning is {self.tuning}; give 0 or more passes over the training data")
         require_fine_tuning(self.epochs, self.learning_rate)
+        taken = not self.epochs or self.warmup < self.epochs or not (self.tau or self.lam)
+        told = f"warmup is {self.warmup} of {self.epochs} epochs: no proximal step would be taken; give fewer"
+        require(taken, told)
 
     def needs(self) -> tuple[Need, ...]:
         """Labels and training data, unless nothing is trained."""
