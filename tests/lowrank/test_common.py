@@ -98,6 +98,28 @@ def test_a_layer_called_with_different_inputs_has_no_one_map() -> None:
     assert one.map == ()
 
 
+def test_of_layers_as_wide_as_an_output_the_last_ones_give_it() -> None:
+    def final(net: nn.Module, *shape: int) -> list[str]:
+        return [one.path for one in scan(Model(net, example=(torch.rand(2, *shape),)), anything)[0] if one.final]
+
+    assert final(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)), 8) == ["2"]
+    # As wide as the map of class scores is long, but not its channels.
+    maps = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 5, 1))
+    assert "0" not in final(maps, 1, 16, 16)
+    assert "2" in final(maps, 1, 16, 16)
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.one, self.two = nn.Linear(8, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.body(x)
+            return self.one(x), self.two(x)
+
+    assert final(Heads(), 8) == ["one", "two"]
+
+
 def test_old_weight_norm_is_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the old form is what is tested

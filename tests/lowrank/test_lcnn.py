@@ -212,6 +212,17 @@ def test_normalisation_goes_where_there_is_none_and_each_refusal_has_its_reason(
         Lcnn(sizes=(("conv9", 2),)).choose(model)
 
 
+def test_the_output_layer_alone_is_left_also_where_it_is_a_convolution() -> None:
+    maps = nn.Sequential(nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Conv2d(64, 10, 1))
+    told = Lcnn(size=4, epochs=0).remarks(Model(maps, example=(torch.zeros(1, 8, 6, 6),)))
+    assert "dictionary of 4" in told[0]
+    assert "output layer" in told[1]
+    coder = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    told = Lcnn(linear_size=4, epochs=0).remarks(Model(coder, example=(torch.zeros(1, 64),)))
+    assert "dictionary of 4" in told[0]
+    assert "output layer" in told[1]
+
+
 def test_saved_it_holds_what_lives_and_loads_and_exports_equal(digits: Splits, tmp_path: Path) -> None:
     origin = resolve(f"{Path(__file__).parents[1] / 'law_network.py'}:network")
     module = origin.replay(None, ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,7 +33,8 @@ class Seen:
         calls: how often it was called.
         inputs, outputs: positions at which it is applied (of the last call, for one sample), at its input and output.
         first: whether it is the first convolution that was called.
-        final: whether the network's output has this layer's outputs as its last (or its class) dimension.
+        final: whether the network's output has this layer's outputs as its last (or its class) dimension: of layers of
+            that width, the last one that was called; of several outputs of that width, as many.
         map: shape of the feature map, channels first, whose flattening was its input; empty where it was none.
         space, made: sizes in space of a convolution's input and output (of the last call); empty for a linear layer.
     """
@@ -150,10 +152,12 @@ class _Flattened(TorchFunctionMode):
 def _watch(model: Model) -> tuple[Seen, ...]:
     """Run the example once and note, for each linear layer and convolution, where and how it is called."""
     seen: dict[str, Seen] = {}
+    called: list[str] = []
     flattened = _Flattened()
 
     def note(path: str) -> Any:
         def hook(layer: Any, inputs: Any, output: Tensor) -> None:
+            called.append(path)
             given, calls = inputs[0], 1 + (seen[path].calls if path in seen else 0)
             order = seen[path].order if path in seen else len(seen)
             taken = flattened.maps.get((given.data_ptr(), given.shape[-1]), ()) if given.ndim == 2 else ()
@@ -178,9 +182,20 @@ def _watch(model: Model) -> tuple[Seen, ...]:
             handle.remove()
         for layer, mode in modes:
             layer.training = mode
-    last = {size for result in results if isinstance(result, Tensor) for size in result.shape[1:2] + result.shape[-1:]}
+    final = _final([result for result in results if isinstance(result, Tensor)], called, seen)
     first = next((one for one in seen.values() if not isinstance(one.layer, nn.Linear)), None)
-    return tuple(replace(one, first=one is first, final=one.layer.weight.shape[0] in last) for one in seen.values())
+    return tuple(replace(one, first=one is first, final=path in final) for path, one in seen.items())
+
+
+def _final(results: Sequence[Tensor], called: Sequence[str], seen: Mapping[str, Seen]) -> set[str]:
+    """The layers that give the network's outputs, from the last one called."""
+    wanted, found = Counter(size for one in results for size in {*one.shape[1:2], *one.shape[-1:]}), set()
+    for path in dict.fromkeys(reversed(called)):
+        width = seen[path].layer.weight.shape[0]
+        if wanted[width]:
+            wanted[width] -= 1
+            found.add(path)
+    return found
 
 
 def _positions(layer: Any, value: Tensor) -> int:

@@ -229,7 +229,7 @@ class Lcnn:
     def _choose(self, one: Seen) -> Choice:
         own, layer = dict(self.sizes).get(one.path), one.layer
         linear = isinstance(layer, nn.Linear)
-        if own is None and linear and one.final:
+        if own is None and one.final:
             return Choice(one.path, reason="it is the output layer; name it in sizes to replace it")
         filters, channels = layer.weight.shape[:2]
         groups, taps = 1 if linear else layer.groups, layer.weight[0, 0].numel()
