@@ -157,6 +157,18 @@ def test_frequent_steps_take_their_part_of_an_epoch(digits: Splits) -> None:
         torch.testing.assert_close(after, (before - 0.05).clamp(min=0), atol=1e-5, rtol=1e-5)
 
 
+def test_layers_that_do_not_learn_are_not_shrunk(digits: Splits) -> None:
+    model = network()
+    frozen: Any = model.module.get_submodule("convs.2")
+    frozen.weight.requires_grad_(False)
+    bench = Bench(train=digits.train, training=Training(epochs=1, batch_size=64))
+    steps = technique(tau=0.5, lam=0.01, warmup=0).influence(model, bench)
+    trained: Any = bench.fit(model, influence=steps).module
+    assert "convs.2" not in steps.layers
+    assert torch.equal(trained.get_submodule("convs.2").weight, frozen.weight)
+    assert state_of(trained.get_submodule("convs.1"))[0] < 32
+
+
 def low(conv: Any, rank: int) -> None:
     """Give a layer that rank, group by group."""
     with torch.no_grad():

@@ -137,6 +137,19 @@ def test_what_is_removed_stays_zero_and_the_density_falls_to_the_target(optimize
     torch.testing.assert_close(run(light, x), run(trained, x), rtol=1e-4, atol=1e-5)
 
 
+def test_proximal_steps_leave_layers_that_do_not_learn() -> None:
+    model = network()
+    frozen, learns = (model.module.get_parameter(f"{i}.weight") for i in (3, 7))
+    frozen.requires_grad_(False)
+    before = [frozen.clone(), learns.detach().clone()]
+    damage = technique(shrink=0.1, density=1.0).influence(model, Bench())
+    damage.attach(model.module)
+    with torch.no_grad():
+        damage.constraints(model.module, Moment(model.module, (), None, None, steps=10, epochs=1))
+    assert torch.equal(frozen, before[0])
+    assert learns.abs().sum() < before[1].abs().sum()
+
+
 def test_the_penalty_is_a_share_of_the_loss_or_has_the_weight_that_was_given() -> None:
     model, bench = network(), Bench()
     moment = Moment(model.module, (), None, None)

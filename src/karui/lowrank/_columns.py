@@ -162,7 +162,8 @@ class BrainDamage(Influence):
             by = self.shrink * moment.epochs / max(1, moment.steps)
             for path, count in self.groups.items():
                 weight = weight_of(module, path)
-                weight.copy_(shrink_columns(weight, by, count))
+                if weight.requires_grad:  # a layer that does not learn cannot make up for it
+                    weight.copy_(shrink_columns(weight, by, count))
         done = moment.step + 1
         for number in range(1, self.rounds + 1):
             if done == max(1, round(moment.steps * number / self.rounds)):

@@ -132,11 +132,11 @@ class CompressionAwareTraining:
         return ("labels", "training") if self.epochs or self.tuning else ()
 
     def influence(self, model: Model, bench: Bench) -> CompressionAware:
-        """The proximal steps alone, for any training of this model."""
+        """The proximal steps alone, for any training of this model; layers that do not learn have none."""
         del bench
         seen, _ = scan(model, _objection, self.skip)
         return CompressionAware(
-            layers={one.path: not one.final for one in seen},
+            layers={one.path: not one.final for one in seen if one.layer.weight.requires_grad},
             tau=self.tau,
             lam=self.lam,
             l1_share=self.l1_share,
