@@ -272,7 +272,7 @@ def test_training_without_data_is_refused_first() -> None:
         ({"tau": -0.1}, "tau"), ({"lam": -1.0}, "lam"), ({"l1_share": 1.2}, "l1_share"), ({"every": 0}, "every"),
         ({"warmup": -1}, "warmup"), ({"ramp": 0}, "ramp"), ({"energy": 0.0}, "energy"), ({"share": 1.0}, "share"),
         ({"epochs": -1}, "epochs"), ({"tuning": -1}, "tuning"), ({"learning_rate": 0.0}, "learning_rate"),
-        ({"epochs": 2, "warmup": 2}, "no proximal step"),
+        ({"epochs": 2, "warmup": 2}, "no proximal step"), ({"learning_rate": float("inf")}, "learning_rate"),
     ],
 )  # fmt: skip
 def test_wrong_settings_name_themselves(settings: dict[str, Any], name: str) -> None:

@@ -58,7 +58,7 @@ def require_ranks(paths: Sequence[str], seen: Sequence[Seen], left: Sequence[Cho
 def require_fine_tuning(epochs: int, learning_rate: float | None) -> None:
     """Refuse impossible settings of the fine-tuning."""
     require_passes(epochs=epochs)
-    positive = learning_rate is None or learning_rate > 0
+    positive = learning_rate is None or 0 < learning_rate < math.inf
     require(positive, f"learning_rate is {learning_rate}; give a positive number, for example 0.001")
 
 
