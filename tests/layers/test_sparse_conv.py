@@ -59,6 +59,14 @@ def test_it_computes_what_torchs_does(dims: int, settings: dict[str, Any], monke
     assert seen == ([int(torch.count_nonzero(dense.weight))] if kernels.has_numba() else [])
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_no_samples_at_all_are_fine(dims: int) -> None:
+    dense, light = pair(dims, stride=2)
+    x = torch.zeros(0, 8, *[7] * dims)
+    with torch.no_grad():
+        assert light(x).shape == dense(x).shape
+
+
 def test_a_changed_weight_is_noticed_and_a_dense_one_goes_the_dense_way(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, (_, light) = calls(monkeypatch), pair(2)
     x = torch.randn(2, 8, 7, 7)

@@ -142,7 +142,7 @@ def _on_the_cpu(  # noqa: PLR0917  (as the operator has them)
     out = torch.empty(len(padded), len(ends), *runs.made)
     flat = _by_phase(padded, stride, runs)
     arrays = [one.numpy() for one in (flat.detach(), values, channels, taps, ends)]
-    by_line = out.numpy().reshape(len(out), len(ends), -1, runs.made[-1])
+    by_line = out.numpy().reshape(len(out), len(ends), len(runs.lines), runs.made[-1])
     compiled()(*arrays, runs.starts, runs.lines, runs.length, by_line)
     return out
 
