@@ -87,6 +87,13 @@ def test_twice_the_filters_and_shares_are_those_asked_for() -> None:
     assert layer.join.out_channels == 32
 
 
+def test_shares_that_leave_a_direction_without_filters_are_refused_in_the_plan() -> None:
+    for settings, outputs in (({"point": 0.9}, 4), ({"point": 0.6}, 3), ({"full": 0.5}, 2)):
+        model = Model(nn.Conv2d(16, outputs, 3, padding=1), example=(torch.zeros(2, 16, 8, 8),))
+        assert "cannot be split between 2 directions" in technique(**settings).remarks(model)[0]
+        assert technique(**settings).apply(model, Bench()).parameters == model.parameters
+
+
 def test_share_takes_those_that_do_most_work_and_skip_leaves() -> None:
     choices = {choice.path: choice for choice in technique(share=0.4).choose(vgg())}
     taken = [path for path, choice in choices.items() if choice.replaced]

@@ -150,16 +150,18 @@ class LowRankFilters:
         axes = sum(taps > 1 for taps in layer.kernel_size)
         if axes < 2:
             return "its kernel extends along fewer than two dimensions: no filter is smaller"
-        each = self._width(layer) // layer.groups
-        if each < axes:
-            return f"{each} filter{'s' * (each != 1)} a group cannot be split between {axes} directions"
+        each, parts = self._width(layer) // layer.groups, self._parts(layer)
+        if sum(sum(taps > 1 for taps in kernel) == 1 for kernel, _ in parts) < axes:
+            beside = " beside full and single ones" if self.full or self.point else ""
+            return f"{each} filter{'s' * (each != 1)} a group cannot be split between {axes} directions{beside}"
         return ""
+
+    def _parts(self, conv: Any) -> list[tuple[tuple[int, ...], int]]:
+        return low_rank_parts(conv.kernel_size, self._width(conv), full=self.full, point=self.point, groups=conv.groups)
 
     def _make(self, one: Seen) -> tuple[nn.Module, str]:
         conv = one.layer
-        parts = low_rank_parts(
-            conv.kernel_size, self._width(conv), full=self.full, point=self.point, groups=conv.groups
-        )
+        parts = self._parts(conv)
         layer = CompositeConv(
             conv.in_channels,
             parts,
