@@ -75,7 +75,17 @@ def test_an_export_is_kept_until_a_weight_changes():
     second = onnx_form(model)
     assert second.data != first.data
     model.module.weight = nn.Parameter(torch.ones(2, 3))
-    assert onnx_form(model).data != second.data
+    third = onnx_form(model)
+    assert third.data != second.data
+    model.module.weight.data.mul_(2)  # torch counts no such change
+    assert onnx_form(model).data != third.data
+
+
+def test_an_export_is_made_anew_when_a_layer_changes():
+    model = Model(nn.Sequential(nn.Linear(3, 2), nn.LeakyReLU(0.1)), example=(torch.zeros(1, 3),))
+    first = onnx_form(model)
+    model.module[1].negative_slope = 0.5
+    assert onnx_form(model).data != first.data
 
 
 def test_several_nested_inputs_and_outputs():

@@ -18,8 +18,8 @@ the multiply-adds, and the dense network 58.9 %; a quarter of full filters did n
 Paper -> here: `d` -> the kernel's size, `w_g x h_g`, `d_g` -> kernel size and filters of a part; `lr` -> join=False,
 `lr-join` -> the default, `lr-join-wfull` -> full=0.25, `lr-2x` -> filters=2 (under a join).
 
-DEPARTURE: the rule of the initialisation and the names of the variants are told by secondary sources; the paper's own
-text was not at hand.
+DEPARTURE: the rule of the initialisation and the names of the variants are those of secondary sources, and have not
+been held against the paper's own text.
 
 DEPARTURE: in a network that exists a layer must keep its number of outputs, so that twice the filters (`lr-2x`) come
 with a join back to it. `CompositeConv` alone has no such limit.

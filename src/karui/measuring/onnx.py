@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import io
 import logging
@@ -48,7 +49,7 @@ class OnnxForm:
         return Filed.size(self)
 
 
-_known: weakref.WeakKeyDictionary[Model, tuple[tuple[Any, ...], OnnxForm]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Model, tuple[bytes, OnnxForm]] = weakref.WeakKeyDictionary()
 
 
 def onnx_form(model: Model) -> OnnxForm:
@@ -65,10 +66,13 @@ def onnx_form(model: Model) -> OnnxForm:
     return form
 
 
-def _state(model: Model) -> tuple[Any, ...]:
-    """Changes whenever a weight is written in place or replaced."""
-    tensors = (*model.module.named_parameters(), *model.module.named_buffers())
-    return tuple((name, t.data_ptr(), t._version, t.shape) for name, t in tensors)  # noqa: SLF001
+def _state(model: Model) -> bytes:
+    """Changes whenever a weight does, or a layer: digest of both. Torch counts no change made through `weight.data`."""
+    digest = hashlib.blake2b(repr(model.module).encode(), digest_size=16)
+    for name, t in (*model.module.named_parameters(), *model.module.named_buffers()):
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.detach().cpu().to_dense().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def _export(model: Model) -> OnnxForm:

@@ -34,6 +34,9 @@ def row_sums(
 ) -> Float[Tensor, "rows columns"]:
     """`sum_m tables[m, codes[n, m]]` for each row `n`: by the kernel where it serves, else in plain torch.
 
+    Codes may be changed in place, but not through `codes.data`: torch does not count that, and the kernel keeps places
+    that it found once.
+
     Example:
         >>> tables = torch.tensor([[[1.0], [2.0]], [[10.0], [20.0]]])
         >>> row_sums(tables, torch.tensor([[0, 1], [1, 0]], dtype=torch.uint8)).tolist()
