@@ -125,6 +125,34 @@ def test_room_that_is_left_is_used_as_far_as_the_next_point_tells():
     assert point.form.time < 0.85 * visits.points[1].form.time
 
 
+@dataclass
+class Wide(Law):
+    """Networks that count in a form of twice the time where they break the floor."""
+
+    def lighten(self, parent: Point, target: Mapping[str, float], epochs: int) -> Point:
+        point = replace(super().lighten(parent, target, epochs), target=dict(target))
+        form = replace(point.form, time=point.form.time * (2 if point.form.lost > 1 else 1))
+        self.points[-1] = replace(point, forms=(form,))
+        return self.points[-1]
+
+
+def test_a_broken_point_in_a_heavier_form_ends_no_bisection():
+    """It was tried at its target, whatever the form that counts: what lies between is tried, too."""
+    visits = Wide(loses=lambda time, _: 0.9 if time > 0.3 else 6.0, start=0.5)
+    point = travel(visits, visits.dense(), replace(FAR, epochs=12))
+    assert 0.3 < point.form.time < 0.36
+
+
+def test_a_point_that_training_would_bring_far_below_the_floor_is_made_lighter():
+    """It holds after one pass; with those that are left a lighter one does, too."""
+    visits = Law(loses=lambda time, epochs: 25 * max(0.4 - time, 0) ** 1.5 / max(epochs, 1) ** 0.5, start=0.4)
+    point = travel(visits, visits.dense(), replace(FAR, epochs=5))
+    assert FAR.holds(visits.points[1])
+    assert not FAR.holds(visits.points[2])
+    assert FAR.holds(point)
+    assert point.form.time < 0.8 * visits.points[1].form.time
+
+
 @pytest.mark.parametrize("goal", [{"bytes": 1.0}, {"time": 1 - 1e-12}, {}])
 def test_a_goal_that_is_reached_already_takes_one_step(goal: dict[str, float]):
     assert Plan(goal=goal, stated=True, max_drop=None, epochs=1).stages == 1

@@ -42,7 +42,8 @@ SEEN, ORDERED = 256, 64
 SLOWER = 1.02
 """Times of one form against another's that the clock cannot tell apart."""
 SLACK = 0.5
-"""Points that 8 bits may cost where no floor says."""
+"""Points that 8 bits may cost where no floor says; of a network that loses many, a tenth of them, as training takes
+that away with the rest."""
 NARROW = "int8 in onnxruntime"
 """What a form is told as that the menu is timed in 8 bits for."""
 DYNAMIC = "dynamic int8"
@@ -117,7 +118,7 @@ class Forms:
         # Where the floor is broken in 32 bits too, a lower precision is not at fault: the point may yet be trained on.
         plain = forms[0]
         allowed = self._allowed(plain)
-        allowed = allowed if plain.lost <= allowed else plain.lost + SLACK
+        allowed = allowed if plain.lost <= allowed else plain.lost + max(SLACK, plain.lost / 10)
         within = [k for k, form in enumerate(forms) if form.lost <= allowed and (k == 0 or self._pays(form, plain))]
         fit = [k for k in within if not Point(number=0, forms=tuple(forms), best=k).beyond(self.goal)]
         within = fit or within

@@ -80,7 +80,16 @@ class Plan:
 
     def part(self, point: Point) -> float:
         """How far on the way a point is, in the quantity that is farthest behind."""
-        parts = (math.log(point.share(q)) / math.log(share) for q, share in self.goal.items() if share < 1)
+        return self._part({q: point.share(q) for q in self.goal})
+
+    def tried(self, point: Point) -> float:
+        """How far a point is, or was to be: one that breaks the floor may count in a form that is heavier than aimed
+        at, since it loses even more in the lighter one.
+        """
+        return max(self.part(point), self._part(point.target) if point.target else 0.0)
+
+    def _part(self, shares: Mapping[str, float]) -> float:
+        parts = (math.log(shares.get(q, 1.0)) / math.log(share) for q, share in self.goal.items() if share < 1)
         return min(parts, default=1.0)
 
     def holds(self, point: Point) -> bool:
@@ -170,18 +179,22 @@ class _Way:
 
     def bisect(self, good: Point, broken: Point) -> None:
         """Points between one that holds and one that does not, where the floor is thought to lie between them."""
-        plan, low, high = self.plan, self.plan.part(good), max(self.plan.part(broken), self.plan.part(good))
+        plan, low, high = self.plan, self.plan.part(good), max(self.plan.tried(broken), self.plan.part(good))
         for _ in range(HALVINGS):
             spent = bool(plan.epochs) and not self.purse.left
             if min(plan.goal.values()) ** (low - high) < CLOSE or spent or (self.purse.explored and good.number):
                 break
             point = self.lighten(good, plan.target(low + (high - low) * self._where(good, broken)))
-            if point is None or plan.part(point) <= low:
+            if point is None:
                 break
-            if self.hopeful(point):
-                good, low = point, plan.part(point)
+            holds = self.hopeful(point)
+            part = plan.part(point) if holds else plan.tried(point)
+            if part <= low:
+                break
+            if holds:
+                good, low = point, part
             else:
-                broken, high = point, min(high, plan.part(point))
+                broken, high = point, min(high, part)
 
     def _where(self, good: Point, broken: Point) -> float:
         """How far between two points the floor is met, as a straight line has it."""
@@ -217,9 +230,9 @@ class _Way:
         return min((p for p in hopeful if not self.plan.holds(p)), key=self.plan.order, default=None)
 
     def _roomy(self, best: Point) -> bool:
-        """Whether the best point loses so little that a lighter one may hold."""
+        """Whether the best point loses so little, or would if it were trained on, that a lighter one may hold."""
         floor = self.plan.max_drop
-        return floor is not None and self.plan.order(best)[0] == 1 and best.form.lost < ROOM * floor
+        return floor is not None and self.plan.order(best)[0] == 1 and self.foreseen(best) < ROOM * floor
 
     def _onward(self, best: Point) -> dict[str, float]:
         """Lighter than the best point: towards the next that broke the floor, as far as a straight line has it."""
