@@ -1,4 +1,4 @@
-"""A matrix as a low-rank plus a sparse one, fitted to data by greedy bilateral steps; no singular values are taken.
+"""A matrix as a low-rank plus a sparse one, fitted to data by greedy bilateral steps, without its singular values.
 
 What is minimised is `||Y - (U V + S) X||_F^2` over factors of a bounded rank and a matrix of a bounded number of
 entries that are not zero. It depends on the data through `X X^T` and `Y X^T` alone.
@@ -99,7 +99,7 @@ class _Fit:
     def __init__(self, cross: Tensor, gram: Tensor, size: float, nonzeros: int, generator: torch.Generator) -> None:
         self.cross, self.gram, self.size, self.nonzeros, self.generator = cross, gram, size, nonzeros, generator
         self.inverted = inverse(gram)
-        self.step = 1 / max(float(torch.linalg.matrix_norm(gram, 2)), 1e-300)
+        self.step = 1 / max(float(torch.linalg.eigvalsh(gram)[-1]), 1e-300)  # a Gram matrix is symmetric
         outputs, inputs = cross.shape
         self.left, self.right = cross.new_zeros(outputs, 0), cross.new_zeros(0, inputs)
         self.seen = torch.zeros_like(self.right)  # what the right factor makes of the Gram matrix
