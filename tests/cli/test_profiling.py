@@ -29,6 +29,38 @@ def test_json_is_alone_on_stdout(capsys: pytest.CaptureFixture[str]):
     assert "random weights" in told.err
 
 
+NOISY = """
+from torch import nn
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        print("forward")
+        return super().forward(x)
+
+
+def net():
+    print("built")
+    return Noisy(4, 2)
+"""
+
+
+@pytest.mark.parametrize("command", [["profile", "--quick"], ["plan"]])
+def test_what_a_network_prints_goes_to_stderr(
+    command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "noisy.py").write_text(NOISY)
+    monkeypatch.chdir(tmp_path)
+    assert run([*command, "noisy.py:net", "--input", "4", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["model"] == "noisy.py:net"
+    assert {"built", "forward"} <= set(told.err.splitlines())
+    assert run([*command, "noisy.py:net", "--input", "4"]) == 0
+    told = capsys.readouterr()
+    assert told.out
+    assert "forward" not in told.out
+
+
 @pytest.mark.slow
 def test_full_profile_has_times_and_memory(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from karui.cli import screen
+
 
 @dataclass(frozen=True)
 class Command:
@@ -28,7 +30,7 @@ class Command:
         """The command itself, for the parser."""
         module, _, function = self.place.partition(":")
         alone = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
-        decorate = alone.command(name, cls=PlainCommand if self.plain else TyperCommand)
+        decorate = alone.command(name, cls=PlainCommand if self.plain else LoadedCommand)
         decorate(getattr(importlib.import_module(module), function))
         return typer.main.get_command(alone)
 
@@ -58,7 +60,16 @@ class LazyGroup(TyperGroup):
         return name, None if name is None else self.COMMANDS[name].load(name), rest
 
 
-class PlainCommand(TyperCommand):
+class LoadedCommand(TyperCommand):
+    """A command whose results are alone on stdout."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it; what networks and data sets print on the way goes to stderr."""
+        with screen.results_alone():
+            return super().invoke(ctx)
+
+
+class PlainCommand(LoadedCommand):
     """A command whose arguments are texts and flags.
 
     Typer converts every argument with pydantic, which takes longer to load than typer, rich and the catalogue together.

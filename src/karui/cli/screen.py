@@ -6,8 +6,10 @@ import json
 import shutil
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 DEBUG: ContextVar[bool] = ContextVar("debug", default=False)
 WIDTH = 80
+_RESULTS: ContextVar[TextIO | None] = ContextVar("results", default=None)
 # typer carries its own copy of click since 0.2x and used the package before: the class is reached through typer's.
 ParserError: type[Exception] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
@@ -26,9 +29,25 @@ class MisuseError(UsageError):
     """The command line itself was used wrongly."""
 
 
+@contextmanager
+def results_alone() -> Iterator[None]:
+    """Whatever is printed by others goes to stderr: a network or a data set is foreign code, and JSON may be due."""
+    before = _RESULTS.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _RESULTS.reset(before)
+
+
+def _results() -> TextIO:
+    """Where results go: stdout, also while prints of others are led elsewhere."""
+    return _RESULTS.get() or sys.stdout
+
+
 def out(text: str) -> None:
     """A line of the result."""
-    sys.stdout.write(f"{text}\n")
+    _results().write(f"{text}\n")
 
 
 def say(text: str) -> None:
@@ -74,16 +93,16 @@ def usage(error: Any) -> tuple[str, str]:
 
 def width() -> int:
     """Columns of the terminal; 80 where there is none."""
-    return shutil.get_terminal_size((WIDTH, 24)).columns if sys.stdout.isatty() else WIDTH
+    return shutil.get_terminal_size((WIDTH, 24)).columns if _results().isatty() else WIDTH
 
 
 def show(table: Table) -> None:
     """Print a table: as wide as a terminal is, and 80 columns where there is none."""
     from rich.console import Console
 
-    console = Console(file=sys.stdout)
+    console = Console(file=_results())
     if not console.is_terminal:
-        console = Console(file=sys.stdout, width=WIDTH, color_system=None)
+        console = Console(file=_results(), width=WIDTH, color_system=None)
     console.print(table)
 
 
