@@ -36,6 +36,10 @@ def whole():
     return Model(nn.Linear(4, 2), example=(torch.zeros(2, 4),), task=Regression())
 
 
+def two():
+    return nn.Bilinear(4, 3, 2)
+
+
 def broken():
     raise ValueError("no disk")
 
@@ -83,6 +87,16 @@ def test_architecture_with_settings_and_without_data():
     opened = open_model("resnet8:width=0.5,num_classes=3")
     assert opened.model.example[0].shape == (2, 3, 32, 32)
     assert opened.model.module.linear.weight.shape == (3, 32)
+
+
+def test_several_inputs_of_a_sample_are_the_models(folder: Path):
+    pairs = TensorDataset(torch.rand(6, 4), torch.rand(6, 3), torch.arange(6) % 2)
+    data = Splits(train=pairs, validation=pairs, test=pairs)
+    opened = open_model("own_net.py:two", data=data)
+    assert [tuple(x.shape) for x in opened.model.example] == [(2, 4), (2, 3)]
+    with pytest.raises(UsageError) as caught:
+        open_model("resnet8", data=data)
+    assert "does not take the data's inputs (data: 4 and 3)" in told(caught)
 
 
 def test_file_and_module_factories(folder: Path, digits: Splits):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from karui.data import Batches, targets_of, tensors_of
-from karui.data.batches import split_sample
+from karui.model.task import split_sample
 from karui.errors import DataError
 
 

@@ -166,3 +166,60 @@ def test_a_task_of_ones_own_is_tried() -> None:
     whole = replace(model(), task=CustomTask(loss=loss, scores=loss))
     with pytest.raises(DataError, match=r"scores are a tensor of shape \(\) for 2 samples"):
         check(splits, whole)
+
+
+def test_classes_that_come_after_positions_are_told() -> None:
+    tokens = TensorDataset(torch.zeros(4, 6, 3), torch.zeros(4, 6, dtype=torch.long))
+    with pytest.raises(DataError, match=r"transpose\(1, 2\)"):
+        check(Splits(train=tokens, validation=tokens, test=tokens), model())
+
+
+class Two(nn.Module):
+    def forward(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sum": given["a"] + given["b"], "first": given["a"][:, :1]}
+
+
+def two_losses(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+    return sum(((outputs[name] - targets[name]) ** 2).mean() for name in outputs)  # pyright: ignore[reportReturnType]
+
+
+def two_scores(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
+    return (outputs["sum"] - targets["sum"]).abs().sum(1)
+
+
+def named(first: float = 0.0, a: object = None) -> tuple[dict[str, object], dict[str, Tensor]]:
+    given = {"a": torch.ones(3) if a is None else a, "b": torch.ones(3)}
+    return given, {"sum": torch.zeros(3), "first": torch.tensor([first])}
+
+
+TWO = Model(
+    Two(),
+    example=({"a": torch.zeros(1, 3), "b": torch.zeros(1, 3)},),
+    task=CustomTask(loss=two_losses, scores=two_scores),
+)
+
+
+def test_inputs_and_targets_may_be_dicts() -> None:
+    samples = Listed(named(), named(1.0))
+    check(Splits(train=samples, validation=samples, test=samples), TWO)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "words"),
+    [
+        (named(float("nan")), "the target of sample 1 holds values that are not finite"),
+        (named(a=torch.ones(2)), r"sample 1 is \(2,\) float32 and \(3,\) float32, the first one \(3,\)"),
+        (named(a="word"), "the input of sample 1 is a dict with a str in it, not a tensor"),
+        ((named()[0], {"sum": "word"}), "the target of sample 1 is a dict with a str in it, which holds no numbers"),
+    ],
+)
+def test_faults_within_dicts_are_found(spoilt: object, words: str) -> None:
+    samples, good = Listed(named(), spoilt), Listed(named(), named())
+    with pytest.raises(DataError, match=words):
+        check(Splits(train=samples, validation=good, test=good), TWO)
+
+
+def test_a_classification_needs_plain_targets() -> None:
+    samples = Listed((torch.zeros(3), {"label": 0}), (torch.zeros(3), {"label": 1}))
+    with pytest.raises(DataError, match="a target is a dict, and classification needs class numbers"):
+        check(Splits(train=samples, validation=samples, test=samples), model())

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from karui.errors import DataError, NeedError
 from karui.measuring import evaluate, sample_scores
@@ -95,6 +95,9 @@ def test_several_inputs_and_a_task_of_ones_own():
     model = Model(Sum(), example=(torch.zeros(1, 2), torch.zeros(1, 2)), task=task)
     data = Pairs([(torch.ones(2), torch.ones(2) * k) for k in range(3)], torch.zeros(3, 2))
     assert sample_scores(model, data, 2).tolist() == [2.0, 4.0, 6.0]
+    one_by_one = TensorDataset(torch.ones(3, 2), torch.arange(3.0)[:, None].expand(3, 2), torch.zeros(3, 2))
+    for same in (one_by_one, Subset(one_by_one, [0, 1, 2]), ConcatDataset([one_by_one])):
+        assert sample_scores(model, same, 2).tolist() == [2.0, 4.0, 6.0]
 
 
 def test_the_model_keeps_its_mode_and_gets_no_gradient(digits_like):

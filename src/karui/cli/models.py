@@ -154,10 +154,12 @@ def _sizes(data: Splits) -> dict[str, Any]:
     """What the data tells of the network that suits it, under the names that the factories use."""
     from torch import Tensor
 
-    sample, target = data.train[0]
+    from karui.model.task import split_sample
+
+    inputs, target = split_sample(data.train[0])
     told: dict[str, Any] = {}
-    if isinstance(sample, Tensor) and sample.ndim == 3:
-        told = {"in_channels": sample.shape[0], "input_size": sample.shape[-1]}
+    if isinstance(inputs[0], Tensor) and inputs[0].ndim == 3:
+        told = {"in_channels": inputs[0].shape[0], "input_size": inputs[0].shape[-1]}
     if data.classes:
         told["num_classes"] = len(data.classes)
     elif isinstance(target, Tensor) and target.is_floating_point():
@@ -184,11 +186,12 @@ def _zoo_input(spec: str, module: nn.Module) -> tuple[Tensor, ...] | None:
 
 
 def _from_data(data: Splits) -> tuple[Any, ...]:
-    from torch.utils.data import default_collate
+    import torch
 
-    samples = [data.train[i][0] for i in range(min(SAMPLES, len(data.train)))]
-    batch = default_collate(samples)
-    return tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+    from karui.data.batches import Batches
+
+    inputs, _ = Batches(data.train).fetch(torch.arange(min(SAMPLES, len(data.train))))
+    return inputs
 
 
 def from_shape(text: str) -> tuple[Tensor, ...]:
@@ -256,10 +259,12 @@ def check_input(model: Model, data: Splits | None) -> None:
     """
     import torch
     from torch import Tensor
+    from torch.utils._pytree import tree_leaves
 
     from karui.data import misfit
 
-    shape = " and ".join("x".join(map(str, x.shape[1:])) if isinstance(x, Tensor) else str(x) for x in model.example)
+    parts = tree_leaves(model.example)
+    shape = " and ".join("x".join(map(str, x.shape[1:])) if isinstance(x, Tensor) else str(x) for x in parts)
     whose = f"the data's inputs ({data.name}: {shape})" if data is not None else f"an input of {shape}"
     modes = {layer: layer.training for layer in model.module.modules()}
     model.module.eval()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset, default_collate
 
 from karui.errors import DataError
+from karui.model.task import split_sample
 
 
 def tensors_of(dataset: Any) -> tuple[Tensor, ...] | None:
@@ -45,18 +46,6 @@ def targets_of(dataset: Any) -> Tensor | None:
         return torch.as_tensor(targets)
     except (TypeError, ValueError, RuntimeError):  # targets that are no numbers, for example files of class maps
         return None
-
-
-def split_sample(sample: Any) -> tuple[tuple[Any, ...], Any]:
-    """A sample or batch `(input, target)` as its tuple of inputs and its target; a bare input has the target None."""
-    if not isinstance(sample, (tuple, list)):
-        return (sample,), None
-    if len(sample) == 1:
-        return (sample[0],), None
-    *inputs, target = sample
-    if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
-        inputs = list(inputs[0])
-    return tuple(inputs), target
 
 
 class Batches:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Subset
 
-from karui.data.batches import Batches, split_sample, targets_of, tensors_of
+from karui.data.batches import Batches, targets_of, tensors_of
 from karui.data.splits import Splits
 from karui.errors import DataError, KaruiError, require
 from karui.model import Classification, Model, Task
+from karui.model.task import split_sample
 
 CHUNK = 1024
 
@@ -74,15 +76,15 @@ def _check_part(name: str, part: Any, splits: Splits, progress: bool) -> list[tu
             "Bring all to one shape and type.",
             DataError,
         )
-        for value, what in [*((x, "input") for x in inputs), (targets, "target")]:
+        for value, what in [*((x, "input") for x in inputs), *((t, "target") for t in tree_leaves(targets))]:
             _check_finite(value, f"{where}: the {what} of sample", lambda place, start=start: own(start + place))
         require(
-            isinstance(targets, Tensor),
+            targets is not None,
             f"{where}: sample {own(start)} has no target.",
             "Give each sample as (input, target).",
             DataError,
         )
-        if targets.ndim == 1 and not targets.is_floating_point():
+        if isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point():
             seen |= set(targets.unique().tolist())
     _check_classes(name, seen, splits)
     assert first is not None  # noqa: S101  (no split is empty)
@@ -90,7 +92,10 @@ def _check_part(name: str, part: Any, splits: Splits, progress: bool) -> list[tu
 
 
 def _read(name: str, part: Any, source: str, progress: bool = False) -> Iterator[tuple[int, tuple[Tensor, ...], Any]]:
-    """The number of the first sample, inputs and targets, in pieces; sample by sample where they are not in memory."""
+    """The number of the first sample, its inputs' tensors and targets, in pieces; one by one where not in memory.
+
+    Inputs and targets may be dicts and the like of tensors.
+    """
     if tensors_of(part) is not None:
         batches = Batches(part)
         for index in torch.arange(len(batches)).split(CHUNK):
@@ -107,14 +112,37 @@ def _read(name: str, part: Any, source: str, progress: bool = False) -> Iterator
                 f"{type(error).__name__}: {error}.",
                 "Repair or leave out that sample.",
             ) from error
+        where = f"'{source}', {name} split: the %s of sample {_own_number(part, number)}"
+        leaves = tree_leaves(inputs)
+        strange = next((type(x).__name__ for x in leaves if not isinstance(x, Tensor)), "")
         require(
-            all(isinstance(x, Tensor) for x in inputs),
-            f"'{source}', {name} split: the input of sample {_own_number(part, number)} is a "
-            f"{type(inputs[0]).__name__}, not a tensor.",
+            bool(leaves) and not strange,
+            f"{where % 'input'} {_holds(inputs[0], strange)}, not a tensor.",
             "Convert it in the data set, for example with torchvision.transforms.v2.",
             DataError,
         )
-        yield number, tuple(x[None] for x in inputs), None if target is None else torch.as_tensor(target)[None]
+        yield number, tuple(x[None] for x in leaves), None if target is None else _batched(target, where % "target")
+
+
+def _holds(value: Any, strange: str) -> str:
+    """How an error tells of something that is no tensor, or of a dict and the like with such a thing in it."""
+    kind = type(value).__name__
+    return f"is a {kind}" if kind == strange or not strange else f"is a {kind} with a {strange} in it"
+
+
+def _batched(target: Any, where: str) -> Any:
+    """A batch of one target: the tensor, or a dict and the like of tensors."""
+
+    def tensor(leaf: Any) -> Tensor:
+        try:
+            return torch.as_tensor(leaf)[None]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"{where} {_holds(target, type(leaf).__name__)}, which holds no numbers.",
+                "Give a number, a tensor, or a dict or tuple of such.",
+            ) from error
+
+    return tree_map(tensor, target)
 
 
 def _own_number(part: Any, number: int) -> int:
@@ -175,13 +203,15 @@ def check_fit(splits: Splits, model: Model) -> None:
     if isinstance(model.task, Classification):
         _check_labels(splits, model.task, outputs)
     elif model.task is not None:
-        _check_comparable(splits, model.task, outputs, targets, len(inputs[0]))
+        _check_comparable(splits, model.task, outputs, targets, len(tree_leaves(inputs)[0]))
 
 
 def _outputs(splits: Splits, model: Model, inputs: tuple[Any, ...]) -> Any:
     """The model's outputs in evaluation mode; every layer then is in the mode that it was in."""
-    need = ", ".join(str(tuple(x.shape[1:])) for x in model.example if isinstance(x, Tensor))
-    got = ", ".join(str(tuple(x.shape[1:])) for x in inputs)
+    need, got = (
+        ", ".join(str(tuple(x.shape[1:])) for x in tree_leaves(values) if isinstance(x, Tensor))
+        for values in (model.example, inputs)
+    )
     modes = {layer: layer.training for layer in model.module.modules()}
     try:
         with torch.no_grad():
@@ -249,6 +279,12 @@ def _check_labels(splits: Splits, task: Classification, outputs: Any) -> None:
         for start, targets in _targets(name, part, splits.name):
             where = f"'{splits.name}', {name} split"
             require(
+                isinstance(targets, Tensor),
+                f"{where}: a target is a {type(targets).__name__}, and classification needs class numbers.",
+                "Give one whole number for each sample, or the model another task (--task module:object).",
+                DataError,
+            )
+            require(
                 not targets.is_floating_point(),
                 f"{where}: targets are {targets.dtype}, and classification needs class numbers.",
                 "Give whole numbers from 0, or the model another task.",
@@ -258,7 +294,9 @@ def _check_labels(splits: Splits, task: Classification, outputs: Any) -> None:
                 tuple(targets.shape[1:]) == positions,
                 f"{where}: the target of a sample has shape {tuple(targets.shape[1:])}; the model's output takes "
                 f"{positions or 'one class number'}.",
-                "Give one class number for each sample, or for each position of the output.",
+                "Have the network return [batch, classes, positions]: its classes come last (transpose(1, 2))."
+                if targets.shape[1:] == outputs.shape[1:-1]
+                else "Give one class number for each sample, or for each position of the output.",
                 DataError,
             )
             counted = targets if task.ignore is None else targets[targets != task.ignore]
@@ -272,7 +310,7 @@ def _check_labels(splits: Splits, task: Classification, outputs: Any) -> None:
             )
 
 
-def _targets(name: str, part: Any, source: str) -> Iterator[tuple[int, Tensor]]:
+def _targets(name: str, part: Any, source: str) -> Iterator[tuple[int, Any]]:
     """The number of the first sample and targets, in pieces; without reading any input where that can be."""
     known = targets_of(part)
     if known is not None:

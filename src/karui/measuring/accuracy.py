@@ -18,6 +18,7 @@ from karui.measuring import values
 from karui.measuring.bar import bar
 from karui.measuring.inference import inference, tensors_of
 from karui.model import Model
+from karui.model.task import split_sample
 
 Z95 = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
@@ -90,8 +91,7 @@ def sample_scores(
     found = []
     with inference(model.module) as module, bar("evaluate", len(dataset), progress) as advance:
         for pair in _batches(dataset, batch_size):
-            first, targets = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, pair)
-            inputs = tuple(first) if isinstance(first, (tuple, list)) else (first,)
+            inputs, targets = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, pair)
             try:
                 found.append(task.scores(module(*inputs), targets).detach().double().cpu())
             except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
@@ -129,24 +129,23 @@ def mean_interval(scores: Float[Tensor, "samples"]) -> tuple[float, float, float
     return mean, mean - half, mean + half
 
 
-def _batches(dataset: Any, size: int) -> Iterator[tuple[Any, Any]]:
+def _batches(dataset: Any, size: int) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Batches in order. Data sets that hold tensors are sliced, which saves collating sample by sample."""
     picks, whole = None, dataset
     while isinstance(whole, Subset):
         indices = torch.as_tensor(list(whole.indices))
         picks, whole = indices if picks is None else indices[picks], whole.dataset
-    if isinstance(whole, TensorDataset) and len(whole.tensors) == 2:
-        for start in range(0, len(dataset), size):
-            part = slice(start, start + size) if picks is None else picks[start : start + size]
-            yield tuple(t[part] for t in whole.tensors)  # pyright: ignore[reportReturnType]
-        return
     for start in range(0, len(dataset), size):
-        numbers = range(start, min(start + size, len(dataset)))
-        batch = default_collate([dataset[number] for number in numbers])
+        if isinstance(whole, TensorDataset):
+            part = slice(start, start + size) if picks is None else picks[start : start + size]
+            batch: Any = tuple(t[part] for t in whole.tensors)
+        else:
+            batch = default_collate([dataset[number] for number in range(start, min(start + size, len(dataset)))])
+        inputs, targets = split_sample(batch)
         require(
-            isinstance(batch, (tuple, list)) and len(batch) == 2,
+            targets is not None,
             "The data set's samples are not (input, target) pairs.",
-            "Return a pair from __getitem__; several inputs go in a tuple as the first of the two.",
+            "Return a pair from __getitem__; of several inputs each comes before the target, or all in a tuple.",
             DataError,
         )
-        yield batch[0], batch[1]
+        yield inputs, targets

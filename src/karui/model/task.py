@@ -1,4 +1,4 @@
-"""What a model is for: the loss it is trained with and the score it is judged by."""
+"""What a model is for: the loss it is trained with and the score it is judged by, and what of a sample is for which."""
 
 from __future__ import annotations
 
@@ -123,3 +123,15 @@ class CustomTask:
     scores: Callable[[Any, Any], Tensor]
     metric: str = "score"
     higher_is_better: bool = True
+
+
+def split_sample(sample: Any) -> tuple[tuple[Any, ...], Any]:
+    """A sample or batch `(input, target)` as its tuple of inputs and its target; a bare input has the target None."""
+    if not isinstance(sample, (tuple, list)):
+        return (sample,), None
+    if len(sample) == 1:
+        return (sample[0],), None
+    *inputs, target = sample
+    if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
+        inputs = list(inputs[0])
+    return tuple(inputs), target

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
-from karui.data.batches import split_sample, targets_of, tensors_of
+from karui.data.batches import targets_of, tensors_of
+from karui.model.task import split_sample
 from karui.train.teaching import UNLABELLED
 
 
