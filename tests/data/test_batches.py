@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from karui.data import Batches, targets_of, tensors_of
-from karui.model.task import split_sample
 from karui.errors import DataError
+from karui.model.task import split_sample
 
 
 class Slow(Dataset[object]):

@@ -9,9 +9,12 @@ from torch import nn
 from karui.architectures.cifar_resnet import cifar_resnet
 from karui.errors import SurgeryError
 from karui.model import Classification, Model, coupled_groups
-from karui.recipes.budget.choice import choose
+from karui.recipes.budget.cache import TimingCache
+from karui.recipes.budget.choice import Problem, choose
 from karui.recipes.budget.menu import Menu, Offer
 from karui.recipes.budget.skips import LeaveOut
+from karui.recipes.budget.tables import Coster
+from karui.recipes.budget.timing import Stopwatch
 from karui.technique import Candidate
 
 
@@ -43,3 +46,46 @@ def test_a_replacement_that_the_cuts_leave_no_room_for_is_not_offered_again():
     left = choose(menu.problem({}))
     assert left is not None
     assert left[places[1]] == 0
+
+
+class Tied(nn.Module):
+    """An embedding and a linear layer that write into one vector: units of both go together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.e, self.b = nn.Linear(16, 32), nn.Embedding(5, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x) + self.e(k)))
+
+
+@pytest.mark.usefixtures("steady")
+@pytest.mark.parametrize("cut_layer", ["a", "e"])
+def test_a_new_layer_does_not_go_with_a_cut_of_the_one_that_it_replaces(cut_layer: str):
+    """Also where the cut reaches a layer that is not resized by itself, so that its cost is had as a whole."""
+    torch.manual_seed(0)
+    model = Model(Tied().eval(), example=(torch.randn(2, 16), torch.tensor([0, 1])))
+    analysis = coupled_groups(model)
+    (name,) = analysis.by_name
+
+    def low_rank(outputs: int, inputs: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(inputs, 2, bias=False), nn.Linear(2, outputs))
+
+    layers = {
+        "a": Candidate(place="a", technique=LeaveOut(part="a"), text="rank 2", layers=lambda: {"a": low_rank(32, 16)}),
+        "e": Candidate(
+            place="e", technique=LeaveOut(part="e"), text="smaller", layers=lambda: {"e": nn.Embedding(5, 32)}
+        ),
+    }
+    menu = {
+        f"units of {name}": [
+            Candidate(place=name, technique=LeaveOut(part="a"), text="half", cut={name: torch.arange(16)})
+        ],
+        f"layer {cut_layer}": [layers[cut_layer]],
+    }
+    coster = Coster(model, analysis, Stopwatch(cache=TimingCache()))
+    coster.alone([candidate for candidates in menu.values() for candidate in candidates])
+    problem = Problem(harms={place: [1.0, 0.0] for place in menu}, tables=coster.tables(menu))
+    chosen = choose(problem)
+    assert chosen is not None
+    assert sorted(chosen.values()) == [0, 1]

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from karui.measuring import onnx_form
 from karui.measuring.bar import bar
 from karui.model import Analysis, Group, Model, remove_units, replace_layers
+from karui.recipes.budget.apart import exclusions, one_at_most, reached
 from karui.recipes.budget.blocks import LAYERS, Block, Shape, blocks_of, resized
 from karui.recipes.budget.cache import SURE, Measured, added, less
 from karui.recipes.budget.choice import Table
@@ -84,6 +85,7 @@ class Coster:
         self.norms = {path for path, layer in modules.items() if isinstance(layer, _BatchNorm)}
         self.cells: dict[Widths, _Cell] = {}
         self.exchanged: dict[int, dict[str, _Cell]] = {}
+        self.replaced: dict[int, set[str]] = {}
         self.singles: dict[int, Cost] = {}
 
     def alone(self, candidates: Sequence[Candidate]) -> list[Cost]:
@@ -216,7 +218,10 @@ class Coster:
         for candidate in candidates:
             assert candidate.layers is not None  # noqa: S101  (they were filtered)
             found = {}
-            for path, layer in candidate.layers().items():
+            made = candidate.layers()
+            # What is left out has no width: its place may be as wide as a cut leaves it.
+            self.replaced[id(candidate)] = {path for path, layer in made.items() if type(layer) is not nn.Identity}
+            for path, layer in made.items():
                 if inside := self._left_out(path, layer):
                     found |= inside
                     continue
@@ -269,7 +274,13 @@ class Coster:
         self._time_cells([w for path, places in touching.items() for w in self._combinations(path, places, menu)])
         for path, places in touching.items():
             own += self._layer_tables(path, places, menu)
-        return tuple(own)
+        return (*own, *self._apart(menu))
+
+    def _apart(self, menu: Mapping[str, Sequence[Candidate]]) -> list[Table]:
+        """Which of the places that have a table of their own do not go with others."""
+        whole = {place for place, candidates in menu.items() if not all(map(self._layerwise, candidates))}
+        reach = {place: reached(candidates, self.replaced, self.analysis) for place, candidates in menu.items()}
+        return [one_at_most(pair, menu, ("time", "bytes", EXPECTED)) for pair in exclusions(menu, whole, reach)]
 
     def _layerwise(self, candidate: Candidate) -> bool:
         return id(candidate) in self.exchanged if candidate.layers is not None else not self._blind(candidate)
