@@ -105,6 +105,7 @@ def test_file_and_module_factories(folder: Path, digits: Splits):
     assert opened.model.lineage[0].describe().startswith("built by ")
     assert open_model("own_net:net", shape="1x8x8").model.example[0].shape == (2, 1, 8, 8)
     assert isinstance(open_model("own_net:whole").model.task, Regression)
+    assert isinstance(open_model("own_net:whole", task="classification").model.task, Classification)
     assert open_model("own_net:net", shape="64", task="own_net:Own").model.task.metric == "gap"
     assert open_model("own_net:net", shape="64", task="own_net.py:Own").model.task.metric == "gap"
 

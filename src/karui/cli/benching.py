@@ -28,7 +28,7 @@ def bench(
     ] = None,
     weights: options.WEIGHTS = None,
     shape: options.INPUT = None,
-    task: options.TASK = "classification",
+    task: options.TASK = None,
     epochs: options.EPOCHS = None,
     json: options.JSON = False,
 ) -> None:

@@ -31,7 +31,7 @@ def compress(
     data: options.DATA = None,
     weights: options.WEIGHTS = None,
     shape: options.INPUT = None,
-    task: options.TASK = "classification",
+    task: options.TASK = None,
     seed: options.SEED = None,
     epochs: options.EPOCHS = None,
     minutes: budgeting.MINUTES = None,

@@ -55,7 +55,7 @@ def open_model(
     *,
     weights: Path | None = None,
     shape: str | None = None,
-    task: str = "classification",
+    task: str | None = None,
     data: Splits | None = None,
     seed: int = 0,
 ) -> Opened:
@@ -65,7 +65,7 @@ def open_model(
         spec: see `FORMS`.
         weights: file of its trained weights.
         shape: of its input, such as "3x224x224", where neither data nor the model tell.
-        task: "classification", "regression" or `module:object`.
+        task: "classification", "regression" or `module:object`; None takes the model's own, or else classification.
         data: what it works on, if known.
         seed: draws the weights of an architecture without any.
 
@@ -92,7 +92,8 @@ def open_model(
         "Give --data, or --input with the shape of one sample, for example --input 3x224x224.",
         UsageError,
     )
-    model = Model(found.module, example=example or (), task=found.task or read_task(task), lineage=found.lineage)
+    told = read_task(task) if task is not None else found.task or read_task("classification")
+    model = Model(found.module, example=example or (), task=told, lineage=found.lineage)
     check_input(model, data)
     return Opened(model=model, untrained=found.untrained and weights is None)
 

@@ -47,8 +47,12 @@ INPUT = Annotated[
     str | None, typer.Option("--input", help="Shape of one sample where no data tells it: 3x224x224, or 128:int.")
 ]
 TASK = Annotated[
-    str,
-    typer.Option("--task", autocompletion=completing.tasks, help="classification, regression, or module:object."),
+    str | None,
+    typer.Option(
+        "--task",
+        autocompletion=completing.tasks,
+        help="classification (where the model tells no other), regression, or module:object.",
+    ),
 ]
 SEED = Annotated[int | None, typer.Option("--seed", help="Fixes every random choice; 0 where the recipe tells none.")]
 EPOCHS = Annotated[
@@ -99,13 +103,21 @@ def recipe_of(given: list[str] | None) -> Recipe | None:
 
 
 def seed_of(asked: int | None, recipe: Recipe | None) -> int:
-    """The command line's seed, else the recipe's, else 0."""
+    """The command line's seed, else the recipe's, else 0.
+
+    Raises:
+        SettingError: it is out of range.
+    """
+    from karui.technique.bench import require_seed
+
     told = asked if asked is not None else recipe.seed if recipe is not None else None
-    return 0 if told is None else told
+    seed = 0 if told is None else told
+    require_seed(seed)
+    return seed
 
 
 def model_of(
-    spec: str, *, weights: Path | None, shape: str | None, task: str, data: Splits | None, seed: int
+    spec: str, *, weights: Path | None, shape: str | None, task: str | None, data: Splits | None, seed: int
 ) -> Opened:
     """The model that the command line names, checked against the data."""
     from karui.cli.models import open_model

@@ -22,7 +22,7 @@ def plan(
     data: options.DATA = None,
     weights: options.WEIGHTS = None,
     shape: options.INPUT = None,
-    task: options.TASK = "classification",
+    task: options.TASK = None,
     everything: Annotated[bool, typer.Option("--all", help="Print every row of a long list.")] = False,
     json: options.JSON = False,
 ) -> None:

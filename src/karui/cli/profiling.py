@@ -19,7 +19,7 @@ def profile(
     data: options.DATA = None,
     weights: options.WEIGHTS = None,
     shape: options.INPUT = None,
-    task: options.TASK = "classification",
+    task: options.TASK = None,
     quick: Annotated[bool, typer.Option("--quick", help="Count only; measure no time and no memory.")] = False,
     json: options.JSON = False,
 ) -> None:

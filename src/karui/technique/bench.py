@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from karui.artifact import stored_bytes
 from karui.data import hold_out
+from karui.errors import require
 from karui.measuring import Clock, Measurement, Score, evaluate, measure_model
 from karui.train import Influence, Together, Training, Turn, fit
 
@@ -53,6 +54,7 @@ class Bench:
     dense: Model | None = None
 
     def __post_init__(self) -> None:
+        require_seed(self.seed)
         if self.train is not None and self.validation is None:
             train, validation = hold_out(self.train, VALIDATION_SHARE, self.seed)
             object.__setattr__(self, "train", train)
@@ -113,3 +115,8 @@ def measure(model: Model, bench: Bench, *, against: Model | None = None) -> Meas
     return measure_model(
         model, test=bench.test, clock=bench.clock, against=against, stored=stored_bytes, progress=bench.progress
     )
+
+
+def require_seed(seed: int) -> None:
+    """Refuse a seed that not every generator of random numbers takes: NumPy's takes none below 0, torch's 64 bits."""
+    require(0 <= seed < 2**63, f"The seed is {seed}.", "Give a whole number from 0, of at most 63 bits.")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from karui.artifact import save, stored_bytes
 from karui.errors import NeedError, UsageError, require
 from karui.measuring import Clock, OnnxRuntime, Torch, compare, known_engine, onnx_form, this_machine
+from karui.measuring.machine import threads_here
 from karui.measuring.values import to_json
 from karui.recipes.budget.cache import SURE, TimingCache
 from karui.recipes.budget.deployments import score_of
@@ -85,6 +86,9 @@ class Settings:
         for name in ("batch", "threads"):
             value = getattr(self, name)
             require(value >= 1, f"--{name} is {value}.", "Give a whole number from 1.", UsageError)
+        here = threads_here()
+        told = f"--threads is {self.threads}, and this machine has {here} for the process."
+        require(self.threads <= here, told, f"Give at most {here}: a time with more says nothing.", UsageError)
         require(self.epochs is None or self.epochs >= 0, f"--epochs is {self.epochs}.", "Give 0 or more.", UsageError)
         fits = self.minutes is None or self.minutes > 0
         require(fits, f"--minutes is {self.minutes}.", "Give a time above 0.", UsageError)
