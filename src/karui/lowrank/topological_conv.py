@@ -8,8 +8,9 @@ layers, and of pointwise convolutions; all are trained from scratch.
 
 It pays in bytes and multiply-adds, where many layers of equal width follow one another. It does not pay in time: no
 engine has such a layer. Here the box of each output is gathered and multiplied by a grouped convolution, which moves
-prod(c_i) times the map; in ONNX Runtime a layer of 64 to 256 channels took 0.7 to 3.3 times as long as the dense
-projection, although it does a quarter to a sixteenth of its work. For speed take a grouped convolution.
+prod(c_i) times the map: with eight times fewer multiply-adds than the dense network's its network was 1.9 times faster
+at batch size 1 and no faster at 64, that of SIC layers with dense projections 4.3 and 5.0 times, and that of grouped
+ones with as many weights 5.4 and 6.6 times, at no lower accuracy (`results/efficient_layers.md`).
 
 Paper -> here: `d_1 x ... x d_s` -> lattice, `c_1 x ... x c_s` -> window, `s` -> sides, `b` -> bases.
 
