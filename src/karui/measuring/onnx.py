@@ -53,7 +53,9 @@ _known: weakref.WeakKeyDictionary[Model, tuple[bytes, OnnxForm]] = weakref.WeakK
 
 
 def onnx_form(model: Model) -> OnnxForm:
-    """The model as ONNX, kept for the next call as long as its weights stay the same (an export takes seconds).
+    """The model as ONNX, kept for the next call, as an export takes seconds.
+
+    It is kept as long as the weights stay the same, and what the layers' `repr` shows of their settings.
 
     Raises:
         CaptureError: the model cannot be exported; the message names the operator, where there is one.
@@ -67,7 +69,10 @@ def onnx_form(model: Model) -> OnnxForm:
 
 
 def _state(model: Model) -> bytes:
-    """Changes whenever a weight does, or a layer: digest of both. Torch counts no change made through `weight.data`."""
+    """Changes whenever a weight does, or a setting that a layer's `repr` shows: a digest of both.
+
+    Of values, since torch counts no change that is made through `weight.data`.
+    """
     digest = hashlib.blake2b(repr(model.module).encode(), digest_size=16)
     for name, t in (*model.module.named_parameters(), *model.module.named_buffers()):
         digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())

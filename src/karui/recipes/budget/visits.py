@@ -305,7 +305,7 @@ class Visitor:
 
     @staticmethod
     def _choice(problem: Problem) -> dict[str, int] | None:
-        """The choice within the limits; where time or bytes have none, they are spared as far as that costs nothing."""
+        """The choice within the limits; time or bytes without one are spared where that costs hardly any harm."""
         spared = [quantity for quantity in ("bytes", "time") if quantity not in problem.limits]
         return frugal(problem, spared[0]) if spared else choose(problem)
 
