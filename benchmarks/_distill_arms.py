@@ -62,13 +62,11 @@ class Arm:
         name: begins with the number of the paper, but for the student alone.
         run: the trained student; its CPU time is what the arm costs.
         before: work of somebody else, such as the data's owner, whose time does not count.
-        seeds: how many are measured at most, where the way is too dear for all; None is all.
     """
 
     name: str
     run: Callable[[Lesson, Any], Model]
     before: Callable[[Lesson], Any] = lambda _: None
-    seeds: int | None = None
 
 
 def _bases(temperature: float = 4.0, *, lengths: tuple[int, ...] = LENGTHS) -> tuple[Arm, ...]:
@@ -112,57 +110,68 @@ def _maps(soft: float) -> Callable[[Lesson], Any]:
     )
 
 
-def _hint(one: Lesson) -> Any:
-    return FitNets(teacher=one.teacher, layer="layer2", teacher_layer="layer2", hint_epochs=1, epochs=_passes(one))
+def _hint(layer: str, teacher_layer: str) -> Arm:
+    """The teacher's inner layer for a pass, then its soft targets."""
+    return _arm(
+        "[33] hint, one pass before",
+        lambda one: FitNets(
+            teacher=one.teacher, layer=layer, teacher_layer=teacher_layer, hint_epochs=1, epochs=_passes(one)
+        ),
+    )
+
+
+def _logits(lesson: Lesson) -> Any:
+    return LogitRegression(teacher=lesson.teacher, epochs=_passes(lesson))
 
 
 def _again(lesson: Lesson, _: Any) -> Model:
     return BornAgain().apply(lesson.bench.fit(lesson.student, label=ALONE), lesson.bench)
 
 
+AGAIN = Arm(name="[37] born again, one generation", run=_again)
 PEERS = _arm("[39] two peers, the first kept", lambda _: MutualLearning())
 
 
 def for_pictures() -> tuple[Arm, ...]:
-    """Convolutional networks: outputs, inner layers, and networks without a teacher; the dearest for one seed."""
+    """Convolutional networks: outputs, inner layers, and networks without a teacher."""
     return (
-        *_bases(),
-        _arm("[34] attention maps and [30]", _maps(0.9)),
-        Arm(name="[37] born again, one generation", run=_again),
-        PEERS,
-        _arm("[33] hint, one pass before", _hint),
+        *for_whole_pictures(),
         _arm("[34] attention maps", _maps(0.0)),
         Arm(
             name="[34] input gradients",
             run=lambda one, _: AttentionTransfer(teacher=one.teacher, by="gradients", epochs=_passes(one)).apply(
                 one.student, one.bench
             ),
-            seeds=1,
         ),
     )
 
 
 def for_whole_pictures() -> tuple[Arm, ...]:
-    """The ways that matter most, for a student of twice the channels."""
-    return (*_bases(), _arm("[34] attention maps and [30]", _maps(0.9)), PEERS)
+    """For a student of twice the channels: all of these but [34] by itself, whose gradients are the dearest way."""
+    return (
+        *_bases(),
+        _arm("[34] attention maps and [30]", _maps(0.9)),
+        AGAIN,
+        PEERS,
+        _hint("layer2", "layer2"),
+    )
 
 
 def for_speech() -> tuple[Arm, ...]:
     """Few labels, and more recordings without."""
 
-    def logits(pool: bool) -> Callable[[Lesson], Any]:
-        def make(lesson: Lesson) -> Any:
-            inputs = tensors_of(lesson.pool)
-            assert inputs is not None  # noqa: S101  (recordings lie in memory)
-            more = TensorDataset(inputs[0]) if pool else None
-            return LogitRegression(teacher=lesson.teacher, unlabelled=more, epochs=_passes(lesson))
-
-        return make
+    def pooled(lesson: Lesson) -> Any:
+        inputs = tensors_of(lesson.pool)
+        assert inputs is not None  # noqa: S101  (recordings lie in memory)
+        return LogitRegression(teacher=lesson.teacher, unlabelled=TensorDataset(inputs[0]), epochs=_passes(lesson))
 
     return (
         *_bases(lengths=(1, 3, 9)),
-        _arm("[31] logits", logits(pool=False)),
-        _arm("[31] logits, and of the other recordings", logits(pool=True)),
+        _arm("[31] logits", _logits),
+        _arm("[31] logits, and of the other recordings", pooled),
+        _hint("2", "2"),
+        AGAIN,
+        PEERS,
     )
 
 
@@ -180,8 +189,8 @@ def for_faces() -> tuple[Arm, ...]:
 
 
 def for_words() -> tuple[Arm, ...]:
-    """Three lengths of each."""
-    return _bases(temperature=2.0, lengths=(1, 3, 9))
+    """Soft targets at a lower temperature, for the many classes; [33] has no layer to map, as the cells are one."""
+    return (*_bases(temperature=2.0, lengths=(1, 3, 9)), _arm("[31] logits", _logits), AGAIN, PEERS)
 
 
 def for_rows() -> tuple[Arm, ...]:

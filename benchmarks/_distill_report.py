@@ -75,20 +75,20 @@ counts for none of the ways; [37] counts the network that its first generation l
 alone and [30] are trained at several lengths; "at equal cost" is what lies between these, on a logarithmic scale of
 seconds, at the cost of the way in that line, seed by seed. Nothing is known beyond the longest: there its own score is
 told, with how much dearer the way was, and the comparison is not one at equal cost.
-Mean and 95 % interval over the seeds where there are several, differences in pairs of seeds; without an interval it is
-one seed, which proves nothing. All ways of a task have one learning rate, which suits none of them best."""
+Mean and 95 % interval over the seeds, differences in pairs of seeds. All ways of a task have one learning rate, which
+suits none of them best."""
 ELSEWHERE = """## What is measured where, and what the teacher cost
 
-CIFAR-10, half the channels, has [30], [33], [34], [37] and [39]; the whole student [30], [34] (maps beside [30]) and
-[39]; words [30] alone. [31] is measured on spoken digits, [32] on faces, [36], [40] and [41] on rows of numbers: each
-on data of its paper's kind, beside [30] at equal cost. Two are in none of these tables. [35] is about boxes and has
-its own, `results/detection_distillation.md`, where the arm of soft classes with a background of 1 is [30] at
-temperature 1 and half the weight: real 8x8 digits of five classes are pasted onto a cluttered canvas of 32 pixels, so
-that boxes are known exactly and a detector is trained in minutes (CamVid has class maps and no boxes). [38] makes
+CIFAR-10, half the channels, has [30], [33], [34], [37] and [39]; the whole student the same but for [34] by itself;
+words [30], [31], [37] and [39]; spoken digits these and [33]. [32] is measured on faces, [36], [40] and [41] on rows of
+numbers: each on data of its paper's kind, beside [30] at equal cost. Two are in none of these tables. [35] is about
+boxes and has its own, `results/detection_distillation.md`, where the arm of soft classes with a background of 1 is [30]
+at temperature 1 and half the weight: real 8x8 digits of five classes are pasted onto a cluttered canvas of 32 pixels,
+so that boxes are known exactly and a detector is trained in minutes (CamVid has class maps and no boxes). [38] makes
 networks of few bits, beside which a student of full precision is no comparison: its own table,
 `results/guided_low_bit_training.md`, compares it with training the same bits directly. These two compare at equal
-passes, not at equal cost: a pass of their taught arms includes one of the teacher, or of the network that trains
-along, which the arm alone has not.
+passes, not at equal cost: a pass of their taught arms includes one of the teacher, or of the network that trains along,
+which the arm alone has not.
 
 In the tables above a teacher costs what it takes to ask it: its forward passes count, in seconds of the CPU, with the
 way that asks. [30], [31], [36], [37], [40], the second stage of [33] and the students of [41] ask once for each sample
@@ -98,7 +98,7 @@ counts for none of them, but where the way itself trains it: the first network o
 
 def page(tasks: dict[str, Any], *, seeds: int) -> str:
     """The whole page."""
-    least = min(row["seeds"] for task in tasks.values() for row in task["rows"] if row["way"] not in task["spared"])
+    least = min(row["seeds"] for task in tasks.values() for row in task["rows"])
     whole = not any(task["missing"] for task in tasks.values())
     unmeasured = [name for name in TITLES if name not in tasks]
     lacking = f" Not measured at all: {', '.join(unmeasured)}." if unmeasured else ""
@@ -139,8 +139,6 @@ def _task(task: dict[str, Any]) -> str:
     ]
     about = f"{task['about'][0].upper()}{task['about'][1:]}. The teacher: {told(task['teacher'])}."
     missing = f"\n\nNot all seeds yet: {', '.join(task['missing'])}." if task["missing"] else ""
-    if task["spared"]:
-        missing += f"\n\nMeasured for one seed alone, as too dear for more: {', '.join(task['spared'])}."
     return f"{about}\n\n{table(head, body)}{missing}"
 
 

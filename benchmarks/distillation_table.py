@@ -34,19 +34,14 @@ FOLDER = CACHE / "distillation_table"
 
 def run(task: Task, ledger: Ledger, folder: Path, seed: int) -> None:
     """All ways of a task and seed that are not finished."""
-    arms = [arm for arm in task.arms if seed < _seeds(arm)]
-    if all(_key(task, arm, seed) in ledger.parts for arm in arms):
+    if all(_key(task, arm, seed) in ledger.parts for arm in task.arms):
         return
     lesson = task.lesson(seed, folder)
     few = take(lesson.bench.train, torch.arange(2))
     replace(lesson.bench, train=few).fit(lesson.student, epochs=1)  # what is only done once in a process costs no way
     ledger.once(f"{task.name}, teacher, seed {seed}", lambda: _teacher(task, lesson))
-    for arm in arms:
+    for arm in task.arms:
         ledger.once(_key(task, arm, seed), lambda a=arm: part(task, a, lesson))
-
-
-def _seeds(arm: Arm) -> int:
-    return SEEDS if arm.seeds is None else arm.seeds
 
 
 def _key(task: Task, arm: Arm, seed: int) -> str:
@@ -78,8 +73,7 @@ def collected(task: Task, parts: dict[str, Any]) -> dict[str, Any]:
         "unit": task.unit,
         "teacher": spread([one["score"] for one in teachers]),
         "rows": [_row(name, runs, done) for name, runs in done.items() if runs],
-        "missing": [arm.name for arm in task.arms if len(done[arm.name]) < _seeds(arm)],
-        "spared": [arm.name for arm in task.arms if arm.seeds is not None],
+        "missing": [arm.name for arm in task.arms if len(done[arm.name]) < SEEDS],
     }
 
 
