@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -26,6 +27,12 @@ from karui.model import Model
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "benchmarks"
+
+
+def run_installed(command: Sequence[str]) -> None:
+    """A process, without its output, that may keep its bytecode: as of a package that pip has compiled."""
+    settings = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=settings)
 
 
 def data_folder() -> Path:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from _common import run_installed
 
 BARE = [sys.executable, "-c", "import typer, rich"]
 COMMANDS = {
@@ -28,7 +29,7 @@ LIMIT = 3.0
 def seconds(command: list[str]) -> float:
     """Time of one start to its end."""
     started = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    run_installed(command)
     return time.perf_counter() - started
 
 
@@ -37,7 +38,7 @@ def main() -> int:
     contestants = {"bare": BARE, **{name: [sys.executable, "-m", "karui", *words] for name, words in COMMANDS.items()}}
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for command in contestants.values():
-        seconds(command)  # the first start reads files that later ones find in memory
+        seconds(command)  # the first start reads, and compiles, files that later ones find
     for number in range(ROUNDS):
         order = list(contestants)
         for name in order if number % 2 == 0 else reversed(order):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 
 import _surgery_once
-from _common import publish, table
+from _common import publish, run_installed, table
 from _surgery_once import RATIO, ours, theirs
 from karui.architectures.cifar_resnet import BasicBlock, cifar_resnet
 
@@ -31,7 +30,7 @@ DEPTHS = (20, 56, 110)
 AIMED = "projection"
 ROUNDS = 7
 WHOLE = "from import to forward"
-PROCESSES = 3
+PROCESSES = 7
 
 
 class ProjectedBlock(nn.Module):
@@ -86,10 +85,10 @@ def whole(depth: int) -> dict[str, list[float]]:
     """CPU seconds of fresh processes, in turns: interpreter, imports, network, cut and a forward."""
     names = {"Torch-Pruning": "Torch-Pruning", "analysis and cut": "karui, not proved", "with the proof": "karui"}
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(-1, PROCESSES):  # the first round fills the disk's cache
+    for number in range(-1, PROCESSES):  # the first round fills the disk's cache and compiles what pip would have
         for name in names if number % 2 == 0 else reversed(names):
             before = os.times()
-            subprocess.run([sys.executable, _surgery_once.__file__, names[name], str(depth)], check=True)
+            run_installed([sys.executable, _surgery_once.__file__, names[name], str(depth)])
             after = os.times()
             if number >= 0:
                 used = after.children_user + after.children_system - before.children_user - before.children_system
