@@ -13,7 +13,7 @@ from torch import nn
 from karui.errors import UsageError
 from karui.measuring import onnx_form
 from karui.model import Model, coupled_groups
-from karui.recipes.budget import timing
+from karui.recipes.budget import recorder, timing
 from karui.recipes.budget.blocks import Block, blocks_of, structure
 from karui.recipes.budget.cache import Measured, TimingCache, added, less, typical
 from karui.recipes.budget.front import Form, Point
@@ -68,6 +68,20 @@ def test_head_to_head_tells_twice_the_work_and_not_a_block_from_itself(model: Mo
     same, more = head_to_head(block, block, 1), head_to_head(large, block, 1)
     assert abs(same.value - 1) < max(5 * same.error, 0.2)
     assert more.value - 1 > 2 * more.error
+
+
+def test_what_the_recorder_takes_itself_is_no_time_of_a_block(monkeypatch: pytest.MonkeyPatch):
+    """A chain of tiny operators is hardly more than that; the difference of two lengths of it, unrecorded, is none."""
+    chain = recorder._Chain(20, 256)
+    told = np.median(recorded({"chain": chain}, 1)["chain"].sum(axis=0))
+    net = recorder.profiled({"chain": chain}, 1)["chain"].value
+    assert 0 < net < 0.7 * told
+    rows = np.full((3, ROUNDS), 5e-6)
+    monkeypatch.setattr(recorder, "recorded", lambda blocks, _: dict.fromkeys(blocks, rows))
+    monkeypatch.setattr(recorder, "own_time", lambda _: 2e-6)
+    assert recorder.profiled({"block": chain}, 1)["block"].value == pytest.approx(9e-6)
+    monkeypatch.setattr(recorder, "own_time", lambda _: 6e-6)
+    assert recorder.profiled({"block": chain}, 1)["block"].value == pytest.approx(3 * recorder.LEAST)
 
 
 class Noisy:

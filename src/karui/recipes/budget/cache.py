@@ -18,6 +18,8 @@ from karui.artifact.files import write_file
 from karui.errors import UsageError
 from karui.measuring import this_machine
 
+KIND = 2
+"""Of the numbers in the file. Those of kind 1 held what the engine's recorder adds to each operator."""
 CACHE = "KARUI_CACHE"
 """Environment variable: the folder of the timing cache."""
 SURE = 2.0
@@ -98,7 +100,9 @@ class TimingCache:
             UsageError: its folder cannot be made, or not be written in.
         """
         machine = this_machine(())
-        mark = hashlib.sha256(f"{machine.processor}|{machine.threads}|{machine.system}".encode()).hexdigest()[:12]
+        mark = hashlib.sha256(f"{KIND}|{machine.processor}|{machine.threads}|{machine.system}".encode()).hexdigest()[
+            :12
+        ]
         folder = folder or cache_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)

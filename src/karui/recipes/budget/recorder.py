@@ -12,6 +12,8 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +30,10 @@ RECORDER = 0.3e-6
 """Standard error of one operator's time: the recorder cuts off what is below a microsecond."""
 INTERRUPTED = 1.5
 """A call that takes more than this times the usual was interrupted."""
+LEAST = 0.1e-6
+"""The least that an operator is said to take, in seconds: what is taken off is an average."""
+CHAIN, SIZES, CHAINS = 20, (256, 1024, 4096), 15
+"""Operators of a chain that tells the recorder's own time, numbers that each works on, and how often it is run."""
 LAYOUT = ("ReorderInput", "ReorderOutput", "Transpose")
 
 
@@ -89,10 +95,68 @@ def _rounds(durations: np.ndarray, calls: int) -> np.ndarray:
     return np.minimum(counted, INTERRUPTED * usual + RECORDER).mean(axis=1)
 
 
+@dataclass(frozen=True)
+class _Chain:
+    """Tiny operators one after the other; each works on so many numbers."""
+
+    operators: int
+    numbers: int
+
+    def data(self) -> bytes:
+        """The bytes of an ONNX file."""
+        from onnx import TensorProto, helper
+
+        nodes = [helper.make_node("Sigmoid", [f"x{k}"], [f"x{k + 1}"], name=f"s{k}") for k in range(self.operators)]
+        puts = [
+            helper.make_tensor_value_info(f"x{k}", TensorProto.FLOAT, [1, self.numbers]) for k in (0, self.operators)
+        ]
+        graph = helper.make_graph(nodes, "chain", puts[:1], puts[1:])
+        opset = helper.make_opsetid("", 18)
+        return helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString()
+
+    def feed(self) -> dict[str, np.ndarray]:
+        """Its input by name."""
+        return {"x0": np.zeros((1, self.numbers), np.float32)}
+
+
+@cache
+def own_time(threads: int) -> float:
+    """Seconds that the recorder adds to each operator; measured once in a process.
+
+    It is what it says of the operators of a chain, less what they add to a call of which nothing is recorded.
+    """
+    return max(float(np.median([_own_time(_Chain(CHAIN, numbers), threads) for numbers in SIZES])), 0.0)
+
+
+def _own_time(chain: _Chain, threads: int) -> float:
+    seconds = []
+    for operators in (1, 1 + chain.operators):
+        each = _Chain(operators, chain.numbers)
+        session, feed = onnx_session(each.data(), threads), each.feed()
+        seconds.append(_shortest(lambda run=session.run, feed=feed: run(None, feed)))
+    told = recorded({"chain": chain}, threads)["chain"]
+    return float(np.median(told.mean(axis=0))) - (seconds[1] - seconds[0]) / chain.operators
+
+
+def _shortest(run: Callable[[], Any]) -> float:
+    """Seconds of a call that nothing interrupted."""
+    taken = []
+    for _ in range(CHAINS * CALLS[1]):
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return float(np.quantile(taken, 0.25))
+
+
+def _sums(rows: np.ndarray, threads: int) -> np.ndarray:
+    """Seconds of a block in each round: of all its operators, without the recorder's own time."""
+    return np.maximum(rows - own_time(threads), LEAST).sum(axis=0)
+
+
 def profiled(blocks: Mapping[str, Timed], threads: int) -> dict[str, Measured]:
     """The time of each block."""
     found = recorded(blocks, threads)
-    return {name: typical(rows.sum(axis=0), RECORDER * math.sqrt(len(rows))) for name, rows in found.items()}
+    return {name: typical(_sums(rows, threads), RECORDER * math.sqrt(len(rows))) for name, rows in found.items()}
 
 
 SITTINGS, CLOSE = (3, 6), 0.02
@@ -108,11 +172,11 @@ def head_to_head(new: Timed, old: Timed, threads: int) -> Measured:
     found = Measured(1.0)
     for sitting in range(SITTINGS[1]):
         both = recorded({"new": new, "old": old} if sitting % 2 == 0 else {"old": old, "new": new}, threads)
-        before = both["old"].sum(axis=0)
-        ratios.append(both["new"].sum(axis=0) / np.maximum(before, 1e-9))
+        before = _sums(both["old"], threads)
+        ratios.append(_sums(both["new"], threads) / before)
         if sitting + 1 < SITTINGS[0]:
             continue
-        found = _across(ratios, RECORDER * math.sqrt(len(both["new"]) + len(both["old"])) / max(before.min(), 1e-9))
+        found = _across(ratios, RECORDER * math.sqrt(len(both["new"]) + len(both["old"])) / before.min())
         if Measured(found.value - 1, found.error).clear or found.error < CLOSE / 2:
             break
     return found
