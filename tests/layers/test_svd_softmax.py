@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from karui.errors import SettingError
-from karui.layers import svd_softmax
 from karui.layers.svd_softmax import SvdSoftmaxHead, operations, rotate
 from karui.measuring import count
 from karui.model import Model
+from karui.numerics import full_view as numerics
 
 pytestmark = pytest.mark.paper(25)
 VOCABULARY, WIDTH = 400, 32
@@ -109,7 +109,7 @@ def test_batched_is_single_and_sequences_are_rows() -> None:
 def test_long_batches_are_gathered_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     head, x = head_of(trained(), 6, 20), vectors(3, 7)
     whole = head(x)
-    monkeypatch.setattr(svd_softmax, "_GATHERED", 4 * 20 * (WIDTH - 6))
+    monkeypatch.setattr(numerics, "_GATHERED", 4 * 20 * (WIDTH - 6))
     torch.testing.assert_close(head(x), whole)
 
 

@@ -100,3 +100,5 @@ def test_a_layer_exports_and_compiles_around_it() -> None:
     assert "row_sums" not in str(program.graph)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-5)
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)

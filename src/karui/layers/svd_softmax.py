@@ -16,10 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karui.errors import require
-
-# Numbers gathered for the exact logits at a time: about what a cache holds. A long batch at once would not even fit in
-# memory, and fresh memory costs more than the products.
-_GATHERED = 2**20
+from karui.numerics.full_view import full_view
 
 
 class SvdSoftmaxHead(nn.Module):
@@ -143,17 +140,7 @@ class SvdSoftmaxHead(nn.Module):
 
     def _full_view(self, turned: Tensor, previews: Tensor) -> tuple[Tensor, Tensor]:
         """Exact logits of the words with the largest previews, and these words: the rest of their rows is added."""
-        top, words = previews.topk(self.full_view, sorted=False)
-        remaining = turned[..., self.window :]
-        if torch.compiler.is_compiling() or words.numel() * remaining.shape[-1] <= _GATHERED:
-            return top + self._rest_of(words, remaining), words
-        positions = max(1, _GATHERED // (self.full_view * remaining.shape[-1]))
-        flat = zip(words.flatten(0, -2).split(positions), remaining.flatten(0, -2).split(positions), strict=True)
-        return top + torch.cat([self._rest_of(*part) for part in flat]).view_as(top), words
-
-    def _rest_of(self, words: Int[Tensor, "*batch words"], remaining: Tensor) -> Float[Tensor, "*batch words"]:
-        rows = functional.embedding(words, self.rest)  # three times as fast as indexing
-        return (remaining.unsqueeze(-2) @ rows.mT).squeeze(-2)
+        return full_view(previews, self.rest, turned[..., self.window :], self.full_view)
 
 
 def rotate(

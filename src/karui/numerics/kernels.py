@@ -9,18 +9,17 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 
 import torch
 from torch import Tensor
 
 _PLAIN = ContextVar("plain", default=False)
+_THERE = importlib.util.find_spec("numba") is not None  # looked for once: torch.compile cannot trace the search
 
 
-@cache
 def has_numba() -> bool:
     """Whether numba is installed."""
-    return importlib.util.find_spec("numba") is not None
+    return _THERE
 
 
 @contextmanager
@@ -48,7 +47,7 @@ def serves(*tensors: Tensor) -> bool:
         >>> serves(torch.zeros(2, requires_grad=True))
         False
     """
-    if _PLAIN.get():
+    if not torch.compiler.is_compiling() and _PLAIN.get():  # torch.compile cannot trace a ContextVar
         return False
     able = all(one.device.type == "cpu" and one.dtype == torch.float32 for one in tensors)
     learns = torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
