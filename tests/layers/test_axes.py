@@ -97,6 +97,7 @@ def test_parameters_and_multiply_adds_follow_the_formula() -> None:
     held, macs = chain_cost(axis_stages(conv, 20), (9, 7))
     assert held == 20 * (48 + 2 * 5 + 64)
     assert macs == held * 9 * 7
+    assert chain_cost(axis_stages(conv, 20), (9, 7), (4, 3)) == (held, held * (9 * 7 + 4 * 3))
 
 
 def test_rows_and_columns_keep_their_stride_padding_and_dilation() -> None:

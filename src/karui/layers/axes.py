@@ -101,30 +101,33 @@ def _spatial(axes: Sequence[Float[Tensor, "groups taps rank"]], scale: Tensor | 
     return weights
 
 
-def chain_cost(stages: Sequence[dict[str, Any]], space: Sequence[int]) -> tuple[int, int]:
-    """(parameters without bias, multiply-adds of one sample) of a chain of convolutions on a map of that size.
+def chain_cost(stages: Sequence[dict[str, Any]], *maps: Sequence[int]) -> tuple[int, int]:
+    """(parameters without bias, multiply-adds of one sample) of a chain of convolutions on maps of these sizes.
 
     Example:
         >>> chain_cost([{"in_channels": 4, "out_channels": 2, "kernel_size": [3, 1], "padding": [1, 0]}], (8, 5))
         (24, 960)
     """
-    size, parameters, macs = list(space), 0, 0
+    sizes, parameters, macs = list(maps), 0, 0
     for stage in stages:
-        taps, stride, dilation = (
-            _spread(stage.get(key, 1), len(size)) for key in ("kernel_size", "stride", "dilation")
-        )
-        padding = stage.get("padding", 0)
-        if padding == "same":
-            padding = None
-        pads = None if padding is None else _spread(0 if padding == "valid" else padding, len(size))
-        if pads is not None:
-            size = [
-                (length + 2 * pad - step * (tap - 1) - 1) // move + 1
-                for length, pad, step, tap, move in zip(size, pads, dilation, taps, stride, strict=True)
-            ]
+        sizes = [_made(stage, size) for size in sizes]
+        taps = _spread(stage.get("kernel_size", 1), len(sizes[0]))
         held = stage["in_channels"] // stage.get("groups", 1) * stage["out_channels"] * math.prod(taps)
-        parameters, macs = parameters + held, macs + held * math.prod(size)
+        parameters, macs = parameters + held, macs + held * sum(map(math.prod, sizes))
     return parameters, macs
+
+
+def _made(stage: dict[str, Any], size: Sequence[int]) -> Sequence[int]:
+    """Size of what a convolution makes of a map of that size."""
+    padding = stage.get("padding", 0)
+    if padding == "same":
+        return size
+    pads = _spread(0 if padding == "valid" else padding, len(size))
+    taps, stride, dilation = (_spread(stage.get(key, 1), len(size)) for key in ("kernel_size", "stride", "dilation"))
+    return [
+        (length + 2 * pad - step * (tap - 1) - 1) // move + 1
+        for length, pad, step, tap, move in zip(size, pads, dilation, taps, stride, strict=True)
+    ]
 
 
 def _spread(value: Any, dimensions: int) -> list[int]:
