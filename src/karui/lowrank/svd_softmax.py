@@ -128,7 +128,7 @@ class SvdSoftmax:
             return model.evolve(model.module, Note(f"SVD-Softmax: nothing replaced: {_told(one, window, full_view)}"))
         head = SvdSoftmaxHead.from_linear(one.layer, window, full_view)
         new = replace_layers(model, {one.path: head}, f"SVD-Softmax: {_told(one, window, full_view)}")
-        macs = [one.layer.weight.numel(), _cost(one.layer, window, full_view)]
+        macs = [one.outputs * one.layer.weight.numel(), one.outputs * _cost(one.layer, window, full_view)]
         told = {"layer": one.path, **head.settings(), "macs": macs, **found}
         return new.evolve(new.module, Note("SVD-Softmax: the output layer is for inference only", told))
 
@@ -248,6 +248,7 @@ def _cost(layer: nn.Linear, window: int, full_view: int) -> int:
 
 def _told(one: Seen, window: int, full_view: int) -> str:
     outputs, inputs = one.layer.out_features, one.layer.in_features
-    macs = f"{outputs * inputs:,} -> {_cost(one.layer, window, full_view):,} multiply-adds"
+    before, after = (one.outputs * each for each in (outputs * inputs, _cost(one.layer, window, full_view)))
+    macs = f"{before:,} -> {after:,} multiply-adds"
     name = one.path or "(the model itself)"
     return f"{name}: window {window} of {inputs}, full view {full_view} of {outputs:,}: {macs}"
