@@ -83,7 +83,7 @@ def test_a_layer_computes_its_dense_equivalent_and_costs_what_is_told(
 
 def test_the_papers_second_layer_costs_what_it_says() -> None:
     conv = nn.Conv2d(96, 256, 5)
-    seen = Seen("", conv, 0, 1, 55 * 55, 51 * 51, first=False, final=False, map=())
+    seen = Seen("", conv, 0, calls=1, space=((55, 55),), made=((51, 51),))
     assert pair_cost(seen, (48, 2), (8,)) == (119_040, 310_274_304)
     assert conv.weight.numel() == 614_400
     assert conv.weight.numel() * 51 * 51 == 1_598_054_400

@@ -1,17 +1,24 @@
-"""Which layers can be replaced: the reasons are right, and looking leaves no trace."""
+"""Which layers can be replaced: the reasons are right, looking leaves no trace, and costs are those of all calls."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import TensorDataset
 
 from karui.errors import SettingError
+from karui.index import techniques
 from karui.lowrank._choice import Choice, unless_larger
+from karui.lowrank._per_layer import Offering
 from karui.lowrank._scan import scan
-from karui.model import Model
+from karui.measuring import count
+from karui.model import Model, replace_layers
+from karui.technique import Bench
 
 
 def anything(layer: object) -> str:
@@ -73,6 +80,23 @@ def test_places_and_feature_maps_are_seen(odd: Model) -> None:
     assert (good.inputs, good.outputs, good.map) == (64, 64, ())
     assert (flat.inputs, flat.outputs, flat.map) == (1, 1, (8, 16, 16))
     assert (head.outputs, head.map) == (1, ())
+
+
+def test_places_are_those_of_all_calls_of_one_sample() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 3, 3), nn.Linear(4, 4)
+
+        def forward(self, maps: Tensor, words: Tensor) -> Tensor:
+            y = self.conv(self.conv(maps.flatten(0, 1))).unflatten(0, maps.shape[:2])
+            return y.sum() + self.linear(words.transpose(0, 1)).sum() + self.linear(words[:, :3].flatten(0, 1)).sum()
+
+    example = (torch.zeros(2, 5, 3, 9, 7), torch.zeros(2, 7, 4))
+    conv, linear = scan(Model(Twice(), example=example), anything)[0]
+    assert (conv.calls, conv.inputs, conv.outputs) == (2, 5 * (9 * 7 + 7 * 5), 5 * (7 * 5 + 5 * 3))
+    assert (conv.space, conv.made) == (5 * ((9, 7),) + 5 * ((7, 5),), 5 * ((7, 5),) + 5 * ((5, 3),))
+    assert (linear.calls, linear.space, linear.inputs, linear.outputs) == (2, ((7,), (), (), ()), 10, 10)
 
 
 def test_looking_leaves_modes_and_hooks_as_they_were(odd: Model) -> None:
@@ -141,3 +165,107 @@ def test_what_would_not_save_is_left() -> None:
     assert unless_larger(keep) is keep
     assert "parameters" in unless_larger(Choice("a", ranks=(2,), parameters=(10, 10), macs=(10, 9))).reason
     assert "multiply-adds" in unless_larger(Choice("a", ranks=(2,), parameters=(10, 9), macs=(10, 11))).reason
+
+
+class Pyramid(nn.Module):
+    """All layers are called on a large map and on a small one, or on sequences as long as those; one on two vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.down = nn.Conv2d(16, 24, 3, stride=2, padding=(1, 0))
+        self.even = nn.Conv2d(24, 24, 3, padding=1)
+        self.patch = nn.Linear(24 * 4 * 6, 24)
+        self.word = nn.Linear(24, 40)
+        self.head = nn.Linear(40, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.level(x), self.level(functional.avg_pool2d(x, 2))], 1)
+
+    def level(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.even(torch.relu(self.down(torch.relu(self.stem(x))))))
+        whole = self.patch(functional.adaptive_avg_pool2d(x, (4, 6)).flatten(1))
+        return self.head(torch.relu(self.word(x.flatten(2).mT + whole.unsqueeze(1))))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "asymmetric_nonlinear": {"ratio": 0.25, "spatial_split": True, "fully_connected": True},
+    "biclustered_cp": {"linear_share": 0.5},
+    "biclustered_svd": {"linear_share": 0.5},
+    "compression_aware_training": {"share": 0.5, "lam": 0.0, "tuning": 0},
+    "cp_decomposition": {"solver": "als", "restarts": 0, "sweeps": 5},
+    "flattened_conv": {},
+    "group_brain_damage": {"linear": True, "cut_unread": False, "tuning": 0},
+    "lcnn": {"size": 4, "linear_size": 8, "norm": False},
+    "low_rank_expansion": {"objective": "filter"},
+    "low_rank_filters": {},
+    "low_rank_output": {"ratio": 0.25, "layer": "head"},
+    "low_rank_regularization": {"share": 0.5, "order": "horizontal", "scratch": False},
+    "low_rank_sparse": {},
+    "monochromatic": {"colours": 2, "ranks": (("down", 4),)},
+    "product_quantization": {"lookup": True, "correct": False, "codewords": 4, "conv_codewords": 4},
+    "rank_constrained": {"layer": "patch", "frames": 4},
+    "separable_filters": {},
+    "sic_layer": {},
+    "spatial_bottleneck": {"changing": True},
+    "svd_restructuring": {"share": 0.5},
+    "svd_softmax": {"layer": "head"},
+    "topological_conv": {},
+    "tucker2": {"ratio": 0.25},
+}
+"""Settings with which each technique of the room acts on shared layers, quickly."""
+ROOM = {entry.card["slug"]: entry for entry in techniques() if entry.room == "lowrank"}
+
+
+def pyramid() -> tuple[Model, Bench]:
+    torch.manual_seed(0)
+    rows = TensorDataset(torch.rand(8, 3, 17, 14), torch.zeros(8))
+    return Model(Pyramid().eval(), example=(torch.rand(2, 3, 17, 14),)), Bench(train=rows)
+
+
+def macs_of(model: Model, path: str) -> int:
+    return sum(layer.macs for layer in count(model).layers if layer.path == path or layer.path.startswith(f"{path}."))
+
+
+def made_by(slug: str, **settings: Any) -> Any:
+    kind = ROOM[slug].load()
+    bare = {name: 0 for name in ("epochs",) if name in kind.__dataclass_fields__}
+    return kind(**bare, **settings)
+
+
+def test_the_room_is_whole() -> None:
+    assert set(SETTINGS) == set(ROOM)
+
+
+@pytest.mark.parametrize("slug", SETTINGS)
+def test_what_is_told_of_a_layer_called_on_several_sizes_is_what_is_counted(slug: str) -> None:
+    model, bench = pyramid()
+    light = made_by(slug, **SETTINGS[slug]).apply(model, bench)
+    notes: list[Any] = [change for change in light.lineage if hasattr(change, "settings")]
+    told = {entry["layer"]: entry["macs"] for note in notes for entry in note.settings.get("factored", [])}
+    told |= {note.settings["layer"]: note.settings["macs"] for note in notes if "macs" in note.settings}
+    assert told
+    for path, macs in told.items():
+        assert list(macs) == [macs_of(model, path), macs_of(light, path)], path
+
+
+@pytest.mark.parametrize("slug", [slug for slug, entry in ROOM.items() if issubclass(entry.load(), Offering)])
+def test_a_menu_is_as_much_faster_on_a_layer_called_on_several_sizes_as_it_says(slug: str) -> None:
+    model, bench = pyramid()
+    step, tried = made_by(slug), 0
+    for one in step._scan(model)[0]:
+        for speedup in step.ladder:
+            alone, choice = step.alone(model, one, speedup)
+            if choice.replaced and alone.pays(choice):
+                layer = alone.layer_for(one, choice, bench, step.evidence(model, one, bench)).eval()
+                light = replace_layers(model, {one.path: layer})
+                assert choice.macs == (macs_of(model, one.path), macs_of(light, one.path))
+                tried += 1
+    assert tried
+
+
+@pytest.mark.paper(16)
+def test_a_speed_up_of_the_whole_network_is_met_where_layers_are_called_on_several_sizes() -> None:
+    model, bench = pyramid()
+    light = made_by("asymmetric_nonlinear", speedup=2.0, images=8).apply(model, bench)
+    assert 0.9 * count(model).macs / 2 < count(light).macs <= count(model).macs / 2

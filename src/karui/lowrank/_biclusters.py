@@ -80,7 +80,7 @@ def _divisor(number: int, most: int) -> int:
 
 
 def pair_cost(one: Seen, groups: tuple[int, int], ranks: tuple[int, ...]) -> tuple[int, int]:
-    """(parameters without bias, multiply-adds of one call) of a biclustered convolution."""
+    """(parameters without bias, multiply-adds) of a biclustered convolution."""
     (into, out), taps = groups, math.prod(one.layer.kernel_size)
     filters, channels = one.layer.weight.shape[:2]
     narrow, widen = channels * out * ranks[0], filters * into * ranks[-1]
@@ -103,7 +103,7 @@ def pair_choice(one: Seen, groups: tuple[int, int], ranks: tuple[int, ...], aske
             ranks=ranks,
             full=(min(inner * outer, inner * math.prod(one.layer.kernel_size)),) if len(ranks) == 1 else (inner, outer),
             parameters=(dense + bias, size + bias),
-            macs=(one.calls * dense * one.outputs, one.calls * macs),
+            macs=(dense * one.outputs, macs),
             form=f"{groups[0]} x {groups[1]} groups, rank {told}",
             remark=remark,
         )
@@ -132,7 +132,7 @@ def linear_choice(one: Seen, share: float, own: int | None) -> Choice:
             ranks=(rank,),
             full=(full,),
             parameters=(rows * columns + bias, size + bias),
-            macs=(one.calls * one.outputs * rows * columns, one.calls * one.outputs * size),
+            macs=(one.outputs * rows * columns, one.outputs * size),
         )
     )
 

@@ -84,7 +84,7 @@ class Joint:
         return split_full(channels, filters, one.layer.kernel_size)
 
     def cost(self, one: Seen, rank: int) -> tuple[int, int]:
-        """(parameters without bias, multiply-adds of one call)."""
+        """(parameters without bias, multiply-adds)."""
         return split_cost(one, rank, one.layer.weight.shape[0] // groups_of(one))
 
     def expand(self, one: Seen, rank: int, *, alternating: bool) -> Expanded:
@@ -126,14 +126,13 @@ class Separable:
         return math.prod(one.layer.kernel_size)
 
     def cost(self, one: Seen, rank: int) -> tuple[int, int]:
-        """(parameters without bias, multiply-adds of one call)."""
+        """(parameters without bias, multiply-adds)."""
         layer = one.layer
         maps, mix = layer.in_channels * rank, layer.weight.shape[0] * layer.weight.shape[1] * rank
-        size, macs, space = 0, 0, list(one.space)
+        size, macs = 0, 0
         for dim, taps in enumerate(layer.kernel_size):
-            space[dim] = one.made[dim]
             size += taps * (rank if self.shared else maps)
-            macs += taps * maps * math.prod(space)
+            macs += taps * maps * one.between(dim + 1)
         return size + mix, macs + mix * one.outputs
 
     def expand(self, one: Seen, rank: int, *, alternating: bool = False) -> Expanded:
@@ -144,21 +143,21 @@ class Separable:
 
 def choose_rank(one: Seen, kind: Separable | Joint, speedup: float, own: int | None, *, fits_bias: bool) -> Choice:
     """The largest rank that cuts a layer's multiply-adds by `speedup`, or its own; left where that saves nothing."""
-    dense = one.calls * one.outputs * one.layer.weight.numel()
+    dense = one.outputs * one.layer.weight.numel()
     if own is None and speedup == 1:
         return Choice(one.path, reason="speedup 1 asks for nothing")
     full = kind.full(one)
-    unit = one.calls * kind.cost(one, 1)[1]
+    unit = kind.cost(one, 1)[1]
     rank = min(full, own or max(1, math.floor(dense / speedup / unit + 1e-9)))
     size, macs = kind.cost(one, rank)
     filters, biased = one.layer.weight.shape[0], one.layer.bias is not None
-    short = own is None and one.calls * macs * speedup > dense
+    short = own is None and macs * speedup > dense
     choice = Choice(
         one.path,
         ranks=(rank,),
         full=(full,),
         parameters=(one.layer.weight.numel() + filters * biased, size + filters * (biased or fits_bias)),
-        macs=(dense, one.calls * macs),
+        macs=(dense, macs),
         remark=f"rank 1 falls short of a speed-up of {speedup}" if short else "",
     )
     return unless_larger(choice)

@@ -6,6 +6,7 @@ network is trained.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,17 +86,19 @@ def offers(
 
 def _priced(one: Seen, layer: nn.Module, form: str) -> Offer:
     """The offer with parameters and multiply-adds, counted on the layers themselves; none where it saves nothing."""
-    example = torch.zeros(1, one.layer.in_channels, *one.space).to(one.layer.weight)
-    before, after = (count(Model(module, example=(example,))) for module in (one.layer, layer))
-    choice = unless_larger(
-        Choice(
-            one.path,
-            form=form,
-            parameters=(before.parameters, after.parameters),
-            macs=(one.calls * before.macs, one.calls * after.macs),
-        )
-    )
+    (before, macs), (after, light) = (_counted(one, module) for module in (one.layer, layer))
+    choice = unless_larger(Choice(one.path, form=form, parameters=(before, after), macs=(macs, light)))
     return Offer(choice, layer if choice.replaced else None)
+
+
+def _counted(one: Seen, module: nn.Module) -> tuple[int, int]:
+    """(parameters, multiply-adds) of a module in the layer's place; maps of one size are counted once."""
+    parameters, macs = 0, 0
+    for size, times in Counter(one.space).items():
+        example = torch.zeros(1, one.layer.in_channels, *size).to(one.layer.weight)
+        counts = count(Model(module, example=(example,)))
+        parameters, macs = counts.parameters, macs + times * counts.macs
+    return parameters, macs
 
 
 def convert(model: Model, bench: Bench, made: Sequence[Offer], name: str, *, draw: bool, epochs: int) -> Model:

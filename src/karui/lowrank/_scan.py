@@ -30,26 +30,39 @@ class Seen:
         path: its name in the network.
         layer: the layer, exactly a `Linear` or a convolution.
         order: its place among the layers called, from 0.
-        calls: how often it was called.
-        inputs, outputs: positions at which it is applied (of the last call, for one sample), at its input and output.
         first: whether it is the first convolution that was called.
         final: whether the network's output has this layer's outputs as its last (or its class) dimension: of layers of
             that width, the last one that was called; of several outputs of that width, as many.
         map: shape of the feature map, channels first, whose flattening was its input; empty where it was none.
-        space, made: sizes in space of a convolution's input and output (of the last call); empty for a linear layer.
+        calls: how often it was called.
+        space, made: sizes of its inputs and outputs for one sample, call by call: of maps those in space, of sequences
+            their length, of single vectors none. A call on several maps or vectors of one sample, as where frames lie
+            side by side in the batch, has as many.
     """
 
     path: str
     layer: Any
     order: int
-    calls: int
-    inputs: int
-    outputs: int
-    first: bool
-    final: bool
-    map: tuple[int, ...]
-    space: tuple[int, ...] = ()
-    made: tuple[int, ...] = ()
+    first: bool = False
+    final: bool = False
+    map: tuple[int, ...] = ()
+    calls: int = 0
+    space: tuple[tuple[int, ...], ...] = ()
+    made: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def inputs(self) -> int:
+        """Positions of its inputs for one sample, of all calls together."""
+        return sum(map(math.prod, self.space))
+
+    @property
+    def outputs(self) -> int:
+        """Positions of its outputs for one sample, of all calls together; each multiplies by the whole weight."""
+        return sum(map(math.prod, self.made))
+
+    def between(self, dims: int) -> int:
+        """Positions for one sample, of all calls together, where only the first `dims` dimensions are filtered yet."""
+        return sum(math.prod((*made[:dims], *space[dims:])) for space, made in zip(self.space, self.made, strict=True))
 
 
 def scan(
@@ -154,18 +167,21 @@ def _watch(model: Model) -> tuple[Seen, ...]:
     seen: dict[str, Seen] = {}
     called: list[str] = []
     flattened = _Flattened()
+    samples = next((len(one) for one in tree_leaves(model.example) if isinstance(one, Tensor) and one.ndim), 1)
 
     def note(path: str) -> Any:
         def hook(layer: Any, inputs: Any, output: Tensor) -> None:
             called.append(path)
-            given, calls = inputs[0], 1 + (seen[path].calls if path in seen else 0)
-            order = seen[path].order if path in seen else len(seen)
+            given = inputs[0]
             taken = flattened.maps.get((given.data_ptr(), given.shape[-1]), ()) if given.ndim == 2 else ()
-            if calls > 1 and taken != seen[path].map:
-                taken = ()
-            places = (_positions(layer, given), _positions(layer, output))
-            sizes = {"space": _space(layer, given), "made": _space(layer, output)}
-            seen[path] = Seen(path, layer, order, calls, *places, first=False, final=False, map=taken, **sizes)
+            one = seen.get(path) or Seen(path, layer, len(seen), map=taken)
+            seen[path] = replace(
+                one,
+                map=taken if taken == one.map else (),
+                calls=one.calls + 1,
+                space=one.space + _sizes(layer, given, samples),
+                made=one.made + _sizes(layer, output, samples),
+            )
 
         return hook
 
@@ -198,13 +214,16 @@ def _final(results: Sequence[Tensor], called: Sequence[str], seen: Mapping[str, 
     return found
 
 
-def _positions(layer: Any, value: Tensor) -> int:
-    """Positions of one sample at which a layer is applied: those of space, or of a sequence."""
-    return math.prod(value.shape[1:-1] if isinstance(layer, nn.Linear) else _space(layer, value))
+def _sizes(layer: Any, value: Tensor, samples: int) -> tuple[tuple[int, ...], ...]:
+    """The sizes of one sample's part of what a layer is given, or gives, in one call.
 
-
-def _space(layer: Any, value: Tensor) -> tuple[int, ...]:
-    return () if isinstance(layer, nn.Linear) else tuple(value.shape[-len(layer.kernel_size) :])
+    Parts of a sample may lie beside one another in the batch (frames, windows), and a sequence may lie before it.
+    """
+    if isinstance(layer, nn.Linear):
+        positions = max(1, math.prod(value.shape[:-1]) // samples)
+        return ((positions,),) if value.ndim > 2 else ((),) * positions
+    dims = len(layer.kernel_size)
+    return (tuple(value.shape[-dims:]),) * max(1, math.prod(value.shape[: -dims - 1]) // samples)
 
 
 def groups_of(one: Seen) -> int:

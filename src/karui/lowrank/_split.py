@@ -59,10 +59,10 @@ def split_rank(channels: int, filters: int, kernel: Sequence[int], share: float)
 
 
 def split_cost(one: Seen, rank: int, filters: int) -> tuple[int, int]:
-    """(parameters, multiply-adds of one call) of the two convolutions, to `filters` maps in each group.
+    """(parameters, multiply-adds) of the two convolutions, to `filters` maps in each group.
 
     The vertical one moves along the first dimension of space only: it sees the input's other positions, strided or not.
     """
     channels, kernel = one.layer.weight.shape[1], one.layer.kernel_size
     tall, wide = groups_of(one) * rank * channels * kernel[0], groups_of(one) * rank * filters * math.prod(kernel[1:])
-    return tall + wide, tall * one.made[0] * math.prod(one.space[1:]) + wide * one.outputs
+    return tall + wide, tall * one.between(1) + wide * one.outputs

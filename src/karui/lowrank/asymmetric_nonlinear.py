@@ -351,7 +351,7 @@ class AsymmetricNonlinear(Offering):
             ranks=ranks,
             full=full,
             parameters=(dense + width * (one.layer.bias is not None), inner + outer + width),
-            macs=(_dense_macs(one), one.calls * (macs + outer * one.outputs)),
+            macs=(_dense_macs(one), macs + outer * one.outputs),
             remark=self._manner(following),
         )
         return unless_larger(choice)
@@ -360,7 +360,7 @@ class AsymmetricNonlinear(Offering):
 def _unit(one: Seen) -> int:
     """Multiply-adds of one direction: a filter in each group, and its column of the pointwise layer."""
     directions = math.prod(one.layer.weight.shape[1:]) + filters_of(one)
-    return one.calls * one.outputs * groups_of(one) * directions
+    return one.outputs * groups_of(one) * directions
 
 
 def _whole(one: Seen) -> Choice:
@@ -368,4 +368,4 @@ def _whole(one: Seen) -> Choice:
 
 
 def _dense_macs(one: Seen) -> int:
-    return one.calls * one.outputs * one.layer.weight.numel()
+    return one.outputs * one.layer.weight.numel()

@@ -195,7 +195,7 @@ class CompressionAwareTraining:
         else:
             rank = max(Energy(self.energy, squared=True)(values, shape) for values in spectra)
         bias = len(one.layer.weight) if one.layer.bias is not None else 0
-        factored, places = groups * factored_size(shape, rank), one.calls * one.outputs
+        factored, places = groups * factored_size(shape, rank), one.outputs
         choice = Choice(
             one.path,
             ranks=(rank,),

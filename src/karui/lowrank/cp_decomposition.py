@@ -182,17 +182,17 @@ class CpDecomposition(PerLayer, Offering):
         full = min(math.prod(modes + list(conv.kernel_size)) // size for size in (*modes, *conv.kernel_size))
         if own is None and self.rank is None and self.share == 1:
             return Choice(one.path, reason="share is 1, so that nothing is to be saved")
-        _, unit = chain_cost(axis_stages(conv, 1, merged=merged), one.space)
+        _, unit = chain_cost(axis_stages(conv, 1, merged=merged), *one.space)
         room = max(1, math.floor(self.share * macs / unit + 1e-9))
         rank = min(own or self.rank or room, full)
-        held, spent = chain_cost(axis_stages(conv, rank, merged=merged), one.space)
+        held, spent = chain_cost(axis_stages(conv, rank, merged=merged), *one.space)
         bias = conv.out_channels if conv.bias is not None else 0
         choice = Choice(
             one.path,
             ranks=(rank,),
             full=(full,),
             parameters=(dense + bias, held + bias),
-            macs=(one.calls * macs, one.calls * spent),
+            macs=(macs, spent),
         )
         return unless_larger(choice)
 

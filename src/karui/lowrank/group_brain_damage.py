@@ -256,7 +256,7 @@ class GroupBrainDamage(PerLayer, Offering):
 def _choice(one: Seen, live: int) -> Choice:
     """What becomes of a layer of which so many columns are left, over all groups."""
     groups, each = groups_of(one), filters_of(one)
-    columns, places = groups * one.layer.weight[0].numel(), one.calls * one.outputs
+    columns, places = groups * one.layer.weight[0].numel(), one.outputs
     if live == columns:
         return Choice(one.path, reason="all of its columns are left")
     bias = len(one.layer.weight) if one.layer.bias is not None else 0

@@ -243,7 +243,7 @@ class Lcnn:
             ranks=(size,),
             full=(channels,),
             parameters=(layer.weight.numel() + bias, held + bias),
-            macs=(one.calls * layer.weight.numel() * one.outputs, one.calls * macs),
+            macs=(layer.weight.numel() * one.outputs, macs),
             form=f"a dictionary of {size} vectors (before its mixture is sparse)",
         )
 
@@ -251,7 +251,7 @@ class Lcnn:
         """The layers that get batch normalisation: a linear layer only where it meets single vectors."""
         if not self.norm:
             return set()
-        able = [one.path for one in seen if not isinstance(one.layer, nn.Linear) or one.outputs == 1]
+        able = [one.path for one in seen if not isinstance(one.layer, nn.Linear) or one.outputs == len(one.made)]
         found = followings(model, able)
         return {path for path in able if found[path].scale is None}
 

@@ -141,7 +141,7 @@ class LowRankOutput:
         rank = min(full, self.rank if self.rank is not None else max(1, math.ceil(self.ratio * inputs - 1e-9)))
         dense, factored = outputs * inputs, factored_size((outputs, inputs), rank)
         bias = outputs if one.layer.bias is not None else 0
-        places = one.calls * one.outputs
+        places = one.outputs
         choice = Choice(
             one.path,
             ranks=(rank,),

@@ -226,17 +226,17 @@ class LowRankRegularization(Offering):
         elif self.share == 1:
             return Choice(one.path, reason="share is 1, so that nothing is to be saved")
         else:
-            unit = chain_cost(split_stages(conv, 1, each, dim=dim), one.space)[1]
+            unit = chain_cost(split_stages(conv, 1, each, dim=dim), *one.space)[1]
             rank = max(1, math.floor(self.share * dense * one.outputs / unit + 1e-9))
         rank = min(rank, full)
-        held, macs = chain_cost(split_stages(conv, rank, each, dim=dim), one.space)
+        held, macs = chain_cost(split_stages(conv, rank, each, dim=dim), *one.space)
         bias = conv.out_channels if conv.bias is not None else 0
         choice = Choice(
             one.path,
             ranks=(groups * rank,),
             full=(groups * full,),
             parameters=(dense + bias, held + (2 * conv.out_channels if norm else bias)),
-            macs=(one.calls * dense * one.outputs, one.calls * macs),
+            macs=(dense * one.outputs, macs),
         )
         return unless_larger(choice)
 

@@ -277,7 +277,7 @@ def _costed(one: Seen, rank: int, entries: int) -> Choice:
     layer, groups = one.layer, groups_of(one)
     low = groups * rank * (filters_of(one) + layer.weight[0].numel())
     bias = len(layer.weight) if layer.bias is not None else 0
-    dense, places = layer.weight.numel(), one.calls * one.outputs
+    dense, places = layer.weight.numel(), one.outputs
     multiplied = low + (dense if entries else 0)  # a dense engine multiplies the zeros
     return Choice(
         one.path,

@@ -194,7 +194,7 @@ class Monochromatic(PerLayer, Offering):
                 ranks=(colours,),
                 full=(filters,),
                 parameters=(dense + bias, mix + spatial + bias),
-                macs=(one.calls * dense * one.outputs, one.calls * (mix * one.inputs + spatial * one.outputs)),
+                macs=(dense * one.outputs, mix * one.inputs + spatial * one.outputs),
                 form=f"{colours} colours",
             )
         )

@@ -180,16 +180,16 @@ class ProductQuantization(PerLayer, Offering):
             told = f"{words} codewords of {size} channels would not save bytes ({weight.nbytes:,} -> {held:,})"
             return Choice(one.path, reason=told)
         bias, books = filters if one.layer.bias is not None else 0, channels * groups * words
-        dense = one.calls * one.outputs * weight.numel()
+        dense = one.outputs * weight.numel()
         uneven = "" if size == min(asked, channels) else f"subspaces of {asked} do not part {channels} channels"
-        sums = one.calls * one.outputs * filters * taps * (channels // size)
+        sums = one.outputs * filters * taps * (channels // size)
         added = f"{sums:,} additions of what is looked up" if self.lookup else ""
         return Choice(
             one.path,
             ranks=(size, words),
             full=(channels, filters * taps),
             parameters=(weight.numel() + bias, books + bias),
-            macs=(dense, one.calls * one.inputs * books if self.lookup else dense),
+            macs=(dense, one.inputs * books if self.lookup else dense),
             remark="; ".join(filter(None, (uneven, added))),
             form=f"{channels // size} subspaces, {words} codewords, {weight.nbytes:,} -> {held:,} bytes",
         )

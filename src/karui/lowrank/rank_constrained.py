@@ -143,7 +143,7 @@ class RankConstrainedTopology:
             ranks=(rank,),
             full=(full,),
             parameters=(dense + bias, over_time + projected + bias),
-            macs=(one.calls * dense, one.calls * (over_time + frames * projected)),
+            macs=(one.outputs * dense, one.outputs * (over_time + frames * projected)),
             form=f"filters of rank {rank} over {frames} frames of {channels * features}",
         )
         return one, unless_larger(choice, macs=False)
@@ -163,7 +163,7 @@ class RankConstrainedTopology:
         return one, ""
 
     def _no_patch(self, one: Seen) -> str:
-        if one.inputs != 1:
+        if one.inputs != len(one.space):
             return f"it is applied at {one.inputs} positions, not to one patch"
         if self.frames is not None and one.layer.in_features % self.frames:
             return f"its {one.layer.in_features} inputs are not {self.frames} frames of equal size"

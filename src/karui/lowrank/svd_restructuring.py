@@ -231,7 +231,7 @@ def _choice(one: Seen, spectra: list[Tensor], policy: RankPolicy) -> Choice:
     rank = max(policy(values, (rows, columns)) for values in spectra)
     dense, factored = groups * rows * columns, groups * factored_size((rows, columns), rank)
     bias = layer.weight.shape[0] if layer.bias is not None else 0
-    places = one.calls * one.outputs
+    places = one.outputs
     choice = Choice(
         one.path,
         ranks=(rank,),

@@ -268,7 +268,7 @@ def _costed(one: Seen, kernel: Tensor, ranks: tuple[int, ...], full: tuple[int, 
         ranks=ranks,
         full=full,
         parameters=(dense + bias, factored + bias),
-        macs=(one.calls * dense * one.outputs, one.calls * macs),
+        macs=(dense * one.outputs, macs),
         remark=remark,
     )
     return unless_larger(choice)
@@ -284,8 +284,7 @@ def _stages(one: Seen, kernel: Tensor, ranks: tuple[int, ...]) -> Iterator[tuple
     rank_in, rank_out = ranks
     taps = math.prod(kernel.shape[3:])
     if rank_in != channels:
-        inputs = taps if isinstance(one.layer, nn.Linear) else one.inputs
-        yield channels * rank_in, inputs
+        yield channels * rank_in, one.inputs * (taps if isinstance(one.layer, nn.Linear) else 1)
     yield taps * rank_in * rank_out, one.outputs
     if rank_out != filters:
         yield rank_out * filters, one.outputs
