@@ -11,6 +11,7 @@ import math
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -118,7 +119,7 @@ def _looked_up(rest: Any, words: Any, remaining: Any, out: Any) -> None:
         for place in range(count):
             # A slice of its own, so that the loop over it is vectorised.
             taken = rest[words[row, place]]
-            total = out.dtype.type(0)
+            total = np.float32(0)
             for column in range(taken.shape[0]):
                 total += taken[column] * vector[column]
             out[row, place] = total
