@@ -84,11 +84,10 @@ words [30], [31], [37] and [39]; spoken digits these and [33]. [32] is measured 
 numbers: each on data of its paper's kind, beside [30] at equal cost. Two are in none of these tables. [35] is about
 boxes and has its own, `results/detection_distillation.md`, where the arm of soft classes with a background of 1 is [30]
 at temperature 1 and half the weight: real 8x8 digits of five classes are pasted onto a cluttered canvas of 32 pixels,
-so that boxes are known exactly and a detector is trained in minutes (CamVid has class maps and no boxes). [38] makes
-networks of few bits, beside which a student of full precision is no comparison: its own table,
-`results/guided_low_bit_training.md`, compares it with training the same bits directly. These two compare at equal
-passes, not at equal cost: a pass of their taught arms includes one of the teacher, or of the network that trains along,
-which the arm alone has not.
+so that boxes are known exactly and a detector is trained in minutes (CamVid has class maps and no boxes). [35] compares
+at equal passes, where a pass of its taught arms includes one of the teacher. [38] makes networks of few bits,
+beside which a student of full precision is no comparison: its own table, `results/guided_low_bit_training.md`, has the
+same bits trained directly and under [30], at equal passes and at equal cost.
 
 In the tables above a teacher costs what it takes to ask it: its forward passes count, in seconds of the CPU, with the
 way that asks. [30], [31], [36], [37], [40], the second stage of [33] and the students of [41] ask once for each sample
