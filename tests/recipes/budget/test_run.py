@@ -21,6 +21,7 @@ from karui.model import Classification, CustomTask, Model, Regression
 from karui.recipes.budget import visits
 from karui.recipes.budget.front import Form, Point
 from karui.recipes.budget.run import Settings, _seen
+from karui.recipes.budget.timing import Stopwatch
 from karui.technique import Bench
 from karui.train import SGD, Training
 
@@ -287,6 +288,36 @@ def test_a_training_that_makes_it_worse_is_not_kept():
     assert all(points[name]["epochs"] == points[f"point {points[name]['parent']}"]["epochs"] for name in worse)
     assert done.met
     assert bench.evaluate(done.model).value < 1
+
+
+@pytest.mark.usefixtures("steady")
+def test_a_choice_that_comes_again_is_trained_on(tmp_path: Path):
+    """As where the clock took a point for heavier than it is: its training is not done a second time."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 96), nn.ReLU(), nn.Linear(96, 4)).eval()
+    dense = Model(net, example=(torch.zeros(2, 16),), task=Regression())
+    x = torch.randn(192, 16)
+    with torch.no_grad():
+        data = TensorDataset(x, dense.module(x))
+    bench = Bench(train=data, validation=data, test=data, training=TRAINING)
+    lines: list[str] = []
+    visitor = visits.Visitor(
+        dense=dense, bench=bench, out=tmp_path, watch=Stopwatch(), mark="", int8=False, max_drop=None,
+        wanted=("bytes",), find_rate=False, tell=lines.append,
+    )  # fmt: skip
+    start = visitor.start()
+    first, again = (visitor.lighten(start, {"bytes": share}, 2) for share in (0.7, 0.7))
+    assert first is not None
+    assert again is not None
+    assert first.chosen
+    assert (first.parent, again.parent, again.epochs, again.chosen) == (0, 1, 4, {})
+    assert any("that is point 1 once more" in line for line in lines)
+    third = visitor.lighten(start, {"bytes": 0.7}, 2)
+    assert third is not None
+    assert (third.parent, third.epochs) == (2, 6)
+    other = visitor.lighten(start, {"bytes": 0.4}, 2)
+    assert other is not None
+    assert (other.parent, other.epochs) == (0, 2)
 
 
 @pytest.mark.slow
