@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (its usual name)
 
 from karui.measuring.inference import inference
 from karui.model import Model, coupled_groups
-from karui.technique.pruning.dead_units import settle
+from karui.sparsify import MagnitudePruning
+from karui.technique import Bench
+from karui.technique.pruning.dead_units import cut_unread, settle, without_dead_units
 from karui.train.masks import connections, zero_pruned
 
 pytestmark = pytest.mark.paper(63)
@@ -129,3 +132,144 @@ def test_a_constant_does_not_cross_zero_padding_nor_into_a_layer_without_bias() 
     settled = settle(model, coupled_groups(model))
     assert {name: units.tolist() for name, units in settled.unread.items()} == {"0": [1]}
     torch.testing.assert_close(outputs(model, x), before)
+
+
+class Recurrent(nn.Module):
+    """Hidden units that the head and the recurrence read."""
+
+    def __init__(self, layer: type[nn.Module]) -> None:
+        super().__init__()
+        self.layer, self.head = layer(4, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0])
+
+
+class Stepwise(nn.Module):
+    """The same by a cell, step by step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.GRUCell(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = None
+        for step in range(x.shape[1]):
+            hidden = self.layer(x[:, step], hidden)
+        return self.head(hidden)
+
+
+class Summed(nn.Module):
+    """A factor that sums over the features: it reads them without a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        return self.head(hidden) * hidden.sum(-1, keepdim=True)
+
+
+class Tied(nn.Module):
+    """One layer applied three times: it reads what it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.sigmoid(self.first(x))
+        for _ in range(3):
+            hidden = torch.sigmoid(self.middle(hidden))
+        return self.head(hidden)
+
+
+class Faint(Summed):
+    """A sum that a rectifier hides for most inputs and weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        return self.head(hidden) + (hidden.sum(-1, keepdim=True) - 3.0).relu()
+
+
+class Borrowed(nn.Module):
+    """The head's weight is used a second time without its bias, so a constant that moves into that is lost there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        return self.head(hidden) * F.linear(hidden, self.head.weight)
+
+
+def made(net: nn.Module, steps: int = 0) -> tuple[Model, Tensor]:
+    """A network of these with other weights, whose head does not read unit 0; and inputs that it has not seen."""
+    draw = torch.Generator().manual_seed(3)
+    shape = (steps, 4) if steps else (4,)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=draw))
+        net.get_parameter("head.weight")[:, 0] = 0.0
+    example = torch.randn(2, *shape, generator=draw)
+    return Model(net.eval(), example=(example,)), torch.randn(50, *shape, generator=draw)
+
+
+HIDDEN = {
+    "LSTM": lambda: made(Recurrent(nn.LSTM), 5),
+    "GRU": lambda: made(Recurrent(nn.GRU), 5),
+    "RNN": lambda: made(Recurrent(nn.RNN), 5),
+    "cell": lambda: made(Stepwise(), 5),
+    "sum": lambda: made(Summed()),
+    "tied layer": lambda: made(Tied()),
+    "hidden sum": lambda: made(Faint()),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_unit_that_something_else_reads_stays_and_the_note_says_so(name: str) -> None:
+    model, x = HIDDEN[name]()
+    light = without_dead_units(model)
+    assert torch.equal(outputs(light, x), outputs(model, x))
+    assert light.parameters == model.parameters
+    if name in {"sum", "hidden sum"}:
+        assert "'first' is left whole: something besides its weights reads its units" in light.lineage[-1].describe()
+
+
+@pytest.mark.parametrize("name", ["sum", "tied layer", "hidden sum"])
+def test_pruning_by_magnitude_leaves_the_outputs_of_the_masked_network(name: str) -> None:
+    model, x = HIDDEN[name]()
+    with torch.no_grad():
+        model.module.get_parameter("head.weight")[:, :3] *= 1e-3
+    masked, light = (
+        MagnitudePruning(keep=0.5, rounds=1, epochs=0, dead=dead).apply(model, Bench()) for dead in (False, True)
+    )
+    torch.testing.assert_close(outputs(light, x), outputs(masked, x), rtol=1e-5, atol=1e-6)
+    assert light.parameters == masked.parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"), [("LSTM", "layer.weight_hh_l0"), ("cell", "layer.weight_hh"), ("tied layer", "middle.weight")]
+)
+def test_a_unit_that_neither_the_head_nor_the_recurrence_reads_goes(name: str, weight: str) -> None:
+    model, x = HIDDEN[name]()
+    with torch.no_grad():
+        model.module.get_parameter(weight)[:, 0] = 0.0
+    light = without_dead_units(model)
+    assert light.module.get_parameter("head.weight").shape == (3, 5)
+    torch.testing.assert_close(outputs(light, x), outputs(model, x))
+
+
+def test_a_constant_that_the_outputs_would_miss_stays() -> None:
+    model, x = made(Borrowed())
+    with torch.no_grad():
+        model.module.get_parameter("head.weight")[:, 0] = 1.0
+        model.module.get_parameter("first.weight")[0] = 0.0
+    working = model.copy()
+    settled = settle(working, coupled_groups(model))
+    assert settled.folded == 0
+    assert list(settled.whole) == ["first"]
+    assert torch.equal(outputs(working, x), outputs(model, x))
+    assert "'first' is left whole" in cut_unread(working, coupled_groups(model), settled).lineage[-1].describe()

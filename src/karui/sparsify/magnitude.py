@@ -25,7 +25,8 @@ layers or within each, because a budget is what people have; no layer is emptied
 DEPARTURE: the sensitivity scan chooses each layer's share by a rule (`max_drop`), where the paper reads it off plots.
 
 DEPARTURE: a unit without inputs is only removed where its constant can move into the biases of those that read it: not
-across zero padding, nor into layers without a bias.
+across zero padding, nor into layers without a bias. Nor does a unit go that anything else reads than weights that are
+zero: the units of a group where a sum, a product or a layer applied again reads them too stay, and a note says so.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from karui.errors import CaptureError, SurgeryError, require
-from karui.model import Analysis, Model, Note, coupled_groups, layer_at, remove_units
+from karui.errors import CaptureError, require
+from karui.model import Analysis, Model, Note, coupled_groups, layer_at
 from karui.sparsify._rounds import Gradual, Selection, by_name, computing_order, sensitivity
 from karui.technique import Card, require_passes, technique
-from karui.technique.pruning.dead_units import settle
+from karui.technique.pruning.dead_units import cut_unread, settle
+from karui.technique.pruning.readers import Readers, find_readers
 from karui.train import Influence, Together
 from karui.train.conditions import DropoutRates, Penalty, Resting, dropout_rates
 from karui.train.masks import MaskKeeper, connections, density, zero_masks, zero_pruned
@@ -204,20 +206,21 @@ class MagnitudePruning:
             model = bench.fit(model, epochs=self.learn, influence=Together(*self._penalty(names)), label="learn")
         weights, selection = self._selected(model, bench)
         current, alive, analysis = model.copy(), _alive(model, weights), self._analysis(model)
+        readers = None if analysis is None else find_readers(model, analysis)
         folded = 0
         for number in range(1, self.rounds + 1):
             for phase in self._phases(model, weights):
                 chosen = {name: alive[name] for name in phase}
                 alive |= selection.masks(current.module, chosen, number / self.rounds)
                 zero_pruned(current.module, alive)
-                if analysis is not None:
-                    folded += _settled(current, analysis, alive)
+                if analysis is not None and readers is not None:
+                    folded += _settled(current, analysis, readers, alive)
                 if self.epochs:
                     current = self._retrained(current, bench, alive, phase)
         kept = {name: round(density({name: mask}), 6) for name, mask in alive.items()}
         facts = {"kept": kept, "folded": folded, "rounds": self.rounds}
         current = current.evolve(current.module, Note(f"{1 - density(alive):.1%} of the weights pruned", facts))
-        return current if analysis is None else _without_dead(current, analysis)
+        return current if analysis is None else cut_unread(current, analysis, settle(current, analysis, readers))
 
     def _selected(self, model: Model, bench: Bench) -> tuple[list[str], Selection]:
         """The weights that are pruned, and by which rule."""
@@ -296,19 +299,10 @@ def _at_rest(module: nn.Module, phase: list[str]) -> tuple[str, ...]:
     return tuple(resting)
 
 
-def _settled(model: Model, analysis: Analysis, alive: Alive) -> int:
+def _settled(model: Model, analysis: Analysis, readers: Readers, alive: Alive) -> int:
     """Zero the weights of dead units in the model and in the masks; how many units' constants moved into biases."""
     before = {name: model.module.get_parameter(name) != 0 for name in alive}
-    folded = settle(model, analysis).folded
+    folded = settle(model, analysis, readers).folded
     for name, mask in alive.items():
         mask.logical_and_(~before[name] | (model.module.get_parameter(name) != 0))
     return folded
-
-
-def _without_dead(model: Model, analysis: Analysis) -> Model:
-    """The model without the units that nobody reads, if the surgery can cut them; what it computes does not change."""
-    settled = settle(model, analysis)
-    try:
-        return remove_units(model, settled.unread, analysis=analysis, prove=False) if settled.unread else model
-    except SurgeryError:
-        return model
