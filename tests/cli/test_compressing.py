@@ -62,6 +62,17 @@ def test_one_command_leaves_a_lighter_deployable_model(
     assert run([*COMPRESS, "--out", "light", "--resume"]) == 0
     assert (out / "run.json").read_bytes() == before
     capsys.readouterr()
+    (folder / "other.toml").write_text((folder / "recipe.toml").read_text().replace("epochs = 1", "epochs = 0"))
+    assert run([*COMPRESS[:-1], "other.toml", "--out", "light", "--resume"]) == 2
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "error: light holds a finished run of something else (recipe or budget, model, data, seed or training), which "
+        "would be lost.",
+        "hint: Give --out another folder, or --overwrite in place of --resume to replace it.",
+    ]
+    assert (out / "run.json").read_bytes() == before
+    assert load(out).parameters == light.parameters
+    assert run([*COMPRESS, "--out", "light", "--resume", "--overwrite"]) == 2
+    assert "both given" in capsys.readouterr().err
 
     assert run(["profile", "light", "--quick", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"]["parameters"] == light.parameters

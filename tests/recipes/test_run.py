@@ -197,6 +197,35 @@ def test_a_finished_run_is_not_repeated(model: Model, recipe: Recipe, bench: Ben
     assert calls == [1, 2]
 
 
+def test_resuming_does_not_replace_a_finished_run_of_another_recipe(
+    model: Model, recipe: Recipe, bench: Bench, tmp_path: Path, calls: list[int]
+):
+    run_recipe(model, recipe, bench, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    calls.clear()
+    other = Recipe(steps=recipe.steps[:1])
+    for given, seed in ((other, bench.seed), (recipe, bench.seed + 1)):
+        with pytest.raises(UsageError, match="finished run of something else") as refused:
+            run_recipe(model, given, dataclasses.replace(bench, seed=seed), tmp_path, resume=True)
+        assert "--overwrite" in refused.value.hint
+    assert calls == []
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    (tmp_path / "run.json").write_bytes(before["run.json"].replace(b"steps", b"stops"))
+    with pytest.raises(UsageError, match="finished run of something else"):
+        run_recipe(model, recipe, bench, tmp_path, resume=True)
+
+
+def test_what_is_left_of_another_unfinished_run_is_told(model: Model, recipe: Recipe, bench: Bench, tmp_path: Path):
+    with killed_at(type(recipe.steps[1])):
+        run_recipe(model, recipe, bench, tmp_path)
+    (kept,) = (tmp_path / "steps").iterdir()
+    lines: list[str] = []
+    run_recipe(model, recipe, dataclasses.replace(bench, seed=4), tmp_path, resume=True, tell=lines.append)
+    assert [line for line in lines if "another" in line] == [
+        f"{kept.name} in {tmp_path / 'steps'}: of another recipe, model, data, seed or training, so not gone on from"
+    ]
+
+
 def test_a_model_given_as_an_object_is_resumed_too(model: Model, recipe: Recipe, bench: Bench, tmp_path: Path):
     model = dataclasses.replace(model, lineage=())
     with killed_at(type(recipe.steps[1])):
@@ -207,7 +236,7 @@ def test_a_model_given_as_an_object_is_resumed_too(model: Model, recipe: Recipe,
 
 
 def test_a_resumed_run_notices_a_changed_teacher(model: Model, dummies: ModuleType, bench: Bench, tmp_path: Path):
-    """The step that it taught is done anew, those before it are not; killed or finished alike."""
+    """The step that it taught is done anew, those before it are not; what was finished is not replaced."""
     file, out = tmp_path / "teacher.py", tmp_path / "out"
     file.write_text(NET)
     taught = KnowledgeDistillation(teacher=f"{file}:net", epochs=1)
@@ -216,19 +245,21 @@ def test_a_resumed_run_notices_a_changed_teacher(model: Model, dummies: ModuleTy
     def told() -> list[str]:
         lines: list[str] = []
         run_recipe(model, recipe, bench, out, resume=True, tell=lines.append)
-        return [line for line in lines if "started" in line or "before" in line]
+        return [line for line in lines if "started" in line or "before" in line or "another" in line]
 
     with killed_at(dummies.TrainMore):
         run_recipe(model, recipe, bench, out)
     file.write_text(f"{NET}\n\nANOTHER = True\n")
     assert told() == [
         "shrink: finished before, not repeated",
+        f"02-knowledge_distillation in {out / 'steps'}: of another recipe, model, data, seed or training, so not gone on from",
         "knowledge_distillation: started",
         "train_more: started",
     ]
     assert told() == ["this run was finished before; nothing is repeated"]
     file.write_text(NET)
-    assert "knowledge_distillation: started" in told()
+    with pytest.raises(UsageError, match="finished run of something else"):
+        told()
 
 
 def test_the_contents_of_what_settings_name_are_told(tmp_path: Path):

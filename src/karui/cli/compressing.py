@@ -38,7 +38,7 @@ def compress(
     batch: budgeting.BATCH = 1,
     threads: budgeting.THREADS = 1,
     int8: budgeting.INT8 = True,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the same run where it was stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run in the folder.")] = False,
     json: options.JSON = False,
 ) -> None:
@@ -60,6 +60,12 @@ def compress(
         resume or overwrite or not (out / "run.json").is_file(),
         f"{out} holds a finished run, which would be lost.",
         "Give --out another folder, --overwrite to replace it, or --resume where it is the same run.",
+        UsageError,
+    )
+    require(
+        not (resume and overwrite),
+        "--resume and --overwrite are both given.",
+        "Give --resume to go on with the same run, --overwrite to replace it.",
         UsageError,
     )
     number = options.seed_of(seed, steps)

@@ -139,12 +139,33 @@ def mark_of(model: Model, bench: Bench, asked: Any) -> str:
 
 
 def finished(out: Path, mark: str, tell: Tell) -> dict[str, Any] | None:
-    """The record of a run of this mark that reached its end; None where there is none."""
-    done = read_record(out / RECORD)
-    if done is None or done.get("mark") != mark:
+    """The record of a run of this mark that reached its end; None where there is none.
+
+    Raises:
+        UsageError: a run of another mark reached its end there, or one whose record cannot be read.
+    """
+    if not (out / RECORD).is_file():
         return None
+    done = read_record(out / RECORD)
+    require(
+        done is not None and done.get("mark") == mark,
+        f"{out} holds a finished run of something else (recipe or budget, model, data, seed or training), which would "
+        "be lost.",
+        "Give --out another folder, or --overwrite in place of --resume to replace it.",
+        UsageError,
+    )
     tell("this run was finished before; nothing is repeated")
     return done
+
+
+def left_of_another(out: Path, mine: list[str]) -> str:
+    """For a run that goes on: what an unfinished one of something else has left, besides `mine`; "" for nothing."""
+    folders = sorted((out / STEPS).iterdir()) if (out / STEPS).is_dir() else []
+    others = [path.name for path in folders if path.name not in mine and (path / RECORD).is_file()]
+    if not others:
+        return ""
+    which = ", ".join(others)
+    return f"{which} in {out / STEPS}: of another recipe, model, data, seed or training, so not gone on from"
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ from karui.recipes.keeping import (
     contents_of,
     digest_of,
     finished,
+    left_of_another,
     mark_of,
     quiet,
     read_record,
@@ -96,6 +97,8 @@ class _Keeper:
     mark: str
     tell: Tell
     told: list[dict[str, Any]] = field(default_factory=list)
+    fitting: list[str] = field(default_factory=list)
+    strayed: bool = False
 
     def run(self, stage: _Stage, model: Model, bench: Bench) -> Model:
         """The stage's result: read where it is finished, worked out and kept where it is not."""
@@ -105,7 +108,11 @@ class _Keeper:
         if kept is not None and kept.get("mark") == self.mark:
             self.tell(f"{stage.technique}: finished before, not repeated")
             self.told.append(kept["told"])
+            self.fitting.append(stage.folder)
             return load(folder, base=model.module if not replayable(model) else None)
+        if not self.strayed and (others := left_of_another(self.out, self.fitting)):
+            self.tell(others)
+        self.strayed = True
         self.tell(f"{stage.technique}: started")
         started = time.perf_counter()
         result = stage.work(model)
@@ -153,12 +160,12 @@ def run_recipe(
         out: folder of the run; made if it is not there.
         asked: what to say in the record about where all this came from.
         resume: go on with a run of the same recipe, model and data in `out`; finished steps are not repeated, and the
-            result is the same.
+            result is the same. Without it, an earlier run in `out` is replaced.
         train_first: train the model before anything else; it then is the dense model.
         tell: is given a line at each stage.
 
     Raises:
-        UsageError: `out` holds something else than a run.
+        UsageError: `out` holds something else than a run, or, to be resumed, a finished run of something else.
         NeedError: a step cannot run; nothing has been done then.
     """
     out = Path(out)
