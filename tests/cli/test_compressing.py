@@ -16,13 +16,29 @@ import torch
 from safetensors.torch import save_file
 
 from karui.artifact import export_onnx, load
+from karui.cli import comparing
 from karui.cli.app import run
 from karui.data import Splits
+from karui.measuring import Ratio
 from karui.model import Model
 from karui.survey.papers import catalogue
 
 WITHOUT_TECHNIQUE = next((row.slug for row in catalogue() if row.technique is None), "")
 COMPRESS = ["compress", "net.py:net", "--data", "digits", "--recipe", "recipe.toml"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "told"),
+    [
+        (Ratio(quantity="time", value=0.5, low=0.4, high=0.8), ("2.00x slower", "1.25x to 2.50x")),
+        (Ratio(quantity="time", value=2.0, low=1.9, high=2.1), ("2.00x faster", "1.90x to 2.10x")),
+        (Ratio(quantity="time", value=1.0, low=0.9, high=1.1), ("none seen", "0.90x to 1.10x")),
+        (Ratio(quantity="macs", value=0.5, low=0.5, high=0.5), ("2.00x larger", "")),
+        (None, ("", "")),
+    ],
+)
+def test_the_interval_is_of_what_the_word_says(ratio: Ratio | None, told: tuple[str, str]):
+    assert comparing._gain(ratio) == told
 
 
 @pytest.mark.slow
@@ -64,11 +80,9 @@ def test_one_command_leaves_a_lighter_deployable_model(
     capsys.readouterr()
     (folder / "other.toml").write_text((folder / "recipe.toml").read_text().replace("epochs = 1", "epochs = 0"))
     assert run([*COMPRESS[:-1], "other.toml", "--out", "light", "--resume"]) == 2
-    assert capsys.readouterr().err.splitlines()[-2:] == [
-        "error: light holds a finished run of something else (recipe or budget, model, data, seed or training), which "
-        "would be lost.",
-        "hint: Give --out another folder, or --overwrite in place of --resume to replace it.",
-    ]
+    error, hint = capsys.readouterr().err.splitlines()[-2:]
+    assert error.startswith("error: light holds a finished run of something else (recipe or budget, model, data")
+    assert hint == "hint: Give --out another folder, or --overwrite in place of --resume to replace it."
     assert (out / "run.json").read_bytes() == before
     assert load(out).parameters == light.parameters
     assert run([*COMPRESS, "--out", "light", "--resume", "--overwrite"]) == 2

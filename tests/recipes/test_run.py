@@ -29,6 +29,8 @@ from karui.train import Training
 
 CLOCK = Clock(batches=(1,), threads=(1,), engines=(OnnxRuntime(),), rounds=5, seconds=0.5)
 
+OTHER = "of another recipe, model, data, seed or training, so not gone on from"
+
 
 @pytest.fixture
 def bench(digits: Splits) -> Bench:
@@ -221,9 +223,7 @@ def test_what_is_left_of_another_unfinished_run_is_told(model: Model, recipe: Re
     (kept,) = (tmp_path / "steps").iterdir()
     lines: list[str] = []
     run_recipe(model, recipe, dataclasses.replace(bench, seed=4), tmp_path, resume=True, tell=lines.append)
-    assert [line for line in lines if "another" in line] == [
-        f"{kept.name} in {tmp_path / 'steps'}: of another recipe, model, data, seed or training, so not gone on from"
-    ]
+    assert [line for line in lines if "another" in line] == [f"{kept.name} in {tmp_path / 'steps'}: {OTHER}"]
 
 
 def test_a_model_given_as_an_object_is_resumed_too(model: Model, recipe: Recipe, bench: Bench, tmp_path: Path):
@@ -252,7 +252,7 @@ def test_a_resumed_run_notices_a_changed_teacher(model: Model, dummies: ModuleTy
     file.write_text(f"{NET}\n\nANOTHER = True\n")
     assert told() == [
         "shrink: finished before, not repeated",
-        f"02-knowledge_distillation in {out / 'steps'}: of another recipe, model, data, seed or training, so not gone on from",
+        f"02-knowledge_distillation in {out / 'steps'}: {OTHER}",
         "knowledge_distillation: started",
         "train_more: started",
     ]

@@ -56,11 +56,10 @@ def _gain(ratio: Ratio | None) -> tuple[str, str]:
     """The gain in words, and its interval where it was not counted but measured."""
     if ratio is None:
         return "", ""
-    word, _, _ = ratio.verdict.partition(" (")
     if ratio.low == ratio.high:
-        return word, ""
-    low, high = (1 / ratio.high, 1 / ratio.low) if ratio.high < 1 else (ratio.low, ratio.high)
-    return word.replace("no measurable difference", "none seen"), f"{low:.2f}x to {high:.2f}x"
+        return ratio.word, ""
+    low, high = ratio.interval
+    return ratio.word.replace("no measurable difference", "none seen"), f"{low:.2f}x to {high:.2f}x"
 
 
 def _change(change: Change | None) -> tuple[str, str]:

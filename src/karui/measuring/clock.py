@@ -81,19 +81,35 @@ class Ratio:
     batch: int = 0
 
     @property
-    def verdict(self) -> str:
-        """The ratio in words, with its interval; a slower model is called slower."""
+    def word(self) -> str:
+        """The ratio in words; a slower model is called slower.
+
+        Example:
+            >>> Ratio(quantity="time", value=0.5, low=0.4, high=0.8).word
+            '2.00x slower'
+        """
         gain, loss = ("faster", "slower") if self.quantity == "time" else ("smaller", "larger")
-        if self.low == self.high:
-            if self.value == 1:
-                return "equal"
-            return f"{self.value:.2f}x {gain}" if self.value > 1 else f"{_inverse(self.value):.2f}x {loss}"
-        if not self.low > 1 and not self.high < 1:
-            return f"no measurable difference (95 % interval {self.low:.2f} to {self.high:.2f})"
-        if self.value > 1:
-            return f"{self.value:.2f}x {gain} (95 % interval {self.low:.2f} to {self.high:.2f})"
-        low, high = _inverse(self.high), _inverse(self.low)
-        return f"{_inverse(self.value):.2f}x {loss} (95 % interval {low:.2f} to {high:.2f})"
+        if self.low == self.high == self.value == 1:
+            return "equal"
+        if self.low != self.high and not self.low > 1 and not self.high < 1:
+            return "no measurable difference"
+        return f"{self.value:.2f}x {gain}" if self.value > 1 else f"{_inverse(self.value):.2f}x {loss}"
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of what `word` says: of how many times slower it is, for a slower model.
+
+        Example:
+            >>> Ratio(quantity="time", value=0.5, low=0.4, high=0.8).interval
+            (1.25, 2.5)
+        """
+        return (_inverse(self.high), _inverse(self.low)) if self.high < 1 else (self.low, self.high)
+
+    @property
+    def verdict(self) -> str:
+        """The ratio in words, with its interval."""
+        low, high = self.interval
+        return self.word if self.low == self.high else f"{self.word} (95 % interval {low:.2f} to {high:.2f})"
 
     def __str__(self) -> str:
         where = f" ({self.engine}, batch {self.batch}, {_threads(self.threads)})" if self.engine else ""

@@ -98,7 +98,7 @@ def _time(ratio: Ratio) -> str:
     where = f"In {_name(ratio.engine)}, {batch}, one thread"
     if ratio.low <= 1 <= ratio.high:
         return f"{where}: no measurable difference in time ({ratio.low:.2f}x to {ratio.high:.2f}x)."
-    low, high = (ratio.low, ratio.high) if ratio.value > 1 else (1 / ratio.high, 1 / ratio.low)
+    low, high = ratio.interval
     word = "faster" if ratio.value > 1 else "SLOWER"
     return f"{where}: {_factor(ratio):.2f}x {word} (between {low:.2f}x and {high:.2f}x)."
 

@@ -144,9 +144,8 @@ def times(both: Comparison) -> list[Row]:
         where = (ratio.engine, ratio.batch, ratio.threads)
         dense, light = both.dense.time(*where), both.light.time(*where)
         if dense is not None and light is not None:
-            change = ratio.verdict.partition(" (")[0]
-            interval = f"{ratio.low:.2f}x to {ratio.high:.2f}x"
-            rows.append(Row(where, str(dense), str(light), change, tone(ratio), interval))
+            low, high = ratio.interval
+            rows.append(Row(where, str(dense), str(light), ratio.word, tone(ratio), f"{low:.2f}x to {high:.2f}x"))
     return rows
 
 
