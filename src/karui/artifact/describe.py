@@ -14,8 +14,9 @@ from torch import Tensor
 
 from karui.artifact.pack import dtype_of
 from karui.errors import ArtifactError
-from karui.model import Classification, CustomTask, Detection, Regression, Task
+from karui.model import Classification, CustomTask, Detection, Origin, Regression, Task
 from karui.model.importing import file_of, importable, load_callable
+from karui.model.trust import require_apart
 
 PREFIX = "karui/example/"
 SMALL = 4096
@@ -76,7 +77,8 @@ def _imported(path: str) -> Callable[..., Any]:
     if where.endswith(".py"):
         return load_callable(path, ArtifactError)
     remedy = "Make the module importable, or the task will have to be given again after loading."
-    if where.partition(".")[0] in sys.stdlib_module_names or not name.isidentifier():
+    odd = not name.isidentifier() or any(part.startswith("__") for part in where.split("."))
+    if odd or where.partition(".")[0] in sys.stdlib_module_names:
         raise ArtifactError(f"The saved task names '{path}', which is no function of a task.", _DAMAGED)
     try:
         with importable(Path.cwd()):
@@ -86,6 +88,26 @@ def _imported(path: str) -> Callable[..., Any]:
     if not callable(function):
         raise ArtifactError(f"The saved task's '{path}' is no function.", remedy)
     return function
+
+
+def refuse_enclosed(steps: tuple[Any, ...], task: Any, folder: Path, *, built: bool) -> None:
+    """Refuse a factory, or functions of a task, that lie in the model's own folder: they may have come with it.
+
+    Args:
+        steps: the lineage.
+        task: the task as JSON values.
+        folder: where the model is saved.
+        built: whether the factory is to be called, as no network is given.
+
+    Raises:
+        ArtifactError: one lies there.
+    """
+    first = steps[0] if steps else None
+    if built and isinstance(first, Origin):
+        require_apart(first.factory, folder, first.settings, first.sha256)
+    if isinstance(task, Mapping) and task.get("kind") == "custom":
+        for name in ("loss", "scores"):
+            require_apart(str(task.get(name)), folder, {})
 
 
 def example_to_json(example: tuple[Any, ...]) -> tuple[Any, dict[str, Tensor]]:

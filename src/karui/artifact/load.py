@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from karui.artifact import files
-from karui.artifact.describe import example_from_json, task_from_json
+from karui.artifact.describe import example_from_json, refuse_enclosed, task_from_json
 from karui.artifact.pack import Stored, unpack
 from karui.artifact.save import FORMAT, named_tensors, probe_of
 from karui.errors import ArtifactError, KaruiError, require
@@ -40,6 +40,7 @@ def load(folder: Path | str, *, base: Model | nn.Module | None = None) -> Model:
     with _named(where):
         example = example_from_json(told["example"], flat)
         steps = tuple(edit_from_json(step) for step in told["lineage"])
+        refuse_enclosed(steps, told["task"], folder, built=base is None)
         module, built_task = _original(steps, base, folder)
         for step in steps[1:] if steps and isinstance(steps[0], Origin) else steps:
             changed = step.replay(module, example)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import karui
 from karui.artifact import files
-from karui.artifact.describe import example_from_json, example_to_json, task_to_json
+from karui.artifact.describe import example_from_json, example_to_json, refuse_enclosed, task_to_json
 from karui.artifact.export import Verification, checked_onnx, rounding
 from karui.artifact.pack import Stored, pack
 from karui.deployment import Deployment
@@ -117,6 +117,10 @@ def save(
     example, beside = example_to_json(model.example)
     task, warning = task_to_json(model.task)
     warnings = [warning] if warning else []
+    try:
+        refuse_enclosed(model.lineage, task, folder, built=True)
+    except ArtifactError as error:
+        warnings.append(f"This folder loads with a base only. {error}")
     probe = _probe(model, example_from_json(example, beside))  # copies the model, so before its files are in memory
     weights = _safetensors(stored, beside)
     contents = {files.TENSORS: weights}

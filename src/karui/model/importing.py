@@ -89,8 +89,8 @@ def find_factory(spec: str, sha256: str, error: type[KaruiError]) -> Callable[..
         UsageError: (or `error`) it cannot be imported or is not there.
     """
     where, _, name = spec.rpartition(":")
-    if where in _ZOOS:
-        return _ZOOS[where](_import(where, error), name, error)
+    if where in ZOOS:
+        return ZOOS[where](_import(where, error), name, error)
     module, name = _module(spec, sha256, error)
     factory = getattr(module, name, None)
     if callable(factory):
@@ -102,7 +102,8 @@ def find_factory(spec: str, sha256: str, error: type[KaruiError]) -> Callable[..
 def _module(spec: str, sha256: str, error: type[KaruiError]) -> tuple[ModuleType, str]:
     """The imported module of `module:name` or `/absolute/file.py:name`, and the name."""
     where, _, name = spec.rpartition(":")
-    require(name.isidentifier(), f"'{spec}' does not name a factory.", FORMS, error)
+    plain = name.isidentifier() and not any(part.startswith("__") for part in where.split("."))
+    require(plain, f"'{spec}' does not name a factory.", FORMS, error)
     if where.endswith(".py"):
         return _import_file(Path(where), sha256, error), name
     allowed = where == "torch.nn" or where.partition(".")[0] not in _NOT_FACTORIES
@@ -133,7 +134,7 @@ def _missing(what: str, wanted: str, failure: ModuleNotFoundError, error: type[K
     return error(f"{what} needs '{failure.name}', which is not installed.", f"pip install {lacking}")
 
 
-def _moved(path: Path, sha256: str) -> Path:
+def moved(path: Path, sha256: str) -> Path:
     """Where a file lies under the working directory, if it is the same one: a project may be moved or cloned."""
     for start in range(1, len(path.parts)):
         here = Path.cwd().joinpath(*path.parts[start:])
@@ -144,7 +145,7 @@ def _moved(path: Path, sha256: str) -> Path:
 
 def _import_file(path: Path, sha256: str, error: type[KaruiError]) -> ModuleType:
     """The file as a module under a private name that depends on its path alone, so that its classes keep theirs."""
-    path = path if path.is_file() else _moved(path, sha256)
+    path = path if path.is_file() else moved(path, sha256)
     if not path.is_file():
         raise error(
             f"The model or its task needs {path}, which is not there any more.",
@@ -178,7 +179,7 @@ def _timm(timm: ModuleType, name: str, error: type[KaruiError]) -> Callable[...,
     _known(f"timm:{name}", name, timm.list_models(), error)
 
     def create(**settings: Any) -> nn.Module:
-        return timm.create_model(name, **{**settings, "pretrained": False})
+        return timm.create_model(name, **{**settings, "pretrained": False, "checkpoint_path": ""})
 
     return create
 
@@ -196,7 +197,7 @@ def _torchvision(torchvision: ModuleType, name: str, error: type[KaruiError]) ->
     return create
 
 
-_ZOOS: dict[str, Callable[[ModuleType, str, type[KaruiError]], Callable[..., Any]]] = {
+ZOOS: dict[str, Callable[[ModuleType, str, type[KaruiError]], Callable[..., Any]]] = {
     "timm": _timm,
     "torchvision": _torchvision,
 }

@@ -17,6 +17,7 @@ from torch import nn
 from karui.errors import ArtifactError, KaruiError, UsageError, require
 from karui.model.edits import edit
 from karui.model.importing import FORMS, SEE, digest, find_factory, importable, told_of
+from karui.model.trust import installed, require_factory
 from karui.model.value import Model
 
 
@@ -54,10 +55,10 @@ class Origin:
         """What the factory gives: a module, or a model with its example inputs and task.
 
         Raises:
-            UsageError: (or `error`) the factory cannot be found, fails, or gives something else.
+            UsageError: (or `error`) the factory cannot be found, does not show that it builds networks, fails, or gives
+                something else.
         """
-        factory = find_factory(self.factory, self.sha256, error)
-        _check_call(self.factory, factory, self.settings, error)
+        factory = _found(self.factory, self.settings, self.sha256, error)
         with importable(_folder(self.factory)):
             try:
                 built = factory(**self.settings)
@@ -88,8 +89,8 @@ def resolve(spec: str, settings: dict[str, Any] | None = None) -> Origin:
         settings: keyword arguments of the factory.
 
     Raises:
-        UsageError: the spec has another form, what it names cannot be imported or is not there, or the settings do
-            not fit.
+        UsageError: the spec has another form, what it names cannot be imported, is not there, or does not show that it
+            builds networks; or the settings do not fit.
 
     Example:
         >>> resolve("torch.nn:Linear", {"in_features": 4, "out_features": 2}).describe()
@@ -107,8 +108,19 @@ def resolve(spec: str, settings: dict[str, Any] | None = None) -> Origin:
         json.dumps(settings)
     except TypeError as error:
         raise UsageError(f"The settings of '{spec}' cannot be saved as JSON: {error}.") from error
-    _check_call(spec, find_factory(spec, sha256, UsageError), settings, UsageError)
+    _found(spec, settings, sha256, UsageError)
     return Origin(spec, settings, sha256)
+
+
+def _found(spec: str, settings: dict[str, Any], sha256: str, error: type[KaruiError]) -> Callable[..., Any]:
+    """The factory, which builds networks by all that can be seen, and takes these settings."""
+    where = spec.rpartition(":")[0]
+    own = not where.endswith(".py") or not installed(Path(where))
+    require(own, f"{where} belongs to an installed package.", "Give package.module:factory.", error)
+    factory = find_factory(spec, sha256, error)
+    require_factory(spec, factory, settings, error)
+    _check_call(spec, factory, settings, error)
+    return factory
 
 
 def _check_call(spec: str, factory: Callable[..., Any], settings: dict[str, Any], error: type[KaruiError]) -> None:
