@@ -10,9 +10,12 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,6 +28,7 @@ from karui.measuring import count
 from karui.model import Classification, Model, resolve
 from karui.recipes import Recipe, read_recipe, recipe_from_values
 from karui.technique import Bench, Technique
+from karui.technique.kinds import hints_of
 from karui.train import Adam, Constant, Training
 
 ENTRIES = techniques()
@@ -230,6 +234,33 @@ def test_wrong_settings_are_told_kindly(entry: Entry) -> None:
             with pytest.raises(SettingError) as caught:
                 quick(entry, **{field.name: -1 if kind.startswith("int") else float("nan")})
             assert field.name in caught.value.message, f"the error must name the setting: {caught.value.message}"
+
+
+@every
+def test_settings_of_a_wrong_kind_are_told_by_name(entry: Entry) -> None:
+    cls = entry.load()
+    hints = hints_of(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        kinds = {get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))}
+        wrong: list[Any] = []
+        if kinds & {int, float}:
+            wrong += ["x", float("nan"), float("inf"), [1], {}, torch.zeros(2)]
+            wrong += [None] if type(None) not in kinds else []
+            wrong += [1.5, 1e9] if float not in kinds else []
+        elif kinds & {bool, Literal}:
+            wrong += ["x", float("nan"), 7, [1]]
+        elif kinds <= {tuple, Mapping}:
+            wrong += ["fc1", 3, 1.5]
+        for value in wrong:
+            with pytest.raises(SettingError, match=field.name) as caught:
+                quick(entry, **{field.name: value})
+            assert "\n" not in str(caught.value)
+    for field in dataclasses.fields(cls):
+        if hints[field.name] in (int, float) and field.name in entry.card.get("quick", {}):
+            given = entry.card["quick"][field.name]
+            for scalar in (np.asarray(given)[()], torch.tensor(given)):
+                assert getattr(quick(entry, **{field.name: scalar}), field.name) == pytest.approx(given)
 
 
 @every

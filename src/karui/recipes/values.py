@@ -13,10 +13,10 @@ import importlib
 import pathlib
 import sys
 import types
-import typing
 from typing import Any, Literal, Union, get_args, get_origin
 
 from karui.errors import SettingError, did_you_mean, require
+from karui.technique.kinds import hints_of
 
 KIND, TECHNIQUE = "kind", "technique"
 NONE = {"none": True}
@@ -263,14 +263,6 @@ def _misfit(value: Any, hint: Any, where: str) -> SettingError:
 
 def _fields(cls: type) -> list[dataclasses.Field[Any]]:
     return [field for field in dataclasses.fields(cls) if field.init]
-
-
-def hints_of(cls: type) -> dict[str, Any]:
-    """The annotations of a settings class, also those that name what is imported for type checking only."""
-    names: dict[str, Any] = {**vars(typing), **vars(collections.abc), "Path": pathlib.Path}
-    for floor in ("karui.model", "karui.train", "karui.measuring", "karui.technique"):
-        names |= {name: value for name, value in vars(importlib.import_module(floor)).items() if name[0].isupper()}
-    return typing.get_type_hints(cls, globalns={**names, **vars(sys.modules[cls.__module__])})
 
 
 _READERS = (

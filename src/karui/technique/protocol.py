@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from karui.errors import NeedError, require
+from karui.technique.kinds import fitted, hints_of, require_finite
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -34,6 +35,9 @@ T = TypeVar("T", bound=type)
 def technique(card: Card) -> Callable[[T], T]:
     """Class decorator: put the card on a settings dataclass, and let `apply` refuse what lacks the card's needs.
 
+    Settings of another kind than their annotation are refused as they are given, before the class looks at them;
+    numbers that are not finite after it did, where its own message may say more.
+
     Raises:
         SettingError: the class is no frozen dataclass, or the card's identity names a setting that is not there.
     """
@@ -55,9 +59,25 @@ def technique(card: Card) -> Callable[[T], T]:
             return apply(self, model, bench)
 
         cls.apply = checked  # pyright: ignore[reportAttributeAccessIssue]
+        cls.__init__ = _of_their_kinds(cls)
         return cls
 
     return decorate
+
+
+def _of_their_kinds(cls: type) -> Callable[..., None]:
+    """The class's `__init__`, which refuses settings of a wrong kind."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *given: Any, **settings: Any) -> None:
+        hints = hints_of(cls)
+        fit = {name: fitted(value, hints[name], name) if name in hints else value for name, value in settings.items()}
+        init(self, *given, **fit)
+        for name, value in fit.items():
+            require_finite(value, hints[name], name)
+
+    return checked
 
 
 def card_of(step: Technique) -> Card | None:
