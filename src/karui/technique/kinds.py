@@ -58,9 +58,7 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
     elif kind in (tuple, collections.abc.Sequence):
         return _several(value, kind, inner, where)
     elif kind in (dict, Mapping):
-        require(isinstance(value, Mapping), f"{where} is {value!r}, a {type(value).__name__}; it takes a table.")
-        for key, item in value.items():
-            fitted(item, inner[1] if inner else Any, f"{where}[{key!r}]")
+        _table(value, inner[1] if inner else Any, where)
     return value
 
 
@@ -94,6 +92,12 @@ def _one_of(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
         except SettingError as error:
             refused = error
     raise refused
+
+
+def _table(value: Any, item: Any, where: str) -> None:
+    require(isinstance(value, Mapping), f"{where} is {value!r}, a {type(value).__name__}; it takes a table.")
+    for key, held in value.items():
+        fitted(held, item, f"{where}[{key!r}]")
 
 
 def _several(value: Any, kind: Any, inner: tuple[Any, ...], where: str) -> Any:
