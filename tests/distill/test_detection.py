@@ -191,6 +191,58 @@ def test_a_student_of_half_the_size_is_taught(micro: Any, digits: Splits):
     assert state(technique.apply(half, bench_of(data))).keys() == state(half).keys()
 
 
+@pytest.mark.parametrize("boxes", [True, False])
+@pytest.mark.parametrize("hard", [0.5, 0.2])
+def test_two_teachers_share_out_the_weight_of_the_labels(hard: float, boxes: bool, micro: Any, digits: Splits) -> None:
+    """As soft targets [30] fold: mu² of the labels' part, never a negative number, and the boxes' part once."""
+    x, y = micro.canvases(digits.train, 8, 0).tensors
+    student = micro.detector(4)
+    teachers = [micro.detector(6, seed=seed) for seed in (1, 2)]
+    outputs = tuple(part.detach().requires_grad_() for part in student.module.eval()(x))
+    labels, wanted = micro.TASK.matched(y)
+    bounded = 0.5 if boxes else 0.0
+    parts = [DetectionGuidance(guide=Guide(t), task=micro.TASK, hint=0.0, hard=hard, bounded=bounded) for t in teachers]
+    plain = micro.TASK.loss(outputs, y)
+    told = Together(*parts).objective(plain, Moment(student.module, (x,), y, outputs, plain=plain))
+    answers, weights = [t.module.eval()(x) for t in teachers], micro.TASK.weights(labels)
+    first, second = (weighted_soft_loss(outputs[0], said[0], 1.5, weights) for said in answers)
+    classes = hard * (hard * micro.TASK.class_loss(outputs[0], labels) + (1 - hard) * first) + (1 - hard) * second
+    bounds = [bounded_loss(outputs[1], said[1], wanted, 0.0, labels > 0) for said in answers]
+    both = micro.TASK.box_loss(outputs[1], wanted, labels) + bounded * (hard * bounds[0] + bounds[1])
+    for own, hand in zip(
+        torch.autograd.grad(told, outputs), torch.autograd.grad(classes + both, outputs), strict=True
+    ):
+        torch.testing.assert_close(own, hand, rtol=1e-4, atol=1e-7)
+
+
+def test_without_labels_what_others_have_added_is_kept(micro: Any, digits: Splits, small_cnn: Any) -> None:
+    x, y = micro.canvases(digits.train, 8, 0).tensors
+    student, teacher = micro.detector(4), micro.detector(6, seed=1)
+    outputs = student.module(x)
+    plain = micro.TASK.loss(outputs, y)
+    part = DetectionGuidance(guide=Guide(teacher), task=micro.TASK, hint=0.0, hard=0.0)
+    moment = Moment(student.module, (x,), y, outputs, plain=plain)
+    more = part.objective(plain + 10, moment) - part.objective(plain, moment)
+    labels, _ = micro.TASK.matched(y)
+    torch.testing.assert_close(more, 10 + micro.TASK.class_loss(outputs[0], labels), rtol=1e-4, atol=1e-4)
+    student, x = small_cnn(widths=(4, 4, 4)), torch.rand(4, 1, 8, 8)
+    outputs, plain = student.module(x), torch.tensor(1.0)
+    classes = DetectionGuidance(guide=Guide(small_cnn(seed=1)), task=None, hint=0.0, hard=0.0)
+    moment = Moment(student.module, (x,), torch.arange(4), outputs, plain=plain)
+    more = classes.objective(plain + 10, moment) - classes.objective(plain, moment)
+    assert more.item() == pytest.approx(11.0, rel=1e-4)
+
+
+def test_a_batch_without_labels_is_taught_by_the_teacher_alone(small_cnn: Any) -> None:
+    student, x = small_cnn(widths=(4, 4, 4)), torch.rand(4, 1, 8, 8)
+    outputs, silent = student.module(x), torch.full((4,), -100)
+    guidance = DetectionGuidance(guide=Guide(small_cnn(seed=1)), task=None, hint=0.0)
+    plain = Classification().loss(outputs, silent)
+    told = guidance.objective(plain, Moment(student.module, (x,), silent, outputs, plain=plain))
+    wanted = weighted_soft_loss(outputs, small_cnn(seed=1).module.eval()(x), 1.0)
+    torch.testing.assert_close(told, wanted)
+
+
 def test_where_there_are_no_boxes_classes_are_distilled(digits: Splits, small_cnn: Any):
     student, teacher = small_cnn(widths=(4, 4, 4)), small_cnn(seed=1)
     assert isinstance(student.task, Classification)

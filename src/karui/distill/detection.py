@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karui.distill._asking import require_classes
+from karui.distill._labels import is_alone, labelled
 from karui.distill._maps import last_of_each_size, sizes_of_outputs
 from karui.distill._pairs import packed, unpacked
 from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teacher_of, teachers_of
@@ -53,7 +54,7 @@ from karui.train.companion import Companion, companion_of
 from karui.train.fingerprint import fingerprint
 from karui.train.guide import Guide
 from karui.train.masks import MaskKeeper, zero_masks
-from karui.train.teaching import Teachers
+from karui.train.teaching import Teachers, is_unlabelled
 
 if TYPE_CHECKING:
     from karui.technique import Bench
@@ -171,7 +172,10 @@ def _padded(maps: Tensor, space: torch.Size) -> Tensor:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DetectionGuidance(Influence):
-    """Adds the three parts to the task's loss.
+    """Mixes the three parts into the task's loss.
+
+    Of what influences before this one in a `Together` have made of the loss, mu counts, as with `SoftTargets`, and all
+    of it at mu = 0: put a term that is to count in full after this one. The task's own boxes count in full anyway.
 
     Settings:
         guide: the teacher, showing `theirs`; None where nothing is to be shown.
@@ -219,23 +223,39 @@ class DetectionGuidance(Influence):
         answers, shown = self.ahead(moment.inputs) if moment.ahead is None else moment.ahead
         _same_boxes(moment.outputs, answers)
         if self.task is None:
-            loss = self.hard * loss + (1 - self.hard) * weighted_soft_loss(moment.outputs, answers, 1.0)
+            loss = self._mixed(loss, weighted_soft_loss(moment.outputs, answers, 1.0), moment)
         else:
-            loss = loss + self._of_boxes(self.task, moment, answers)
+            soft, boxes, bound = self._of_boxes(self.task, moment, answers)
+            loss = self._mixed(loss, soft, moment, boxes) + bound
         if self.hint > 0:
             adapted = companion_of(moment.module, self.adapted)(moment.taps[self.layer])
             loss = loss + self.hint * hint_distance(adapted, shown[self.theirs], self.resize)
         return loss
 
-    def _of_boxes(self, task: Detection, moment: Moment, answers: tuple[Tensor, Tensor]) -> Tensor:
-        """What comes to the task's loss: (1 - mu) (L_soft - L_hard) + lambda nu L_b."""
+    def _mixed(self, loss: Tensor, soft: Tensor, moment: Moment, boxes: Tensor | float = 0.0) -> Tensor:
+        """Mu loss + (1 - mu) (L_soft + lambda L_boxes): of the task's loss the classes' part alone is scaled.
+
+        Only so do two such terms share out one weight: that of L_hard is mu², not 1 - 2 (1 - mu), which may be
+        negative. At mu = 0 what others have made of the loss is kept.
+        """
+        if is_unlabelled(moment.targets):
+            return soft + labelled(loss, moment)
+        if self.hard == 0:
+            return soft + boxes if is_alone(loss, moment) else loss + soft
+        return self.hard * loss + (1 - self.hard) * (soft + boxes)
+
+    def _of_boxes(
+        self, task: Detection, moment: Moment, answers: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """L_soft, lambda times the smooth L1 distance, which is in the task's loss, and lambda nu L_b."""
         (logits, offsets), (probabilities, bar) = moment.outputs, answers
         labels, wanted = task.matched(moment.targets)
         soft = weighted_soft_loss(logits, probabilities, self.background, task.weights(labels))
-        more = (1 - self.hard) * (soft - task.class_loss(logits, labels))
-        if self.bounded > 0:
-            more = more + task.weight * self.bounded * bounded_loss(offsets, bar, wanted, self.margin, labels > 0)
-        return more
+        boxes = task.weight * task.box_loss(offsets, wanted, labels)
+        if self.bounded == 0:
+            return soft, boxes, 0.0
+        bound = bounded_loss(offsets, bar, wanted, self.margin, labels > 0)
+        return soft, boxes, task.weight * self.bounded * bound
 
 
 def _same_boxes(outputs: Any, answers: Any) -> None:
@@ -274,7 +294,9 @@ class DetectionDistillation:
             counts; None is the model at the start of the pipeline.
         layer: path of the student's layer for the hint; "" takes the last one that gives maps over space.
         teacher_layer: path of the teacher's; "" takes its last one.
-        hard: mu, the share of the true classes against the teacher's, in [0, 1].
+        hard: mu, the share of the true classes against the teacher's, in [0, 1]; what influences before this one in a
+            `Together` have added to the loss counts so much too. At 0 it counts in full, and with it what they have
+            left of the labels' part.
         background: weight of the background in the soft part.
         bounded: weight of the bounded distance of boxes; 0 leaves it out.
         margin: how much better than the teacher, in squared offsets, a box must be before it is let go.
