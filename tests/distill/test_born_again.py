@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,24 @@ from torch.utils.data import TensorDataset
 from karui.architectures.perceptron import perceptron
 from karui.artifact import load, save
 from karui.data import Splits, hold_out
-from karui.distill.born_again import BornAgain, confidence_weights, passes_of, permuted, weighted_cross_entropy
+from karui.distill.born_again import (
+    BornAgain,
+    Generation,
+    confidence_weights,
+    passes_of,
+    permuted,
+    weighted_cross_entropy,
+)
+from karui.distill.knowledge import KnowledgeDistillation
 from karui.errors import NeedError, SettingError, UsageError
 from karui.measuring import evaluate
 from karui.model import Classification, Model, Origin, Regression, averaged
-from karui.technique import Bench
-from karui.train import Adam, Constant, Training
+from karui.technique import Bench, lacking
+from karui.technique.redraw import redrawn
+from karui.train import SGD, Adam, Constant, Moment, Training
+from karui.train.randomness import seed_of
+from karui.train.teaching import Teachers
+from karui.train.transfer import with_unlabelled
 
 pytestmark = pytest.mark.paper(37)
 FACTORY = f"{__file__}:network"
@@ -100,18 +113,13 @@ def test_every_generation_tells_as_many_passes_as_the_first_network_had(digits: 
     generations = BornAgain(generations=2).study(first, bench)
     assert [passes_of(model) for model in (first, *generations)] == [3, 3, 3]
     (remark,) = BornAgain(generations=2, epochs=7).remarks(first)
-    assert "7 passes each, the given network had 3" in remark
+    assert "7 passes each, their first teacher had 3" in remark
     assert "passes" not in BornAgain(generations=2, epochs=3).remarks(first)[0]
     assert "passes" not in BornAgain(generations=2, epochs=7).remarks(mlp(12))[0], "nobody knows how many it had"
 
 
 def test_a_generation_is_distillation_at_temperature_one_from_the_one_before(digits: Splits) -> None:
     """The second generation, made by hand from the first one, frozen."""
-    from karui.distill.born_again import Generation
-    from karui.technique.redraw import redrawn
-    from karui.train.randomness import seed_of
-    from karui.train.teaching import Teachers
-
     start, bench = mlp(12), bench_of(digits)
     first, second = BornAgain(generations=2).study(start, bench)
     before = state(first)
@@ -127,6 +135,90 @@ def test_the_losses_differ(loss: str, labels: bool, digits: Splits) -> None:
     technique = BornAgain(loss=loss, labels=labels)  # pyright: ignore[reportArgumentType]
     made, plain = technique.apply(mlp(12), bench_of(digits)), BornAgain().apply(mlp(12), bench_of(digits))
     assert same(made, plain) == (loss == "kd" and labels)
+
+
+@pytest.mark.parametrize("settings", [{"labels": False}, {"loss": "cwtm"}, {"loss": "dkpp", "labels": False}, {}])
+def test_what_another_influence_adds_counts_under_every_loss(settings: dict[str, Any], digits: Splits) -> None:
+    """The term of `bench.under(...)` comes to the generation's own; without one, labels count as the loss says."""
+    bench, start = bench_of(digits), mlp(12)
+    other = KnowledgeDistillation(teacher=mlp(16, seed=4)).influence(start, bench)
+    plain, taught = (BornAgain(**settings).apply(start, one) for one in (bench, bench.under(other)))
+    assert not same(plain, taught)
+    part = Generation(teachers=Teachers((start,)), **settings)
+    x, y = torch.rand(5, 1, 8, 8), torch.arange(5)
+    outputs = mlp(12, seed=2).module(x)
+    loss = nn.functional.cross_entropy(outputs, y)
+    moment = Moment(start.module, (x,), y, outputs, plain=loss)
+    torch.manual_seed(0)
+    alone = part.objective(loss, moment)
+    torch.manual_seed(0)
+    added = part.objective(loss + 2, moment)
+    torch.testing.assert_close(added - alone, torch.tensor(2.0) + (0 if not settings else loss))
+
+
+@pytest.mark.parametrize("settings", [{}, {"labels": False}, {"loss": "cwtm"}, {"loss": "dkpp"}])
+def test_samples_without_labels_count_by_the_teacher_alone(settings: dict[str, Any], digits: Splits) -> None:
+    few, rest = (torch.utils.data.Subset(digits.train, range(*span)) for span in ((0, 20), (20, 400)))
+    bench = replace(bench_of(digits, 2, train=with_unlabelled(few, rest)), validation=digits.validation)
+    bench = replace(bench, training=replace(bench.training, batch_size=16))
+    made = BornAgain(**settings).apply(mlp(12), bench)
+    assert all(bool(value.isfinite().all()) for value in state(made).values())
+
+
+@pytest.mark.parametrize("loss", ["kd", "cwtm", "dkpp"])
+def test_the_first_teacher_may_be_of_another_architecture(loss: str, digits: Splits, tmp_path: Path) -> None:
+    """Students are the given network, with new values; the second generation is taught by the first."""
+    start, bench, file = mlp(12), bench_of(digits), tmp_path / "other.py"
+    technique = BornAgain(teacher=mlp(20, 16, seed=3), generations=2, loss=loss, epochs=1)  # pyright: ignore[reportArgumentType]
+    first, second = technique.study(start, bench)
+    assert {name: v.shape for name, v in state(second).items()} == {name: v.shape for name, v in state(start).items()}
+    by_given = replace(technique, teacher=None).study(start, bench)
+    assert not same(first, by_given[0])
+    alone = Generation(teachers=Teachers((first,)), loss=loss)  # pyright: ignore[reportArgumentType]
+    by_hand = bench.fit(redrawn(start, seed_of(0, "generation", 2)), epochs=1, influence=alone, label="generation 2")
+    assert same(by_hand, second)
+    assert same(replace(technique, teacher=start, generations=1).apply(start, bench), by_given[0])
+    file.write_text(
+        "import torch\nfrom karui.architectures.perceptron import perceptron\n\n\ndef net():\n"
+        "    torch.manual_seed(3)\n    return perceptron((64, 20, 16, 10))\n"
+    )
+    named = BornAgain(teacher=f"{file}:net", generations=1, loss=loss, epochs=1)  # pyright: ignore[reportArgumentType]
+    assert same(named.apply(start, bench), first)
+    assert "the teacher is" in named.remarks(start)[-1]
+
+
+def test_a_first_teacher_that_does_not_fit_is_told_before_any_training(digits: Splits) -> None:
+    start, bench = mlp(12), bench_of(digits)
+    lost = BornAgain(teacher="nowhere/teacher.onnx")
+    assert any("there is no file nowhere/teacher.onnx" in message for message, _ in lacking(lost, start, bench))
+    assert lacking(BornAgain(), start, bench) == []
+    seven = perceptron((64, 12, 7))
+    with pytest.raises(NeedError, match=r"\(1, 10\).*\(1, 7\)"):
+        BornAgain(teacher=seven).fits(start, bench)
+    with pytest.raises(NeedError, match="2 are given"):
+        BornAgain(teacher=(mlp(8), mlp(9))).fits(start, bench)  # pyright: ignore[reportArgumentType]
+
+
+def test_weights_by_confidence_are_those_of_all_processes(digits: Splits) -> None:
+    """Under ddp, each process with half of every batch, as in one: in double precision, where nothing is rounded."""
+    few = TensorDataset(*(part.double() if part.is_floating_point() else part for part in pile(digits, 128)))
+    torch.manual_seed(0)
+    start = Model(
+        perceptron((64, 12, 10)).double(), example=(few.tensors[0][:1],), task=Classification()
+    )
+    settings = {"epochs": 2, "accelerator": "cpu", "optimizer": SGD(lr=0.5), "schedule": Constant()}
+    one = Training(batch_size=32, **settings)
+    alone, both = (
+        BornAgain(loss="cwtm").apply(start, replace(bench_of(digits, train=few), training=training))
+        for training in (one, replace(one, batch_size=16, devices=2, strategy="ddp"))
+    )
+    for name, value in state(alone).items():
+        torch.testing.assert_close(state(both)[name], value, rtol=1e-10, atol=1e-12)
+
+
+def pile(digits: Splits, number: int) -> tuple[Tensor, Tensor]:
+    pairs = [digits.train[i] for i in range(number)]
+    return torch.stack([x for x, _ in pairs]), torch.tensor([int(y) for _, y in pairs])
 
 
 def test_no_generation_is_the_model_and_an_ensemble_of_one_is_that_one(digits: Splits) -> None:

@@ -13,11 +13,18 @@ points better than its teacher (80.7 to 82.2 %), the mean of three 1.7, and 1.1 
 that were trained alone; after 60 passes there is no gain beyond chance. The control "dkpp" is better than either there
 (87.1 %): what helps against wrong labels is that targets are soft, not which classes the teacher holds alike.
 
-Paper -> here: f_0 -> the given model, f_1, f_2, ... -> generations, BAN+L and BAN -> labels=True and False, CWTM and
+Students of another architecture than their first teacher's, as the paper's ResNets of a DenseNet, are the given network
+under `teacher`: it teaches the first generation, and each generation the next.
+
+Paper -> here: f_0 -> the given model or `teacher`, f_1, f_2, ... -> generations, BAN+L and BAN -> labels=True and False, CWTM and
 DKPP -> loss="cwtm" and "dkpp", BANE -> ensemble.
 
 DEPARTURE: the mean of the generations is that of their probabilities, given as its logarithm, so that it may stand
 where a classifier's logits are expected.
+
+DEPARTURE: beside the influence of another technique the losses that have no plain labels in them (labels=False, and
+"cwtm") are terms of their own, and what that one has made of the loss, labels included, is kept: the paper knows no
+other term, and whoever asks for two wants both.
 """
 
 from __future__ import annotations
@@ -26,12 +33,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, distributed
 from torch.nn import functional
 
-from karui.distill._asking import require_classes
-from karui.distill._teachers import keeping
+from karui.distill._asking import SAME_CLASSES, require_classes
+from karui.distill._labels import is_alone, labelled
+from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teachers_of
 from karui.errors import NeedError, require, told
 from karui.model import Model, Note
 from karui.model.averaging import averaged
@@ -51,15 +59,31 @@ Loss = Literal["kd", "cwtm", "dkpp"]
 LOSSES = ("kd", "cwtm", "dkpp")
 
 
-def confidence_weights(probabilities: Float[Tensor, "samples classes"]) -> Float[Tensor, "samples"]:
+def confidence_weights(
+    probabilities: Float[Tensor, "samples classes"], kept: Bool[Tensor, "samples"] | None = None
+) -> Float[Tensor, "samples"]:
     """CWTM's weight of each sample: the teacher's largest probability, over their sum in the batch (section 3.2).
+
+    Where processes train together the batch is that of all of them: as their gradients are averaged, weights of one
+    are then over the mean of their sums.
+
+    Args:
+        probabilities: the teacher's.
+        kept: samples that count; None is all.
 
     Example:
         >>> confidence_weights(torch.tensor([[0.75, 0.25], [0.25, 0.75]])).tolist()
         [0.5, 0.5]
     """
     largest = probabilities.max(1).values
-    return largest / largest.sum()
+    if kept is not None:
+        largest = largest * kept
+    total = largest.sum()
+    if distributed.is_available() and distributed.is_initialized():
+        total = total.detach().clone()
+        distributed.all_reduce(total)
+        total = total / distributed.get_world_size()
+    return largest / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def permuted(probabilities: Float[Tensor, "samples classes"]) -> Float[Tensor, "samples classes"]:
@@ -84,11 +108,8 @@ def weighted_cross_entropy(
     ignore: int = -100,
 ) -> Float[Tensor, ""]:
     """Cross-entropy against the labels, each sample by the teacher's confidence; those to ignore count for nothing."""
-    kept = targets != ignore
-    if not bool(kept.any()):
-        return logits.sum() * 0.0
-    terms = functional.cross_entropy(logits[kept], targets[kept], reduction="none")
-    return (confidence_weights(probabilities[kept]) * terms).sum()
+    terms = functional.cross_entropy(logits, targets, ignore_index=ignore, reduction="none")
+    return (confidence_weights(probabilities, targets != ignore) * terms).sum()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -98,7 +119,8 @@ class Generation(Influence):
     Settings:
         teachers: the generation before, alone.
         loss: "kd", "cwtm" or "dkpp".
-        labels: whether the labels' loss counts too ("cwtm" is a loss on labels anyway, and stands alone).
+        labels: whether the labels' loss counts too ("cwtm" is a loss on labels anyway, and stands alone). Where it does
+            not, and another influence has made something of the loss before, that is kept.
         ignore: the target that counts for nothing.
     """
 
@@ -129,10 +151,11 @@ class Generation(Influence):
         )
         logits, probabilities = _flat(outputs), _flat(answers).softmax(1)
         if self.loss == "cwtm":
-            return weighted_cross_entropy(logits, moment.targets.flatten(), probabilities, self.ignore)
-        taught = permuted(probabilities) if self.loss == "dkpp" else probabilities
-        soft = soft_cross_entropy(logits, taught, 1.0)
-        return loss + soft if self.labels else soft
+            own = weighted_cross_entropy(logits, moment.targets.flatten(), probabilities, self.ignore)
+        else:
+            own = soft_cross_entropy(logits, permuted(probabilities) if self.loss == "dkpp" else probabilities, 1.0)
+        plain = self.labels and self.loss != "cwtm"
+        return own + labelled(loss, moment) if plain or not is_alone(loss, moment) else own
 
 
 def passes_of(model: Model) -> int | None:
@@ -169,10 +192,12 @@ def _flat(logits: Float[Tensor, "batch classes *positions"]) -> Float[Tensor, "s
 )
 @dataclass(frozen=True, kw_only=True)
 class BornAgain:
-    """Train the same architecture anew, taught by the given network; and again, taught by the result.
+    """Train an architecture anew, taught by the given network or another one; and again, taught by the result.
 
     Settings:
-        generations: number of trainings; the first is taught by the given model. 0 returns the given model.
+        teacher: of the first generation, as [30] takes it: a karui Model, the folder of a saved one, a torch module,
+            "file.py:factory" and more, of any architecture; None is the given model.
+        generations: number of trainings. 0 returns the given model.
         labels: whether the labels' loss counts beside the teacher's (BAN+L in the paper); "cwtm" always uses labels.
         loss: "kd", cross-entropy with the teacher's probabilities; or one of the paper's two controls: "cwtm", labels
             weighted by the teacher's confidence, "dkpp", the teacher's probabilities with all but the largest shuffled.
@@ -184,7 +209,7 @@ class BornAgain:
 
     Raises:
         SettingError: a setting is out of range.
-        NeedError: the model does not give logits, as in a regression.
+        NeedError: the model does not give logits, as in a regression, or the teacher does not know the same classes.
         UsageError: initial values cannot be drawn.
 
     Relations: `KnowledgeDistillation` with temperature 1 is one generation for a student of any architecture.
@@ -194,6 +219,7 @@ class BornAgain:
         'kd'
     """
 
+    teacher: Teacher | None = None
     generations: int = 1
     labels: bool = True
     loss: Loss = "kd"
@@ -208,15 +234,31 @@ class BornAgain:
     def remarks(self, model: Model) -> tuple[str, ...]:
         """What `karui plan` tells of it."""
         size = f"the result is as large as {self.generations} of it" if self.ensemble else "the result is as large"
-        had = passes_of(model)
-        unfair = f"; {self.epochs} passes each, the given network had {had}" if had not in (None, self.epochs) else ""
-        return (f"{self.generations} trainings from new initial values; {size}{unfair if self.epochs else ''}",)
+        first = model if self.teacher is None else self.teacher
+        had = passes_of(first) if isinstance(first, Model) else None
+        unfair = f"; {self.epochs} passes each, their first teacher had {had}" if had not in (None, self.epochs) else ""
+        told_of = f"{self.generations} trainings from new initial values; {size}{unfair if self.epochs else ''}"
+        return (told_of, *(() if self.teacher is None else (remark(self.teacher),)))
+
+    def lacks(self, bench: Bench, *, first: bool) -> list[tuple[str, str]]:
+        """What is missing for a teacher that is named, before any work starts: (message, remedy) pairs."""
+        del first  # the given model can teach
+        return lacking_teachers(SLUG, self.teacher, bench, first=False)
 
     def fits(self, model: Model, bench: Bench) -> None:
-        """Refuse a model that tells no classes apart before anything is trained."""
-        del bench
+        """Refuse a model that tells no classes apart, or a teacher that does not fit, before anything is trained."""
         if self.generations:
             require_classes(SLUG, model, NUMBERS)
+            self._first(model, bench)
+
+    def _first(self, model: Model, bench: Bench) -> Model:
+        """The teacher of the first generation."""
+        if self.teacher is None or self.teacher is model:
+            return model
+        found = teachers_of(SLUG, self.teacher, model, bench, alike=SAME_CLASSES)
+        one = "Give one; of several, knowledge_distillation makes a first generation."
+        require(len(found) == 1, f"'{SLUG}' goes from one network to the next; {len(found)} are given.", one, NeedError)
+        return found[0]
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """The last generation, or the mean of all."""
@@ -229,12 +271,15 @@ class BornAgain:
         """Every generation, the first one first.
 
         Args:
-            model: f_0, the trained network that teaches the first generation.
+            model: of the architecture of all generations; f_0, the trained network that teaches the first of them,
+                unless there is another teacher.
             bench: with training data.
         """
-        self.fits(model, bench)
+        if not self.generations:
+            return ()
+        require_classes(SLUG, model, NUMBERS)
         made: list[Model] = []
-        teacher = model
+        teacher = self._first(model, bench)
         ignore = getattr(model.task, "ignore", None)
         for number in range(1, self.generations + 1):
             influence = Generation(
