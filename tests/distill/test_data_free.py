@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from karui.architectures.perceptron import perceptron
 from karui.artifact import save
+from karui.cli.app import run
 from karui.data import Splits
 from karui.distill._reconstruction import Descent, Rebuilt, block_loss, reconstruct
 from karui.distill._recording import record
@@ -21,9 +22,11 @@ from karui.distill._records import KINDS, Block, Kind, load_record
 from karui.distill.data_free import DataFree, distil
 from karui.errors import ArtifactError, NeedError, SettingError
 from karui.measuring import evaluate
-from karui.model import Classification, Model, Origin
+from karui.measuring.values import bytes_text
+from karui.model import Classification, Model, Note, Origin
 from karui.technique import Bench, lacking
 from karui.train import Adam, Constant, Training
+from karui.train.loop import REMARK
 
 pytestmark = pytest.mark.paper(41)
 FACTORY = f"{__file__}:network"
@@ -199,7 +202,7 @@ def test_with_a_record_no_data_are_touched(digits: Splits, teacher: Model, tmp_p
     owner = DataFree(record=str(file), kind="top", epochs=0)
     assert owner.needs() == ("labels", "training", "teacher")
     unchanged = owner.apply(teacher, replace(bench_of(digits), dense=teacher))  # as the first step of a recipe
-    assert unchanged is teacher
+    assert unchanged.module is teacher.module
     assert file.is_file()
     save(teacher, tmp_path / "teacher", onnx=False)
     user = DataFree(teacher=str(tmp_path / "teacher"), record=file, samples=5, iterations=20, epochs=1)
@@ -211,10 +214,61 @@ def test_with_a_record_no_data_are_touched(digits: Splits, teacher: Model, tmp_p
     )
     for a, b in zip(none.module.parameters(), sealed.module.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert "no sample is in it" in none.lineage[-1].describe()
+    for told in (unchanged.lineage[-1], none.lineage[-1]):
+        assert isinstance(told, Note)
+        assert REMARK in told.settings, "the command line tells it"
+        for words in ("no sample is in it", "protects no privacy", f"beside {bytes_text(len(digits.train) * 64 * 4)}"):
+            assert words in told.describe()
+    size = file.stat().st_size
+    assert f"written to {file}, {bytes_text(size)}" in unchanged.lineage[-1].describe()
+    assert unchanged.lineage[-1].settings["bytes"] == size  # pyright: ignore[reportAttributeAccessIssue]
     assert lacking(replace(user, record=tmp_path / "lost"), mlp(8), Bench())
     fresh = replace(user, record=None, kind="all", teacher=teacher)
     fresh.apply(mlp(8), bench_of(digits))
+
+
+@pytest.mark.slow
+def test_the_command_line_tells_size_and_privacy_to_owner_and_user(
+    digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(
+        "from karui.architectures.perceptron import perceptron\n\n\ndef net():\n    return perceptron((64, 8, 10))\n"
+    )
+    clock = (
+        "[clock]\nbatches = [1]\nthreads = [1]\nrounds = 5\nseconds = 0.2\nengines = [{ kind = 'OnnxRuntime' }]\n\n"
+    )
+    step = "[[step]]\ntechnique = 'data_free_distillation'\nrecord = 'rec.safetensors'\nkind = 'top'\n"
+    (tmp_path / "owner.toml").write_text(f"{clock}{step}epochs = 0\n")
+    few = "samples = 5\niterations = 5\nepochs = 1\nteacher = 'owned'\n"
+    (tmp_path / "user.toml").write_text(f"{clock}{step}{few}")
+    assert run(["compress", "net.py:net", "--data", "digits", "--recipe", "owner.toml", "--out", "owned"]) == 0
+    owner = capsys.readouterr().err
+    assert run(["compress", "net.py:net", "--data", "digits", "--recipe", "user.toml", "--out", "used"]) == 0
+    user = capsys.readouterr().err
+    assert "data_free_distillation: written to rec.safetensors" in owner
+    assert "data_free_distillation: taught on 50 inputs rebuilt from an activation record 'top'" in user
+    for told in (owner, user):
+        assert "kB of 1,0" in told
+        assert "no sample is in it" in told
+        assert "protects no privacy by itself" in told
+
+
+def test_inputs_that_cannot_be_rebuilt_are_refused_by_name(digits: Splits, tmp_path: Path) -> None:
+    """Tokens and several inputs: before any training, for the owner of the data and for the user of a record."""
+    words = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    tokens = Model(words, example=(torch.zeros(2, 3, dtype=torch.long),), task=Classification())
+    data = TensorDataset(torch.randint(9, (40, 3)), torch.randint(3, (40,)))
+    bench = Bench(train=data, training=Training(epochs=1))
+    for step in (DataFree(teacher=tokens.copy(), epochs=1), DataFree(record=tmp_path / "record", epochs=0)):
+        with pytest.raises(NeedError, match="rebuilds one input by its gradient, and the model takes .*whole numbers"):
+            step.fits(tokens, bench)
+        with pytest.raises(NeedError, match="rebuilds one input"):
+            step.apply(tokens, bench)
+    two = Model(torch.nn.Bilinear(3, 3, 4), example=(torch.zeros(2, 3), torch.zeros(2, 3)), task=Classification())
+    with pytest.raises(NeedError, match=r"takes .*\(2, 3\).* and .*\(2, 3\)"):
+        DataFree(teacher=two.copy()).fits(two, bench)
+    DataFree(epochs=0).fits(tokens, bench)
 
 
 def test_what_does_not_fit_is_told(digits: Splits, teacher: Model) -> None:

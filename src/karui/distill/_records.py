@@ -7,6 +7,7 @@ says exactly what was recorded.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from karui.artifact.files import read as read_bytes
 from karui.artifact.files import write_file
 from karui.errors import ArtifactError, require
+from karui.measuring.values import bytes_text
 from karui.numerics.spectral import root, sketch
 
 Kind = Literal["top", "all", "all_dropout", "spectral_all", "spectral_pairs", "jl"]
@@ -109,12 +111,18 @@ class Record:
         drawn = self.kind == "jl"
         return kept + sum(0 if block.basis is None or drawn else block.basis.numel() for block in self.blocks)
 
+    @property
+    def input_bytes(self) -> int:
+        """What the inputs would take that it stands for, four bytes a number."""
+        return sum(self.counts) * math.prod(self.shape) * 4
+
     def describe(self) -> str:
-        """What it is, its size, and what it tells of the data, in a line."""
-        size, told = self.numbers * 4 / 1024, f"{len(self.counts)} classes of {min(self.counts)} samples or more"
+        """What it is, its size beside that of the data, and what it tells of them, in a line."""
+        samples, told = sum(self.counts), f"{len(self.counts)} classes of {min(self.counts):,} samples or more"
         return (
-            f"activation record '{self.kind}' of {len(self.layers)} layers, {size:,.0f} KiB: means and covariances of "
-            f"{told}; no sample is in it, but means of few samples tell of each"
+            f"activation record '{self.kind}' of {len(self.layers)} layers, {bytes_text(self.numbers * 4)} beside "
+            f"{bytes_text(self.input_bytes)} of {samples:,} inputs: means and covariances of {told}; no sample is in "
+            "it, but means of few samples tell of each, so it protects no privacy by itself"
         )
 
     def save(self, path: Path) -> int:

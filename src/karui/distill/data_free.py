@@ -47,11 +47,13 @@ from karui.distill._reconstruction import Descent, Rebuilt, reconstruct
 from karui.distill._recording import record
 from karui.distill._records import KINDS, Kind, Record, load_record
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teacher_of
-from karui.errors import require
+from karui.errors import NeedError, require, told
+from karui.measuring.values import bytes_text
 from karui.model import Model, Note
 from karui.technique import Card, require_passes, technique
 from karui.technique.card import Need
 from karui.train import Influence, Together, Turn, fit
+from karui.train.loop import REMARK
 from karui.train.masks import MaskKeeper, zero_masks
 from karui.train.teaching import SoftTargets, Teachers
 
@@ -108,6 +110,7 @@ class DataFree:
         teacher: a karui Model or the folder of a saved one; None is the model at the start of the pipeline.
         record: a `Record`, or the path of its file. Where there is no file yet, it is made from the training data and
             written there: that is what the owner of the data does, with epochs=0. With a record no data are touched.
+            The lineage, and the command line, tell where it is, its size beside that of the data, and what it reveals.
         kind: of a record that is made: "top", "all", "all_dropout", "spectral_all", "spectral_pairs" or "jl".
         temperature: of the record that is made, and of the soft targets.
         share: share of the eigenvectors or random directions that a "spectral" or "jl" record keeps.
@@ -125,7 +128,7 @@ class DataFree:
     Raises:
         SettingError: a setting is out of range, or the record is of another teacher.
         ArtifactError: the file is no record.
-        NeedError: there is no teacher, or it does not know the same classes.
+        NeedError: there is no teacher, it does not know the same classes, or inputs are no one tensor of numbers.
 
     Relations: with data of any kind at hand use `KnowledgeDistillation` or `LogitRegression`.
 
@@ -165,8 +168,9 @@ class DataFree:
     def remarks(self, model: Model) -> tuple[str, ...]:
         """What `karui plan` tells of it."""
         del model
+        where = "" if self.record is None else f" and written to {self.record}"
         made = "with the record at hand no data are touched" if self._at_hand() else (
-            "there is no record yet: it is made from the training data"
+            f"there is no record yet: it is made from the training data{where}"
         )  # fmt: skip
         return (remark(self.teacher), made)
 
@@ -177,32 +181,49 @@ class DataFree:
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """The student, taught; or, with epochs=0, the given model, once its record is written."""
+        self._require_fit(model)
         if self.epochs == 0:
-            if self.record is not None and not self._at_hand():
-                dense = bench.dense is not None and bench.dense.module is not model.module
-                given = self.teacher is not None or dense
-                self._made(self._teacher(model, bench) if given else model, bench)
-            return model
+            return self._recorded(model, bench)
         teacher = self._teacher(model, bench)
-        held = self._read() if self._at_hand() else self._made(teacher, bench)
+        held, notes = (self._read(), ()) if self._at_hand() else self._made(teacher, bench)
         descent = Descent(steps=self.iterations, lr=self.rate, tidy=self.tidy)
         rebuilt = reconstruct(teacher, held, descent, samples=self.samples, seed=bench.seed, progress=bench.progress)
         taught = distil(model, teacher, rebuilt, bench, temperature=self.temperature, epochs=self.epochs)
-        facts = {"loss": [rebuilt.losses[0], rebuilt.losses[-1]], "samples": len(rebuilt.inputs)}
-        return taught.evolve(taught.module, Note(f"taught on inputs rebuilt from an {held.describe()}", facts))
+        facts = {"loss": [rebuilt.losses[0], rebuilt.losses[-1]], "samples": len(rebuilt.inputs), REMARK: "data-free"}
+        note = Note(f"taught on {len(rebuilt.inputs):,} inputs rebuilt from an {held.describe()}", facts)
+        return taught.evolve(taught.module, *notes, note)
+
+    def _recorded(self, model: Model, bench: Bench) -> Model:
+        """The given model, once its record, or that of its teacher, is written where there is none yet."""
+        if self.record is None or self._at_hand():
+            return model
+        dense = bench.dense is not None and bench.dense.module is not model.module
+        given = self.teacher is not None or dense
+        _, notes = self._made(self._teacher(model, bench) if given else model, bench)
+        return model.evolve(model.module, *notes)
 
     def fits(self, model: Model, bench: Bench) -> None:
         """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
-        self._require_classes(model)
+        self._require_fit(model)
         if self.teacher is not None:
             self._teacher(model, bench)
 
-    def _require_classes(self, model: Model) -> None:
+    def _require_fit(self, model: Model) -> None:
+        """Refuse a model that tells no classes apart, or whose inputs cannot be rebuilt."""
         if self.epochs:
             require_classes("data_free_distillation", model, NUMBERS)
+        if self.epochs or (self.record is not None and not self._at_hand()):
+            numbers = all(isinstance(x, Tensor) and x.is_floating_point() for x in model.example)
+            require(
+                len(model.example) == 1 and numbers,
+                f"'data_free_distillation' rebuilds one input by its gradient, and the model takes "
+                f"{' and '.join(map(told, model.example))}{'' if numbers else ' of whole numbers, such as tokens'}.",
+                "Take a model of one input of floating-point numbers.",
+                NeedError,
+            )
 
     def _teacher(self, model: Model, bench: Bench) -> Model:
-        self._require_classes(model)
+        self._require_fit(model)
         return teacher_of(
             "data_free_distillation",
             self.teacher,
@@ -218,11 +239,14 @@ class DataFree:
     def _read(self) -> Record:
         return self.record if isinstance(self.record, Record) else load_record(Path(self.record or ""))
 
-    def _made(self, teacher: Model, bench: Bench) -> Record:
+    def _made(self, teacher: Model, bench: Bench) -> tuple[Record, tuple[Note, ...]]:
+        """The teacher's record, written where a path is given, and what there is to tell of that."""
         made = record(
             teacher, bench.train, self.kind, temperature=self.temperature, share=self.share, heat=self.heat,
             diagonal=self.diagonal, seed=bench.seed, progress=bench.progress,
         )  # fmt: skip
-        if self.record is not None and not isinstance(self.record, Record):
-            made.save(Path(self.record))
-        return made
+        if self.record is None or isinstance(self.record, Record):
+            return made, ()
+        size = made.save(Path(self.record))
+        text = f"written to {self.record}, {bytes_text(size)} with its header: an {made.describe()}"
+        return made, (Note(text, {"record": str(self.record), "bytes": size, REMARK: "record"}),)
