@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from karui.architectures.cifar_resnet import resnet8
@@ -27,6 +29,7 @@ from karui.distill.logits import logit_loss
 from karui.distill.neurons import NeuronSelection, last_hidden, with_outputs
 from karui.errors import NeedError, SettingError, UsageError
 from karui.model import Classification, Model
+from karui.numerics.neurons import energy, likeness
 from karui.technique import Bench
 from karui.train import Adam, Constant, Training
 
@@ -71,6 +74,50 @@ def test_of_two_alike_one_is_kept_where_redundancy_counts() -> None:
     kept = set(chosen(wanted, unwanted, redundancy=50.0, width=0.02).tolist())
     assert kept
     assert not any(i in kept and i + 6 in kept for i in range(6))
+
+
+def energy_of(kept: Iterable[int], wanted: Tensor, unwanted: Tensor, redundancy: float, width: float) -> float:
+    y = torch.zeros(len(wanted), dtype=torch.float64)
+    y[list(kept)] = 1.0
+    alike = likeness(torch.cat([wanted, unwanted], 1).double(), width)
+    return float(energy(y, cost_of(wanted, unwanted).double(), alike, redundancy))
+
+
+@pytest.mark.parametrize("redundancy", [1.0, 50.0])
+@pytest.mark.parametrize("number", [3, 5, 6, 8])
+def test_of_a_given_number_twins_come_last(redundancy: float, number: int) -> None:
+    """Five good neurons, each twice, and three poor ones of their own: no pair of twins while another is left."""
+    torch.manual_seed(0)
+    base, poor = torch.rand(5, 3) / 4 + 0.75, torch.rand(3, 3) / 10 + 0.45
+    wanted, unwanted = torch.cat([base, base, poor]).double(), torch.full((13, 1), 0.55).double()
+    kept = chosen(wanted, unwanted, number, redundancy=redundancy, width=0.02).tolist()
+    assert len(kept) == number
+    assert not any(i in kept and i + 5 in kept for i in range(5))
+    told = energy_of(kept, wanted, unwanted, redundancy, 0.02)
+    least = min(
+        energy_of(one, wanted, unwanted, redundancy, 0.02) for one in itertools.combinations(range(13), number)
+    )
+    assert told == pytest.approx(least, rel=1e-9)
+
+
+def test_a_given_number_is_near_the_best_of_all_choices() -> None:
+    """Against brute force: ten neurons, every number of them, twenty draws of which a few neurons are alike."""
+    sets = torch.tensor(list(itertools.product([0.0, 1.0], repeat=10)), dtype=torch.float64)
+    shares = []  # of the way from the best choice of so many to the worst
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        wanted, unwanted = (0.5 + torch.rand(10, k, generator=draw, dtype=torch.float64) / 2 for k in (4, 2))
+        wanted[7:9], unwanted[7:9] = wanted[0], unwanted[0]
+        every = energy(sets, cost_of(wanted, unwanted), likeness(torch.cat([wanted, unwanted], 1), 0.3), 0.5)
+        for number in range(1, 10):
+            kept = chosen(wanted, unwanted, number, redundancy=0.5, width=0.3)
+            assert len(kept) == number
+            of_so_many = every[sets.sum(1) == number]
+            least, most = float(of_so_many.min()), float(of_so_many.max())
+            shares.append((energy_of(kept.tolist(), wanted, unwanted, 0.5, 0.3) - least) / (most - least))
+        assert len(chosen(wanted, unwanted, 99)) == 10
+    assert sum(share < 1e-9 for share in shares) / len(shares) > 0.95
+    assert max(shares) < 0.05
 
 
 def test_the_selection_does_not_depend_on_a_neurons_scale(digits: Splits, teacher: Model) -> None:

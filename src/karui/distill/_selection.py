@@ -13,7 +13,7 @@ from karui.data import Batches
 from karui.distill._nuisances import NUISANCES, Change, changed
 from karui.errors import NeedError, UsageError, require
 from karui.model import Model
-from karui.numerics.neurons import likeness, mean_field, one_neuron_auc
+from karui.numerics.neurons import likeness, mean_field, one_neuron_auc, resized
 from karui.train.guide import Guide
 from karui.train.randomness import seed_of
 from karui.train.statistics import flattened
@@ -102,16 +102,17 @@ def chosen(
     Args:
         wanted: descriptors.
         unwanted: descriptors.
-        number: how many; those with the largest probabilities, of equal ones the cheaper. None keeps those above 1/2.
+        number: how many: those above 1/2, and from there one by one by the energy that each adds, given the others.
+            None keeps those above 1/2.
         redundancy: lambda, the weight of pairs.
         width: s, the distance of descriptors at which two neurons are alike.
     """
     cost = cost_of(wanted, unwanted)
-    q = mean_field(cost, likeness(torch.cat([wanted, unwanted], 1), width), redundancy)
-    if number is None:
-        return (q > 0.5).nonzero().flatten()
-    order = sorted(range(len(q)), key=lambda i: (-round(float(q[i]), 6), float(cost[i])))
-    return torch.tensor(sorted(order[:number]))
+    alike = likeness(torch.cat([wanted, unwanted], 1), width)
+    kept = mean_field(cost, alike, redundancy) > 0.5
+    if number is not None:
+        kept = resized(kept, number, cost, alike, redundancy)
+    return kept.nonzero().flatten()
 
 
 def select_neurons(

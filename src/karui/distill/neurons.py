@@ -25,6 +25,10 @@ cost = (best area over nuisances) - (mean area over identities), likeness a Gaus
 DEPARTURE: mean field starts at a temperature of 1, where all choices are open, and cools; the paper's energy has one
 temperature, at which it would stop in the nearest minimum.
 
+DEPARTURE: a given number of neurons is reached from those that mean field keeps, one by one by the energy that each
+adds, and by exchanges that lower it, where the paper takes those of the largest q. Cooled, these are 0 or 1 for most
+neurons and do not tell them apart, and what the next one adds depends on which one came before.
+
 DEPARTURE: where no attributes are labelled, identities stand for the wanted ones and four changes of the picture
 (brightness, noise, shift, rotation) for the unwanted ones.
 
@@ -106,7 +110,7 @@ class NeuronSelection:
         teacher: a karui Model, the folder of a saved one, or several of these, whose neurons are put side by side; None
             is the model at the start of the pipeline.
         layer: path of the teacher's layer; "" takes the last linear layer before that of the logits.
-        number: neurons of each teacher; None keeps those that the energy says.
+        number: neurons of each teacher, by the energy of so many; None keeps those that the energy says.
         by: how they are selected: "energy"; or one of the controls, "random" (as many as number) and "all".
         redundancy: lambda, the weight of pairs of alike neurons in the energy.
         width: s, the distance of two descriptors at which neurons are alike.

@@ -120,3 +120,41 @@ def mean_field(
         if now <= temperature:
             return q
         now = max(temperature, now / 2)
+
+
+def resized(
+    kept: Bool[Tensor, "neurons"], number: int, cost: Float[Tensor, "neurons"],
+    alike: Float[Tensor, "neurons neurons"], weight: float,
+) -> Bool[Tensor, "neurons"]:  # fmt: skip
+    """A set of so many neurons near one of another size: of little energy for its size.
+
+    Neurons come or go one after another, each time the one that leaves the energy lowest given those kept then; at last
+    one is exchanged for another for as long as that lowers the energy.
+
+    Args:
+        kept: where it starts.
+        number: of neurons to keep; all where there are fewer.
+        cost: of each neuron.
+        alike: of each two.
+        weight: of a pair.
+
+    Example:
+        >>> twins = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        >>> resized(torch.tensor([True, False, False]), 2, torch.tensor([-1.0, -1.0, 0.1]), twins, 5.0).tolist()
+        [True, False, True]
+    """
+    y, cost, alike, number = kept.to(torch.float64), cost.double(), alike.double(), min(number, len(kept))
+    while (change := number - int(y.sum())) != 0:
+        marginal = cost + 2 * weight * (alike @ y)
+        place = marginal.masked_fill(y > 0, torch.inf).argmin() if change > 0 else (
+            marginal.masked_fill(y == 0, -torch.inf).argmax()
+        )  # fmt: skip
+        y[place] = 1 - y[place]
+    while 0 < number < len(y):
+        marginal, inside, outside = cost + 2 * weight * (alike @ y), y.nonzero()[:, 0], (y == 0).nonzero()[:, 0]
+        gain = marginal[inside][:, None] - marginal[outside] + 2 * weight * alike[inside][:, outside]
+        best = int(gain.argmax())
+        if float(gain.flatten()[best]) <= 1e-9 * (1 + float(marginal.abs().max())):
+            break
+        y[inside[best // len(outside)]], y[outside[best % len(outside)]] = 0.0, 1.0
+    return y > 0
