@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from karui.architectures import WideResNet
 from karui.data import Splits
-from karui.distill._maps import last_of_each_size, paired_layers
+from karui.distill._maps import fitting_maps, last_of_each_size, paired_layers
 from karui.distill.attention import (
     AttentionTransfer,
     attention_loss,
@@ -26,6 +27,7 @@ from karui.model import Classification, Model, taps
 from karui.technique import Bench, Then
 from karui.train import SGD, Adam, Constant, Moment, Together, Training
 from karui.train.guide import Guide, statistics_kept
+from karui.train.transfer import with_unlabelled
 
 pytestmark = pytest.mark.paper(34)
 
@@ -215,7 +217,7 @@ def test_mistakes_name_the_layer(digits: Splits) -> None:
     bench = bench_of(digits)
     with pytest.raises(UsageError, match="no layer 'stage9'"):
         AttentionTransfer(teacher=staged(8, 1), layers=("stage9",), teacher_layers=("0",)).apply(staged(4), bench)
-    with pytest.raises(SettingError, match=r"Layer '5' of the student gives a tensor of shape \(64, 10\)"):
+    with pytest.raises(SettingError, match=r"layer '5' of the student gives a tensor of shape \(batch, 10\)"):
         AttentionTransfer(teacher=staged(8, 1), layers=("5",)).apply(staged(4), bench)
     other = Model(nn.Sequential(*list(staged(8).module)[:-1], nn.Linear(16, 7)), example=(torch.zeros(1, 1, 8, 8),))
     with pytest.raises(NeedError, match="same classes"):
@@ -225,6 +227,85 @@ def test_mistakes_name_the_layer(digits: Splits) -> None:
         AttentionTransfer(by="symmetry").apply(replace(words, task=Classification()), bench)
     with pytest.raises(SettingError, match="soft targets go with activations"):
         AttentionTransfer(by="gradients", soft=0.5)
+
+
+def tokens(units: int) -> Model:
+    """Tokens, a transformer, classes."""
+    torch.manual_seed(units)
+    layer = nn.TransformerEncoderLayer(units, 2, 2 * units, batch_first=True)
+    layers = nn.Embedding(30, units), layer, nn.Flatten(), nn.Linear(7 * units, 10)
+    return Model(nn.Sequential(*layers), example=(torch.zeros(2, 7).long(),), task=Classification())
+
+
+def test_the_map_of_a_sequence_is_over_time() -> None:
+    """Units are summed up, so that networks of other widths pair without averaging; by hand and by the technique."""
+    student, teacher, x = tokens(8), tokens(16), torch.randint(30, (6, 7))
+    bench = Bench(train=TensorDataset(x, torch.arange(6)), training=Training(epochs=1, optimizer=SGD(lr=0.01)))
+    assert last_of_each_size(student) == ("1",)
+    step = AttentionTransfer(teacher=teacher, epochs=1, keep_zeros=False)
+    influence = step.influence(student, bench)
+    with taps(student.module.eval(), ("1",)) as seen, taps(teacher.module.eval(), ("1",)) as shown:
+        outputs = student.module(x)
+        teacher.module(x)
+    maps = [normalised(one["1"].square().sum(2)) for one in (seen, shown)]
+    assert maps[0].shape == (6, 7)
+    moment = Moment(student.module, (x,), torch.arange(6), outputs, taps=seen)
+    told = influence.objective(torch.tensor(0.0), moment)
+    torch.testing.assert_close(told, 1000 * (maps[0] - maps[1]).square().mean(), rtol=1e-4, atol=1e-5)
+    assert not same(step.apply(student, bench), student)
+
+
+def test_where_it_is_not_known_where_channels_are_it_is_said(digits: Splits) -> None:
+    """Maps of pixels as a sequence, by functions alone: the plan refuses them, and takes the user's word."""
+
+    class Functions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.head = nn.ReLU(), nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.act(x[:, 0] - 0.5).flatten(1))
+
+    student, teacher = (Model(Functions(), example=(torch.zeros(1, 1, 8, 8),), task=Classification()) for _ in range(2))
+    step = AttentionTransfer(teacher=teacher, layers=("act",), epochs=1)
+    with pytest.raises(SettingError, match=r"'act' of the student.*cannot be known"):
+        step.fits(student, bench_of(digits))
+    with pytest.raises(SettingError, match="no layer of the student gives maps"):
+        replace(step, layers=()).fits(student, bench_of(digits))
+    for channels in ("first", "last"):
+        replace(step, channels=channels).apply(student, bench_of(digits))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SettingError, match="channels is 'middle'; choose from auto, first, last"):
+        AttentionTransfer(channels="middle")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_layers_are_looked_at_in_the_plan(known: bool, digits: Splits) -> None:
+    """Paths and kinds of the student's, also where the teacher is the start of the pipeline and not known yet."""
+    teacher = staged(8, 1) if known else None
+    bench = bench_of(digits)
+    with pytest.raises(UsageError, match="no layer 'nope'"):
+        AttentionTransfer(teacher=teacher, layers=("nope",), teacher_layers=("0",)).fits(staged(4), bench)
+    with pytest.raises(SettingError, match=r"layer '5' of the student gives a tensor of shape \(batch, 10\)"):
+        AttentionTransfer(teacher=teacher, layers=("5",), teacher_layers=("0",)).fits(staged(4), bench)
+    AttentionTransfer(teacher=teacher, layers=("5.1",), teacher_layers=("0",)).fits(staged(4), bench)  # may come yet
+    AttentionTransfer(teacher=teacher).fits(staged(4), bench)
+    AttentionTransfer(teacher=teacher, layers=("nope",), teacher_layers=("0",), epochs=0, by="symmetry").fits(
+        staged(4), bench
+    )
+    with pytest.raises(UsageError, match="no layer 'nope'"):
+        AttentionTransfer(layers=("nope",), teacher_layers=("0",)).fits(staged(4), replace(bench, dense=staged(8)))
+    line = Model(nn.Sequential(nn.Conv1d(1, 4, 1), nn.Flatten(), nn.Linear(256, 10)), (torch.zeros(1, 1, 64),))
+    with pytest.raises(SettingError, match=r"'0' of the student gives .* \(4, 8, 8\), '0' of the teacher \(4, 64\)"):
+        fitting_maps("x", staged(4), line, (("0",), ("0",)), "auto")
+
+
+@pytest.mark.parametrize("settings", [{}, {"soft": 0.9}, {"by": "gradients"}, {"by": "symmetry"}])
+def test_batches_without_labels_are_taught_by_the_teacher_alone(settings: dict[str, Any], digits: Splits) -> None:
+    few, rest = (torch.utils.data.Subset(digits.train, range(*span)) for span in ((0, 20), (20, 400)))
+    bench = replace(bench_of(digits), train=with_unlabelled(few, rest))
+    bench = replace(bench, training=replace(bench.training, batch_size=10))
+    made = AttentionTransfer(teacher=staged(8, 1), epochs=1, **settings).apply(staged(4), bench)
+    assert all(bool(value.isfinite().all()) for value in made.module.state_dict().values())
 
 
 def test_zeros_of_a_pruned_student_stay(digits: Splits) -> None:

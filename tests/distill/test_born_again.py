@@ -203,9 +203,7 @@ def test_weights_by_confidence_are_those_of_all_processes(digits: Splits) -> Non
     """Under ddp, each process with half of every batch, as in one: in double precision, where nothing is rounded."""
     few = TensorDataset(*(part.double() if part.is_floating_point() else part for part in pile(digits, 128)))
     torch.manual_seed(0)
-    start = Model(
-        perceptron((64, 12, 10)).double(), example=(few.tensors[0][:1],), task=Classification()
-    )
+    start = Model(perceptron((64, 12, 10)).double(), example=(few.tensors[0][:1],), task=Classification())
     settings = {"epochs": 2, "accelerator": "cpu", "optimizer": SGD(lr=0.5), "schedule": Constant()}
     one = Training(batch_size=32, **settings)
     alone, both = (

@@ -235,9 +235,7 @@ def test_the_command_line_tells_size_and_privacy_to_owner_and_user(
     (tmp_path / "net.py").write_text(
         "from karui.architectures.perceptron import perceptron\n\n\ndef net():\n    return perceptron((64, 8, 10))\n"
     )
-    clock = (
-        "[clock]\nbatches = [1]\nthreads = [1]\nrounds = 5\nseconds = 0.2\nengines = [{ kind = 'OnnxRuntime' }]\n\n"
-    )
+    clock = "[clock]\nbatches = [1]\nthreads = [1]\nrounds = 5\nseconds = 0.2\nengines = [{ kind = 'OnnxRuntime' }]\n\n"
     step = "[[step]]\ntechnique = 'data_free_distillation'\nrecord = 'rec.safetensors'\nkind = 'top'\n"
     (tmp_path / "owner.toml").write_text(f"{clock}{step}epochs = 0\n")
     few = "samples = 5\niterations = 5\nepochs = 1\nteacher = 'owned'\n"

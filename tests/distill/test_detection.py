@@ -209,9 +209,7 @@ def test_two_teachers_share_out_the_weight_of_the_labels(hard: float, boxes: boo
     classes = hard * (hard * micro.TASK.class_loss(outputs[0], labels) + (1 - hard) * first) + (1 - hard) * second
     bounds = [bounded_loss(outputs[1], said[1], wanted, 0.0, labels > 0) for said in answers]
     both = micro.TASK.box_loss(outputs[1], wanted, labels) + bounded * (hard * bounds[0] + bounds[1])
-    for own, hand in zip(
-        torch.autograd.grad(told, outputs), torch.autograd.grad(classes + both, outputs), strict=True
-    ):
+    for own, hand in zip(torch.autograd.grad(told, outputs), torch.autograd.grad(classes + both, outputs), strict=True):
         torch.testing.assert_close(own, hand, rtol=1e-4, atol=1e-7)
 
 

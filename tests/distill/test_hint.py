@@ -13,12 +13,14 @@ from karui.data import Splits
 from karui.distill.hint import REGRESSOR, FadingTargets, FitNets, hint_loss, hint_pair, output_of, regressor
 from karui.errors import NeedError, SettingError
 from karui.measuring import evaluate
-from karui.model import Classification, Model, taps
+from karui.model import Classification, Model, Note, taps
 from karui.technique import Bench
 from karui.train import SGD, Adam, Constant, Moment, Together, Training
 from karui.train.guide import Guide
+from karui.train.loop import REMARK
 from karui.train.masks import MaskKeeper
 from karui.train.teaching import SoftTargets, Teachers
+from karui.train.transfer import with_unlabelled
 
 pytestmark = pytest.mark.paper(33)
 
@@ -190,6 +192,82 @@ def test_a_student_like_its_teacher_has_nothing_to_learn() -> None:
         assert float(hint_loss(identity(output_of(teacher.module.eval(), "2", (x,))), hint)) < 1e-9
 
 
+@pytest.mark.parametrize("act", [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.Softplus, nn.Identity])
+def test_the_regressor_ends_as_the_hint_layer_does(act: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[nn.Module] = []
+    monkeypatch.setattr("karui.distill.hint.regressor", lambda *given: made.append(regressor(*given)) or made[-1])
+    teacher = Model(nn.Sequential(nn.Linear(6, 16), act(), nn.Linear(16, 4)), example=(torch.zeros(2, 6),))
+    student = Model(
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), example=(torch.zeros(2, 6),), task=Classification()
+    )
+    data = torch.utils.data.TensorDataset(torch.randn(32, 6), torch.randint(4, (32,)))
+    bench = Bench(train=data, training=Training(epochs=1, batch_size=16, optimizer=SGD(lr=0.01)))
+    step = FitNets(teacher=teacher, layer="1", teacher_layer="1", hint_epochs=1, epochs=0)
+    for settings, wanted in (({}, act), ({"activation": "elu"}, nn.ELU), ({"activation": "none"}, nn.Identity)):
+        hinted = replace(step, **settings).apply(student, bench)
+        assert [type(part) for part in made[-1].children()][1:] == [wanted][: wanted is not nn.Identity]
+        assert not any("non-linearity" in edit.describe() for edit in hinted.lineage)
+
+
+def test_an_ending_that_is_not_known_is_told_and_taken_by_the_sign(digits: Splits) -> None:
+    teacher = net(8, 8, seed=1)
+    step = FitNets(teacher=teacher, layer="2", teacher_layer="2", hint_epochs=1, epochs=0)
+    ways = (
+        (nn.Softsign(), "also negative numbers, the regressor ends with none"),
+        (nn.Sequential(nn.ReLU(), nn.Softsign()), "no negative numbers, the regressor ends with a ReLU"),
+    )
+    for made, words in ways:
+        teacher.module[2] = made  # pyright: ignore[reportIndexIssue]
+        hinted = step.apply(net(4, 6), bench_of(digits))
+        (note,) = (edit for edit in hinted.lineage if "non-linearity of the hint '2' is not known" in edit.describe())
+        assert words in note.describe()
+        assert isinstance(note, Note)
+        assert REMARK in note.settings
+    with pytest.raises(SettingError, match="activation is 'step'; choose from auto, none, relu"):
+        FitNets(activation="step")  # pyright: ignore[reportArgumentType]
+
+
+class Words(nn.Module):
+    """Tokens, a transformer, classes."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(30, units)
+        self.layer = nn.TransformerEncoderLayer(units, 2, 2 * units, batch_first=True)
+        self.cells, self.head = nn.GRU(units, units, batch_first=True), nn.Linear(units, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(self.layer(self.words(x)))[0].mean(1))
+
+
+def words(units: int, length: int = 7) -> Model:
+    torch.manual_seed(units)
+    return Model(Words(units), example=(torch.zeros(2, length).long(),), task=Classification())
+
+
+@pytest.mark.parametrize("path", ["words", "layer", "layer.linear1", "cells"])
+@pytest.mark.parametrize("units", [(8, 16), (16, 8)])
+def test_sequences_are_hinted_from_units_to_units_at_each_time(path: str, units: tuple[int, int]) -> None:
+    """A thinner student or a wider one: the regressor is a dense layer over the last dimension."""
+    data = torch.utils.data.TensorDataset(torch.randint(30, (40, 7)), torch.randint(5, (40,)))
+    bench = Bench(train=data, training=Training(epochs=1, batch_size=20, optimizer=Adam(lr=1e-2)))
+    student, teacher = words(units[0]), words(units[1])
+    step = FitNets(teacher=teacher, layer=path, teacher_layer=path, hint_epochs=1, epochs=0)
+    step.fits(student, bench)
+    hinted = step.apply(student, bench)
+    assert any(not torch.equal(value, state(student)[name]) for name, value in state(hinted).items())
+    pair = step._pair(student, teacher)
+    wide = tuple(2 * n if path == "layer.linear1" else n for n in units)
+    assert (pair.guided.shape, pair.hint.shape) == ((wide[0], 7), (wide[1], 7))
+    made = regressor(pair.guided.shape, pair.hint.shape)
+    assert sum(p.numel() for p in made.parameters()) == wide[0] * wide[1] + wide[1]
+    output = output_of(student.module.eval(), path, (data.tensors[0][:3],))
+    output = output[0] if path == "cells" else output
+    dense = nn.functional.linear(output, made[0].weight[:, :, 0], made[0].bias)  # pyright: ignore[reportIndexIssue]
+    torch.testing.assert_close(made(pair.guided.first(output)), dense.transpose(1, 2))
+    assert replace(step, layer="", teacher_layer="").apply(student, bench) is not student
+
+
 def test_the_middle_layers_are_found() -> None:
     assert hint_pair(net(4, 4, 4, norm=False), net(8, 8, norm=False), "", "") == ("3", "2")  # maps: 0 to 6, and 0 to 4
     assert hint_pair(net(4, 4, 4, norm=False), net(8, 8, norm=False), "", "3") == ("3", "3")
@@ -201,6 +279,16 @@ def test_the_middle_layers_are_found() -> None:
         SettingError, match=r"fits the student's '2', .* shape \(4, 8, 8\): the nearest, '\d', gives \(\d+,\)"
     ):
         hint_pair(net(4, 4), vectors[1], "2", "")
+
+
+@pytest.mark.parametrize("weight", [4.0, 0.0])
+def test_batches_without_labels_are_taught_by_the_teacher_alone(digits: Splits, weight: float) -> None:
+    few, rest = (torch.utils.data.Subset(digits.train, range(*span)) for span in ((0, 20), (20, 400)))
+    bench = replace(bench_of(digits), train=with_unlabelled(few, rest))
+    step = FitNets(teacher=net(8, 8, seed=1), layer="2", teacher_layer="2", hint_epochs=1, epochs=1, weight=weight)
+    bench = replace(bench, training=replace(bench.training, batch_size=10))
+    made = step.apply(net(4, 6, norm=False), bench)
+    assert all(bool(value.isfinite().all()) for value in state(made).values())
 
 
 def test_mistakes_are_told(digits: Splits) -> None:

@@ -94,9 +94,7 @@ def test_of_a_given_number_twins_come_last(redundancy: float, number: int) -> No
     assert len(kept) == number
     assert not any(i in kept and i + 5 in kept for i in range(5))
     told = energy_of(kept, wanted, unwanted, redundancy, 0.02)
-    least = min(
-        energy_of(one, wanted, unwanted, redundancy, 0.02) for one in itertools.combinations(range(13), number)
-    )
+    least = min(energy_of(one, wanted, unwanted, redundancy, 0.02) for one in itertools.combinations(range(13), number))
     assert told == pytest.approx(least, rel=1e-9)
 
 

@@ -8,6 +8,9 @@ Pays on networks over pictures whose stages correspond, together with soft targe
 map has few positions left, where the teacher looks elsewhere for good reason (it was trained for another task), and in
 its gradient form on large networks: that differentiates twice, which about doubles the cost of a step.
 
+Sequences have maps, too, over time: behind linear layers, embeddings, recurrent layers and transformers the last
+dimension holds the channels (`channels`).
+
 Paper -> here: F_sum^p, F_max^p -> `attention_map(pool="sum" or "max", power=p)`, Q_S, Q_T -> `normalised` maps, beta ->
 beta, J_S, J_T -> `input_gradient`.
 
@@ -38,7 +41,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karui.distill._asking import require_classes
-from karui.distill._maps import paired_layers
+from karui.distill._labels import labelled
+from karui.distill._layouts import CHANNELS, Channels, Layout, layout_at, may_come
+from karui.distill._maps import fitting_maps, paired_layers
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teacher_of
 from karui.errors import NeedError, SettingError, require, told
 from karui.model import Model, Task
@@ -47,6 +52,7 @@ from karui.technique import Card, technique
 from karui.train import Influence, Moment, Together
 from karui.train.guide import Guide, asked_anew, statistics_kept
 from karui.train.masks import MaskKeeper, zero_masks
+from karui.train.teaching import is_unlabelled
 
 if TYPE_CHECKING:
     from karui.technique import Bench
@@ -128,6 +134,7 @@ class AttentionMaps(Influence):
         guide: the teacher, showing `theirs`.
         layers: paths in the student.
         theirs: paths in the teacher, in the same order.
+        layouts, their_layouts: where batch and channels of each are; none is [batch, channels, positions ...].
         pool, power: how maps are made.
         beta: weight of the maps' part.
         decay: whether beta falls linearly to zero over the training.
@@ -138,6 +145,8 @@ class AttentionMaps(Influence):
     guide: Guide
     layers: tuple[str, ...]
     theirs: tuple[str, ...]
+    layouts: tuple[Layout, ...] = ()
+    their_layouts: tuple[Layout, ...] = ()
     pool: Pool = "sum"
     power: float = 2.0
     beta: float = 1000.0
@@ -162,6 +171,7 @@ class AttentionMaps(Influence):
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The loss of this step with the parts of maps and soft targets."""
         answers, shown = self.guide.told(moment.inputs) if moment.ahead is None else moment.ahead
+        loss = labelled(loss, moment)
         if self.soft > 0:
             require(
                 isinstance(answers, Tensor) and isinstance(moment.outputs, Tensor)
@@ -171,11 +181,14 @@ class AttentionMaps(Influence):
                 NeedError,
             )  # fmt: skip
             targets = soften(answers, self.temperature)
-            loss = distillation_loss(moment.outputs, targets, loss, temperature=self.temperature, weight=self.soft)
-        for own, other in zip(self.layers, self.theirs, strict=True):
-            student, teacher = moment.taps.get(own), shown.get(other)
+            weight = 1.0 if is_unlabelled(moment.targets) else self.soft
+            loss = distillation_loss(moment.outputs, targets, loss, temperature=self.temperature, weight=weight)
+        plain = (Layout(()),) * len(self.layers)
+        layouts, theirs = self.layouts or plain, self.their_layouts or plain
+        for own, other, mine, their in zip(self.layers, self.theirs, layouts, theirs, strict=True):
+            student, teacher = mine.first(moment.taps.get(own)), their.first(shown.get(other))
             _check(own, student, other, teacher)
-            loss = loss + self._beta(moment) * attention_loss(student, teacher, self.pool, self.power)  # pyright: ignore[reportArgumentType]
+            loss = loss + self._beta(moment) * attention_loss(student, teacher, self.pool, self.power)
         return loss
 
     def _beta(self, moment: Moment) -> float:
@@ -216,6 +229,8 @@ class InputGradients(Influence):
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The loss + beta/2 ||J_S - J_T||, or + beta/2 ||J(x) - flip(J(flip(x)))||², averaged over the batch."""
         inputs, targets = moment.inputs, moment.targets
+        if is_unlabelled(targets):
+            return labelled(loss, moment)  # there is no loss whose gradient could be matched
         own = input_gradient(moment.module, inputs, targets, self.task, differentiable=True)
         if self.guide is None:
             flipped = (inputs[0].flip(-1), *inputs[1:])
@@ -254,6 +269,8 @@ class AttentionTransfer:
             student's own gradients under a flip of the picture.
         layers: paths in the student whose outputs are matched; none takes the last layer of each size in space.
         teacher_layers: paths in the teacher, in the same order; none takes the same paths, or the last of each size.
+        channels: where the channels are that become one map: "first" behind the batch; "last", as in sequences and
+            transformers, whose map is over time; "auto" tells it by the kind of each layer, or refuses.
         pool: how channels become one map: their "sum" or their "max".
         power: the power of the activations before.
         beta: weight of the part; None is 1000 for maps and 1 for gradients.
@@ -280,6 +297,7 @@ class AttentionTransfer:
     by: By = "activations"
     layers: tuple[str, ...] = ()
     teacher_layers: tuple[str, ...] = ()
+    channels: Channels = "auto"
     pool: Pool = "sum"
     power: float = 2.0
     beta: float | None = None
@@ -291,6 +309,7 @@ class AttentionTransfer:
 
     def __post_init__(self) -> None:
         require(self.by in DEFAULT_BETA, f"by is {self.by!r}; choose from {', '.join(DEFAULT_BETA)}")
+        require(self.channels in CHANNELS, f"channels is {self.channels!r}; choose from {', '.join(CHANNELS)}")
         require(self.pool in ("sum", "max"), f"pool is {self.pool!r}; choose from sum, max")
         require(self.power > 0, f"power is {self.power}; give a positive number, for example 2")
         require(self.beta is None or self.beta >= 0, f"beta is {self.beta}; give a weight from 0, or None")
@@ -316,8 +335,21 @@ class AttentionTransfer:
         """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
         if self.epochs:
             self._require_classes(model)
-        if self.teacher is not None and self.by != "symmetry":
+        if any(may_come(model, path) for path in self.layers):
+            return  # a step before this one may make them
+        if self.teacher is not None or (self.by == "symmetry" and self.epochs):
             self.influence(model, bench)
+        elif self.by == "activations" and self.epochs:
+            self._check_maps(model, bench)
+
+    def _check_maps(self, model: Model, bench: Bench) -> None:
+        """Refuse layers that do not pair; the student's alone where nobody knows the teacher yet."""
+        if bench.dense is not None:
+            fitting_maps("attention_transfer", model, bench.dense, self._paired(model, bench.dense), self.channels)
+            return
+        own, _ = paired_layers("attention_transfer", model, model, self.layers, self.layers, channels=self.channels)
+        for path in own:
+            layout_at("attention_transfer", model, path, "student", self.channels, maps=True)
 
     def influence(self, model: Model, bench: Bench) -> Influence:
         """What draws the maps, or the gradients, together; for a training of `model` or of what becomes of it."""
@@ -347,17 +379,25 @@ class AttentionTransfer:
             if self.soft
             else "",
         )
-        own, theirs = paired_layers("attention_transfer", model, teacher, self.layers, self.teacher_layers)
+        own, theirs = self._paired(model, teacher)
+        layouts = fitting_maps("attention_transfer", model, teacher, (own, theirs), self.channels)
         return AttentionMaps(
             guide=Guide(teacher, theirs),
             layers=own,
             theirs=theirs,
+            layouts=layouts[0],
+            their_layouts=layouts[1],
             pool=self.pool,
             power=self.power,
             beta=self._beta(),
             decay=self.decay,
             soft=self.soft,
             temperature=self.temperature,
+        )
+
+    def _paired(self, model: Model, teacher: Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return paired_layers(
+            "attention_transfer", model, teacher, self.layers, self.teacher_layers, channels=self.channels
         )
 
     def _gradients(self, model: Model, bench: Bench) -> Influence:

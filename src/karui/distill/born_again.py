@@ -16,8 +16,8 @@ that were trained alone; after 60 passes there is no gain beyond chance. The con
 Students of another architecture than their first teacher's, as the paper's ResNets of a DenseNet, are the given network
 under `teacher`: it teaches the first generation, and each generation the next.
 
-Paper -> here: f_0 -> the given model or `teacher`, f_1, f_2, ... -> generations, BAN+L and BAN -> labels=True and False, CWTM and
-DKPP -> loss="cwtm" and "dkpp", BANE -> ensemble.
+Paper -> here: f_0 -> the given model or `teacher`, f_1, f_2, ... -> generations, BAN+L and BAN -> labels=True and
+False, CWTM and DKPP -> loss="cwtm" and "dkpp", BANE -> ensemble.
 
 DEPARTURE: the mean of the generations is that of their probabilities, given as its logarithm, so that it may stand
 where a classifier's logits are expected.

@@ -42,7 +42,8 @@ from torch.nn import functional
 
 from karui.distill._asking import require_classes
 from karui.distill._labels import is_alone, labelled
-from karui.distill._maps import last_of_each_size, sizes_of_outputs
+from karui.distill._layouts import Layout, layouts_of
+from karui.distill._maps import last_of_each_size
 from karui.distill._pairs import packed, unpacked
 from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teacher_of, teachers_of
 from karui.errors import NeedError, SettingError, require, told
@@ -182,6 +183,7 @@ class DetectionGuidance(Influence):
         teachers: in place of it, one or several that answer; the mean counts.
         task: the detector's; None where the model is no detector.
         layer, theirs: paths of the hint in student and teacher; "" where there is none.
+        layouts: where batch and channels of the two are.
         adapted: name of the `Companion` that adapts the student's map.
         hard, background, bounded, margin, hint, resize: as in `DetectionDistillation`.
     """
@@ -191,6 +193,7 @@ class DetectionGuidance(Influence):
     teachers: Teachers | None = None
     layer: str = ""
     theirs: str = ""
+    layouts: tuple[Layout, Layout] = (Layout(()), Layout(()))
     adapted: str = ADAPTATION
     hard: float = 0.5
     background: float = 1.5
@@ -228,8 +231,9 @@ class DetectionGuidance(Influence):
             soft, boxes, bound = self._of_boxes(self.task, moment, answers)
             loss = self._mixed(loss, soft, moment, boxes) + bound
         if self.hint > 0:
-            adapted = companion_of(moment.module, self.adapted)(moment.taps[self.layer])
-            loss = loss + self.hint * hint_distance(adapted, shown[self.theirs], self.resize)
+            own, wanted = self.layouts[0].first(moment.taps[self.layer]), self.layouts[1].first(shown[self.theirs])
+            adapted = companion_of(moment.module, self.adapted)(own)
+            loss = loss + self.hint * hint_distance(adapted, wanted, self.resize)
         return loss
 
     def _mixed(self, loss: Tensor, soft: Tensor, moment: Moment, boxes: Tensor | float = 0.0) -> Tensor:
@@ -371,16 +375,22 @@ class DetectionDistillation:
         inside = "looks at inner layers of its teacher"
         teacher = teacher_of(SLUG, self.teacher, model, bench, whole=inside, alike=SAME_BOXES)
         layer, theirs = self._layers(model, teacher)
-        wanted, example = sizes_of_outputs(teacher)[theirs], model.example
-        adaptation(sizes_of_outputs(model)[layer], wanted)  # shapes that do not fit are told now
+        own, hint, example = layouts_of(model)[layer], layouts_of(teacher)[theirs], model.example
+        adaptation(own.shape, hint.shape)  # shapes that do not fit are told now
 
         def fitting(module: nn.Module) -> nn.Module:
             """For the network as it is then: another technique may have cut it."""
-            return adaptation(sizes_of_outputs(Model(module, example=example))[layer], wanted)
+            return adaptation(layouts_of(Model(module, example=example))[layer].shape, hint.shape)
 
         # A name of its own: a training under two teachers has two of these layers.
         name = f"{ADAPTATION}_{fingerprint(teacher.module, layer, theirs)}"
-        asked = {"guide": Guide(teacher, (theirs,)), "layer": layer, "theirs": theirs, "adapted": name}
+        asked = {
+            "guide": Guide(teacher, (theirs,)),
+            "layer": layer,
+            "theirs": theirs,
+            "adapted": name,
+            "layouts": (own, hint),
+        }
         return Companion(name, fitting), self._guidance(model, **asked)
 
     def _of_answers(self, model: Model, bench: Bench) -> DetectionGuidance:
@@ -413,7 +423,7 @@ class DetectionDistillation:
         """The layers of the hint: those named, or the last ones of each that give maps."""
         paths = []
         for one, named, whose in ((model, self.layer, "student"), (teacher, self.teacher_layer, "teacher")):
-            known = sizes_of_outputs(one)
+            known = layouts_of(one)
             path = named or next(reversed(last_of_each_size(one)), "")
             require(
                 path in known,

@@ -22,6 +22,9 @@ DEPARTURE: optimizer and schedule are those of the bench, where the paper has RM
 DEPARTURE: in stage 1 gradients are clipped to a norm of 1 where the bench does not say another: a squared distance
 summed over units is steep at first, and left a ResNet-20 at chance at a rate that fits cross-entropy (10 % against 45).
 
+DEPARTURE: where the hint's non-linearity is made by steps that autograd does not name (a sum of ReLUs, x / (1 + |x|)),
+the regressor ends with a ReLU if the hint has no negative number, else with none, and the lineage says so.
+
 DEPARTURE: layers of stage 1 learn as fast as the others in stage 2; the option of a lower rate for them is left out.
 
 DEPARTURE: layers above the guided one keep the values that they have; give an untrained student for the paper's random
@@ -30,6 +33,7 @@ ones. Weights that are exactly zero stay so (`keep_zeros`), so that a pruned net
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,39 +43,43 @@ from torch import Tensor, nn
 
 from karui.distill._asking import require_classes
 from karui.distill._clipping import clipped
-from karui.distill._maps import sizes_of_outputs
+from karui.distill._endings import MADE, Kind, ending
+from karui.distill._labels import labelled
+from karui.distill._layouts import CHANNELS, Channels, Layout, layout_at
+from karui.distill._maps import hint_pair
 from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teacher_of, teachers_of
 from karui.errors import NeedError, SettingError, require, told
 from karui.measuring.inference import inference
-from karui.model import Model, layer_at
+from karui.model import Model, Note, layer_at
 from karui.numerics.soft_targets import arithmetic, soft_cross_entropy
 from karui.technique import Card, technique
 from karui.train import Influence, Moment, Together, Turn
 from karui.train.companion import Companion, companion_of
 from karui.train.guide import Guide
 from karui.train.influence import Speechless
+from karui.train.loop import REMARK
 from karui.train.masks import MaskKeeper, zero_masks
 from karui.train.teaching import Teachers
 
 if TYPE_CHECKING:
     from karui.technique import Bench
 
-Activation = Literal["auto", "relu", "none"]
 NUMBERS = "Set weight=0, or epochs=0: the hint needs no classes, and stage 2 then learns from the targets alone."
 CLASSES = "Stage 2 needs a teacher that knows the same classes; set weight=0 for the hint alone."
 REGRESSOR = "_hint_regressor"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def regressor(guided: tuple[int, ...], hint: tuple[int, ...], activation: Activation = "none") -> nn.Module:
+def regressor(guided: tuple[int, ...], hint: tuple[int, ...], activation: Kind | nn.Module = "none") -> nn.Module:
     """The layers that turn the student's guided output into the size of the teacher's hint (section 2.2).
 
     Maps take a convolution without padding whose kernel spans the difference, N_g - k + 1 = N_h; vectors a dense layer.
+    So do sequences of equal length: a kernel of 1 is a dense layer from units to units at each position.
 
     Args:
-        guided: shape of the student's output, without the batch.
+        guided: shape of the student's output, without the batch, channels first.
         hint: shape of the teacher's.
-        activation: "relu" ends with it, as the hint's own layer does.
+        activation: what it ends with, as the hint's own layer does: a kind, or a module.
 
     Raises:
         SettingError: the shapes are of different kinds, or the student's maps are smaller than the teacher's.
@@ -93,7 +101,8 @@ def regressor(guided: tuple[int, ...], hint: tuple[int, ...], activation: Activa
     else:
         kernel = tuple(a - b + 1 for a, b in zip(space, wanted, strict=True))
         layer = CONVOLUTIONS[len(space) - 1](guided[0], hint[0], kernel)  # pyright: ignore[reportArgumentType]
-    return nn.Sequential(layer, nn.ReLU()) if activation == "relu" else nn.Sequential(layer)
+    made = activation if isinstance(activation, nn.Module) else MADE[activation]()
+    return nn.Sequential(layer) if isinstance(made, nn.Identity) else nn.Sequential(layer, made)
 
 
 def hint_loss(predicted: Float[Tensor, "batch *shape"], hint: Float[Tensor, "batch *shape"]) -> Float[Tensor, ""]:
@@ -135,13 +144,22 @@ def output_of(module: nn.Module, path: str, inputs: tuple[Any, ...]) -> Any:
     raise SettingError(f"'fitnets_hint': layer '{path}' of the student was not called.", "Name another layer.")
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """The layers of a hint, by path, and where batch and channels of their outputs are."""
+
+    layer: str
+    teacher_layer: str
+    guided: Layout
+    hint: Layout
+
+
 @dataclass(frozen=True, eq=False)
 class _Hint:
     """The objective of stage 1: the lower layers of the student, through the regressor, towards the hint."""
 
     guide: Guide
-    layer: str
-    teacher_layer: str
+    pair: _Pair
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -151,8 +169,9 @@ class _Hint:
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], targets: Any) -> tuple[Any, Tensor]:
         del targets
         with torch.no_grad(), self.guide.on(inputs) as teacher:
-            hint = output_of(teacher, self.teacher_layer, inputs)
-        predicted = companion_of(module, REGRESSOR)(output_of(module, self.layer, inputs))
+            hint = self.pair.hint.first(output_of(teacher, self.pair.teacher_layer, inputs))
+        guided = self.pair.guided.first(output_of(module, self.pair.layer, inputs))
+        predicted = companion_of(module, REGRESSOR)(guided)
         return predicted, hint_loss(predicted, hint)
 
 
@@ -187,7 +206,7 @@ class FadingTargets(Influence):
 
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The mixed loss of this step."""
-        weight = self.at(moment)
+        weight, loss = self.at(moment), labelled(loss, moment)
         if weight == 0:
             return loss
         answers = self.teachers(moment.inputs) if moment.ahead is None else moment.ahead
@@ -225,8 +244,13 @@ class FitNets:
             as [30] takes it, or several of these; None is the model at the start of the pipeline.
         layer: path of the student's guided layer; "" takes the middle one of those that give maps.
         teacher_layer: path of the teacher's hint layer; "" takes the one nearest the middle that fits.
-        activation: what the regressor ends with: "relu", "none", or "auto", which takes the ReLU where the hint has no
-            negative number.
+        activation: the non-linearity that the regressor ends with: "auto" is that of the hint layer, or of the last
+            activation in it, be it a module or a function; or one of "none", "relu", "relu6", "leaky_relu", "prelu",
+            "elu", "selu", "gelu", "silu", "mish", "softplus", "sigmoid", "tanh", "hardtanh", "hardsigmoid",
+            "hardswish". Where that of the hint cannot be known, "auto" takes the ReLU if the hint has no negative
+            number, and says so.
+        channels: where those of both layers are: "first" behind the batch, "last", as in sequences and transformers;
+            "auto" tells it by the kind of each layer, and refuses where it cannot.
         hint_epochs: passes of the first stage.
         epochs: passes of the second stage.
         temperature: of the soft targets in stage 2.
@@ -250,7 +274,8 @@ class FitNets:
     teacher: Teacher | tuple[Teacher, ...] | None = None
     layer: str = ""
     teacher_layer: str = ""
-    activation: Activation = "auto"
+    activation: Kind | Literal["auto"] = "auto"
+    channels: Channels = "auto"
     hint_epochs: int = 5
     epochs: int = 10
     temperature: float = 3.0
@@ -259,8 +284,9 @@ class FitNets:
     keep_zeros: bool = True
 
     def __post_init__(self) -> None:
-        known = ("auto", "relu", "none")
+        known = ("auto", *MADE)
         require(self.activation in known, f"activation is {self.activation!r}; choose from {', '.join(known)}")
+        require(self.channels in CHANNELS, f"channels is {self.channels!r}; choose from {', '.join(CHANNELS)}")
         require(self.hint_epochs >= 0, f"hint_epochs is {self.hint_epochs}; give a whole number from 0")
         require(self.epochs >= 0, f"epochs is {self.epochs}; give a whole number from 0")
         require(self.temperature > 0, f"temperature is {self.temperature}; give a positive number, for example 3")
@@ -319,73 +345,47 @@ class FitNets:
         masks = zero_masks(model.module) if self.keep_zeros else {}
         return Together(MaskKeeper(masks), part) if masks else part
 
-    def _pair(self, model: Model, teacher: Model) -> tuple[str, str, tuple[int, ...], tuple[int, ...]]:
-        """The layers of the hint and their shapes, between which there is a regressor."""
-        layer, teacher_layer = hint_pair(model, teacher, self.layer, self.teacher_layer)
-        guided, hint = (_shape(one, path) for one, path in ((model, layer), (teacher, teacher_layer)))
-        regressor(guided, hint)
-        return layer, teacher_layer, guided, hint
+    def _pair(self, model: Model, teacher: Model) -> _Pair:
+        """The layers of the hint, between whose outputs there is a regressor."""
+        paths = hint_pair(model, teacher, self.layer, self.teacher_layer, self.channels)
+        guided = layout_at("fitnets_hint", model, paths[0], "student", self.channels)
+        hint = layout_at("fitnets_hint", teacher, paths[1], "teacher", self.channels)
+        regressor(guided.shape, hint.shape)
+        return _Pair(*paths, guided, hint)
 
     def _hinted(self, model: Model, teacher: Model, bench: Bench) -> Model:
         """The student after stage 1: layers above the guided one are as they were, to the bit."""
-        layer, teacher_layer, guided, hint = self._pair(model, teacher)
-        activation = self.activation
-        if activation == "auto":
-            activation = "relu" if _is_positive(teacher, teacher_layer, bench) else "none"
-        influence = self._with_zeros(model, Companion(REGRESSOR, lambda _: regressor(guided, hint, activation)))
-        objective = _Hint(Guide(teacher, (teacher_layer,)), layer, teacher_layer)
+        pair = self._pair(model, teacher)
+        activation, notes = self._activation(pair, teacher, bench)
+        shapes = pair.guided.shape, pair.hint.shape
+        made = Companion(REGRESSOR, lambda _: regressor(*shapes, copy.deepcopy(activation)))
+        influence = self._with_zeros(model, made)
+        objective = _Hint(Guide(teacher, (pair.teacher_layer,)), pair)
         if bench.influence is not None:  # what else teaches has to wait: there are no outputs yet
             bench = replace(bench, influence=Speechless(bench.influence))
-        return replace(bench, training=clipped(bench.training)).fit(
+        hinted = replace(bench, training=clipped(bench.training)).fit(
             model, epochs=self.hint_epochs, influence=influence, turns=(Turn(name="hint", objective=objective),),
             label="hint",
         )  # fmt: skip
+        return hinted.evolve(hinted.module, *notes)
+
+    def _activation(self, pair: _Pair, teacher: Model, bench: Bench) -> tuple[Kind | nn.Module, tuple[Note, ...]]:
+        """What the regressor ends with, and what there is to tell of it."""
+        if self.activation != "auto":
+            return self.activation, ()
+        found = ending(teacher, pair.teacher_layer, output_of, pair.hint.first)
+        if found is not None:
+            return found, ()
+        positive = _is_positive(teacher, pair, bench)
+        gives, ends = ("no", "a ReLU") if positive else ("also", "none")
+        text = (
+            f"the non-linearity of the hint '{pair.teacher_layer}' is not known; as it gives {gives} negative numbers, "
+            f"the regressor ends with {ends}"
+        )
+        return "relu" if positive else "none", (Note(text, {REMARK: "hint"}),)
 
 
-def hint_pair(student: Model, teacher: Model, layer: str, teacher_layer: str) -> tuple[str, str]:
-    """The guided layer and the hint layer: those named, or the middle ones (of the teacher's, the nearest that fits).
-
-    Raises:
-        SettingError: no pair fits.
-    """
-    own, theirs = sizes_of_outputs(student), sizes_of_outputs(teacher)
-    if not layer:
-        layer = _middle(own)
-    if teacher_layer:
-        return layer, teacher_layer
-    guided = _shape(student, layer)
-    paths = list(theirs)
-    middle = paths.index(_middle(theirs))
-    nearest = sorted(paths, key=lambda path: abs(paths.index(path) - middle))
-    for path in nearest:
-        space, wanted = guided[1:], theirs[path][1:]
-        if len(space) == len(wanted) and all(a >= b for a, b in zip(space, wanted, strict=True)):
-            return layer, path
-    given = f"the nearest, '{nearest[0]}', gives {theirs[nearest[0]]}"
-    raise SettingError(
-        f"'fitnets_hint': no layer of the teacher fits the student's '{layer}', which gives shape {guided}: {given}.",
-        "Name layer and teacher_layer; maps of the student must be at least as large as the teacher's.",
-    )
-
-
-def _middle(shapes: dict[str, tuple[int, ...]]) -> str:
-    """The middle one of the layers that give maps over space; of all layers where none does."""
-    maps = [path for path, shape in shapes.items() if len(shape) > 1 and max(shape[1:]) > 1] or list(shapes)
-    return maps[(len(maps) - 1) // 2]
-
-
-def _shape(model: Model, path: str) -> tuple[int, ...]:
-    with inference(model.module) as module:
-        output = output_of(module, path, model.example)
-    require(
-        isinstance(output, Tensor) and output.ndim >= 2,
-        f"'fitnets_hint': layer '{path}' gives {told(output)}.",
-        "Name a layer that gives maps [batch, channels, ...] or vectors [batch, units].",
-        SettingError,
-    )
-    return tuple(output.shape[1:])
-
-
-def _is_positive(teacher: Model, path: str, bench: Bench) -> bool:
+def _is_positive(teacher: Model, pair: _Pair, bench: Bench) -> bool:
     with inference(teacher.module) as module:
-        return all(bool((output_of(module, path, inputs) >= 0).all()) for inputs in bench.calibration(samples=128))
+        said = (output_of(module, pair.teacher_layer, inputs) for inputs in bench.calibration(samples=128))
+        return all(bool((pair.hint.first(output) >= 0).all()) for output in said)
