@@ -22,9 +22,10 @@ from karui.model import Model, layer_at
 from karui.numerics.straight_through import InputGrid, WeightGrid
 from karui.technique import Bench
 from karui.technique.joint import fit_together
-from karui.train import SGD, Constant, Cosine, Training
+from karui.train import SGD, Adam, Constant, Cosine, Training
 from karui.train.joint import Answer
 from karui.train.latent import Grids, LatentWeights
+from karui.train.transfer import with_unlabelled
 
 pytestmark = pytest.mark.paper(38)
 PATHS = ("conv1", "conv2", "conv3", "linear")
@@ -152,6 +153,16 @@ def test_the_guide_moves_both_networks_and_without_weight_neither_knows_of_the_o
     apart = joint(model, bench, 1.0)
     assert not same(full, apart[0])
     assert not same(low, apart[1])
+
+
+@pytest.mark.parametrize("guide", [0.1, 0.0])
+def test_batches_without_labels_are_drawn_by_the_guide_alone(guide: float, small_cnn: Make, digits: Splits) -> None:
+    few, rest = (torch.utils.data.Subset(digits.train, range(*span)) for span in ((0, 20), (20, 300)))
+    training = Training(epochs=1, batch_size=10, optimizer=Adam(lr=1e-3))
+    bench = Bench(train=with_unlabelled(few, rest), validation=digits.validation, training=training)
+    low, full, _ = GuidedLowBit(guide=guide, epochs=4).study(small_cnn(), bench)
+    for model in (low, full):
+        assert all(bool(value.isfinite().all()) for value in model.module.state_dict().values())
 
 
 def test_few_bits_are_stored_and_exported_as_few_bits(small_cnn: Make, bench: Bench, tmp_path: Any) -> None:

@@ -33,6 +33,7 @@ without losing its sparsity; the paper's students are dense.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -46,11 +47,12 @@ from karui.distill._layouts import CHANNELS, Channels, Layout, layout_at, may_co
 from karui.distill._maps import fitting_maps, paired_layers
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teacher_of
 from karui.errors import NeedError, SettingError, require, told
-from karui.model import Model, Task
+from karui.model import Model, Note, Task
 from karui.numerics.soft_targets import distillation_loss, soften
 from karui.technique import Card, technique
 from karui.train import Influence, Moment, Together
 from karui.train.guide import Guide, asked_anew, statistics_kept
+from karui.train.loop import REMARK
 from karui.train.masks import MaskKeeper, zero_masks
 from karui.train.teaching import is_unlabelled
 
@@ -171,7 +173,7 @@ class AttentionMaps(Influence):
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The loss of this step with the parts of maps and soft targets."""
         answers, shown = self.guide.told(moment.inputs) if moment.ahead is None else moment.ahead
-        loss = labelled(loss, moment)
+        loss = labelled(loss, moment.targets, moment.outputs)
         if self.soft > 0:
             require(
                 isinstance(answers, Tensor) and isinstance(moment.outputs, Tensor)
@@ -230,7 +232,7 @@ class InputGradients(Influence):
         """The loss + beta/2 ||J_S - J_T||, or + beta/2 ||J(x) - flip(J(flip(x)))||², averaged over the batch."""
         inputs, targets = moment.inputs, moment.targets
         if is_unlabelled(targets):
-            return labelled(loss, moment)  # there is no loss whose gradient could be matched
+            return labelled(loss, moment.targets, moment.outputs)  # there is no loss whose gradient could be matched
         own = input_gradient(moment.module, inputs, targets, self.task, differentiable=True)
         if self.guide is None:
             flipped = (inputs[0].flip(-1), *inputs[1:])
@@ -280,6 +282,8 @@ class AttentionTransfer:
         temperature: of the soft targets.
         epochs: passes over the training data.
         keep_zeros: whether weights that are exactly zero stay so.
+        maps: a file to which the maps of the student before and after, and of the teacher, are written for some
+            validation data: ".html", a page by itself, or ".npz". None writes none. Only by "activations".
 
     Raises:
         SettingError: a setting is out of range, or layers do not pair.
@@ -306,6 +310,7 @@ class AttentionTransfer:
     temperature: float = 4.0
     epochs: int = 10
     keep_zeros: bool = True
+    maps: str | Path | None = None
 
     def __post_init__(self) -> None:
         require(self.by in DEFAULT_BETA, f"by is {self.by!r}; choose from {', '.join(DEFAULT_BETA)}")
@@ -321,6 +326,10 @@ class AttentionTransfer:
             f"soft is {self.soft} and by is {self.by!r}; soft targets go with activations. "
             "Put knowledge_distillation's influence beside this one's",
         )
+        if self.maps is not None:
+            kind = Path(self.maps).suffix
+            require(kind in (".html", ".npz"), f"maps is '{self.maps}'; give a file that ends in .html or .npz")
+            require(self.by == "activations", f"maps is '{self.maps}' and by is {self.by!r}; maps are of activations")
 
     def remarks(self, model: Model) -> tuple[str, ...]:
         """What `karui plan` tells of it."""
@@ -361,24 +370,36 @@ class AttentionTransfer:
         """The student, taught."""
         if self.epochs == 0:
             return model
-        return bench.fit(model, epochs=self.epochs, influence=self.influence(model, bench), label="attend")
+        influence = self.influence(model, bench)
+        taught = bench.fit(model, epochs=self.epochs, influence=influence, label="attend")
+        return taught if self.maps is None else self._with_maps(model, taught, bench)
+
+    def _with_maps(self, before: Model, taught: Model, bench: Bench) -> Model:
+        """The student, once the maps of both and of the teacher are written."""
+        from karui.distill.map_plots import attention_maps, pictures_of, write_maps
+
+        teacher, file = self._teacher(before, bench), Path(self.maps or "")
+        own, theirs = self._paired(before, teacher)
+        shown = {
+            name: attention_maps(one, bench.validation, paths, pool=self.pool, power=self.power, channels=self.channels)
+            for name, one, paths in (("before", before, own), ("after", taught, own), ("teacher", teacher, theirs))
+        }
+        write_maps(file, shown, pictures_of(bench.validation))
+        return taught.evolve(taught.module, Note(f"attention maps written to {file}", {REMARK: "attend"}))
 
     def _require_classes(self, model: Model) -> None:
         if self.soft:
             require_classes("attention_transfer", model, "Set soft=0 for the maps alone.")
 
+    def _teacher(self, model: Model, bench: Bench) -> Model:
+        same = "Soft targets need a teacher that knows the same classes; set soft=0 for the maps alone."
+        inside = "looks at inner layers of its teacher"
+        alike = same if self.soft else ""
+        return teacher_of("attention_transfer", self.teacher, model, bench, whole=inside, alike=alike)
+
     def _maps(self, model: Model, bench: Bench) -> Influence:
         self._require_classes(model)
-        teacher = teacher_of(
-            "attention_transfer",
-            self.teacher,
-            model,
-            bench,
-            whole="looks at inner layers of its teacher",
-            alike="Soft targets need a teacher that knows the same classes; set soft=0 for the maps alone."
-            if self.soft
-            else "",
-        )
+        teacher = self._teacher(model, bench)
         own, theirs = self._paired(model, teacher)
         layouts = fitting_maps("attention_transfer", model, teacher, (own, theirs), self.channels)
         return AttentionMaps(

@@ -155,7 +155,7 @@ class Generation(Influence):
         else:
             own = soft_cross_entropy(logits, permuted(probabilities) if self.loss == "dkpp" else probabilities, 1.0)
         plain = self.labels and self.loss != "cwtm"
-        return own + labelled(loss, moment) if plain or not is_alone(loss, moment) else own
+        return own + labelled(loss, moment.targets, moment.outputs) if plain or not is_alone(loss, moment) else own
 
 
 def passes_of(model: Model) -> int | None:

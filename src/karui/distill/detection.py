@@ -243,7 +243,7 @@ class DetectionGuidance(Influence):
         negative. At mu = 0 what others have made of the loss is kept.
         """
         if is_unlabelled(moment.targets):
-            return soft + labelled(loss, moment)
+            return soft + labelled(loss, moment.targets, moment.outputs)
         if self.hard == 0:
             return soft + boxes if is_alone(loss, moment) else loss + soft
         return self.hard * loss + (1 - self.hard) * (soft + boxes)

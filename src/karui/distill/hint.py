@@ -206,7 +206,7 @@ class FadingTargets(Influence):
 
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The mixed loss of this step."""
-        weight, loss = self.at(moment), labelled(loss, moment)
+        weight, loss = self.at(moment), labelled(loss, moment.targets, moment.outputs)
         if weight == 0:
             return loss
         answers = self.teachers(moment.inputs) if moment.ahead is None else moment.ahead
