@@ -144,9 +144,12 @@ def test_functions_and_their_settings_are_found_too_and_what_is_not_is_none() ->
         if found is not None and wanted is not None:
             x = torch.linspace(-8, 8, 50)
             torch.testing.assert_close(found(x), wanted(x))
+    at_once = Model(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)), example=(torch.randn(2, 3),))
+    assert isinstance(ending(at_once, "0", output_of, lambda output: output), nn.ReLU)
     frozen = Model(nn.Sequential(nn.Embedding(9, 3), nn.Tanh()), example=(torch.zeros(2, 4).long(),))
     for parameter in frozen.module.parameters():
         parameter.requires_grad_(False)
     with torch.inference_mode():
         assert isinstance(ending(frozen, "1", output_of, lambda output: output), nn.Tanh)
+        assert isinstance(ending(frozen, "0", output_of, lambda output: output), nn.Identity)
     assert not any(parameter.requires_grad for parameter in frozen.module.parameters())

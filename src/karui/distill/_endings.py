@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from karui.model import Model, layer_at
+from karui.model import Model
+from karui.train.guide import Guide
 
 Kind = Literal[
     "none", "relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "gelu", "silu", "mish", "softplus", "sigmoid",
@@ -38,7 +39,7 @@ _RECORDED: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
     "Hardswish": (nn.Hardswish, ()),
 }
 """By autograd's name of a step, the module that does it, and what of its settings the step keeps."""
-_LINEAR = re.compile(r"Addmm|Mm|Bmm|Baddbmm|Convolution|(Native|Cudnn|Miopen)\w*Norm|FusedRmsNorm|Embedding")
+_LINEAR = re.compile(r"Addmm|Mm|Bmm|Baddbmm|Convolution|(Native|Cudnn|Miopen)\w*Norm|FusedRmsNorm")
 """Steps that are none: products with weights, and normalisation."""
 _KEEPING = re.compile(
     r"(Unsafe)?View|Reshape\w*|Transpose|Permute|T|Clone|Slice|Select|Squeeze|Unsqueeze|Expand|Alias|Mean|\w*Pool\w*"
@@ -66,21 +67,38 @@ def ending(model: Model, path: str, output_of: Callable[..., Any], first: Callab
         [Identity(), Softplus(beta=2.0, threshold=20.0)]
     """
     with torch.inference_mode(mode=False), torch.enable_grad():
-        module = model.copy().module.eval()
-        layer_at(module, path)
-        for parameter in module.parameters():
-            parameter.requires_grad_()
-        inputs = tuple(x.clone() if isinstance(x, Tensor) else x for x in model.example)
-        output = first(output_of(module, path, inputs))
-        step = output.grad_fn if isinstance(output, Tensor) else None
-        while step is not None:
-            name = re.sub(r"Backward\d*$", "", step.name())
-            if name in _RECORDED:
-                make, settings = _RECORDED[name]
-                return make(*(getattr(step, f"_saved_{setting}") for setting in settings))
-            if _LINEAR.fullmatch(name):
-                return nn.Identity()
-            if not _KEEPING.fullmatch(name):
-                return None
-            step = step.next_functions[0][0] if step.next_functions else None
-    return None
+        module = Guide(model).module  # frozen: the record is of the inputs' gradient
+        inputs = tuple(_wanting(x) if isinstance(x, Tensor) else x for x in model.example)
+        words = [part for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
+        handles = [part.register_forward_hook(_spoken) for part in words]
+        try:
+            output = first(output_of(module, path, inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return _made(output.grad_fn) if isinstance(output, Tensor) and output.requires_grad else None
+
+
+def _wanting(x: Tensor) -> Tensor:
+    """The same numbers, as the start of a record; tokens have none. What comes next may write over them."""
+    return x.detach().requires_grad_().clone() if x.is_floating_point() else x.clone()
+
+
+def _spoken(layer: nn.Module, inputs: Any, output: Any) -> Any:
+    del layer, inputs
+    return _wanting(output)
+
+
+def _made(step: Any) -> nn.Module | None:
+    """The non-linearity of the last step that is told by its name."""
+    while step is not None:
+        name = re.sub(r"Backward\d*$", "", step.name())
+        if name in _RECORDED:
+            make, settings = _RECORDED[name]
+            return make(*(getattr(step, f"_saved_{setting}") for setting in settings))
+        if _LINEAR.fullmatch(name) or name.endswith("AccumulateGrad"):
+            return nn.Identity()
+        if not _KEEPING.fullmatch(name):
+            return None
+        step = step.next_functions[0][0] if step.next_functions else None
+    return nn.Identity()
