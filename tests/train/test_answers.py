@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import pickle
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +24,7 @@ from karui.model import Model
 from karui.technique import Bench
 from karui.train import Adam, Constant, Training, fit
 from karui.train.answers import Answers
+from karui.train.piles import HEAD
 from karui.train.teaching import SoftTargets, Teachers
 
 AUGMENTED = Training(
@@ -85,6 +90,86 @@ def test_numbers_that_would_lose_digits_are_not_kept() -> None:
     wide = answers.of(batch(0), lambda inputs: Asked()((inputs[0].double(),)))
     assert wide.dtype == torch.float64
     assert len(answers) == 0
+
+
+def test_what_others_left_takes_no_room(tmp_path: Path) -> None:
+    others = Answers(100, tmp_path)
+    for seed in range(3):
+        others.of(batch(seed), Asked())
+    ask, answers = Asked(), Answers(8, tmp_path)
+    for seed in (0, 7, 0, 7, 1):  # what is asked for here counts, whoever asked first
+        assert torch.equal(answers.of(batch(seed), ask), Asked()(batch(seed)))
+    assert ask.times == 1
+    assert answers.why == "teacher: answers for up to 8 samples are kept beside the checkpoints"
+    for _ in range(2):
+        answers.of(batch(8), ask)
+    assert ask.times == 3
+    assert answers.why == (
+        "teacher: answers for 8 samples are kept beside the checkpoints; "
+        "8 times it was asked anew about a sample for which there was no room"
+    )
+
+
+def test_answers_on_disk_are_mapped_and_samples_told_apart_by_one_product(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, answers = Asked(), Answers(100, tmp_path)
+    first = [answers.of(batch(seed), ask) for seed in range(3)]
+    later = Answers(100, tmp_path)
+    assert torch.equal(later.of(batch(0), ask), first[0])
+    told: list[Any] = []
+    monkeypatch.setattr(hashlib, "blake2b", lambda *given, **_: told.append(given))
+    monkeypatch.setattr(Path, "open", lambda *given, **_: told.append(given))
+    for known in (answers, later):
+        assert all(torch.equal(known.of(batch(seed), ask), first[seed]) for seed in range(3))
+    assert told == []
+    assert ask.times == 3
+
+
+@pytest.mark.parametrize("shapes", [((3,),), ((5, 2), (1,)), ((5000,),)], ids=["short", "two inputs", "long"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_every_bit_of_a_sample_counts(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> None:
+    def sample() -> list[Tensor]:
+        return [torch.zeros(1, *shape, dtype=dtype) for shape in shapes]
+
+    changed = [sample()]
+    for part in range(len(shapes)):
+        for place in range(min(12, 8 * changed[0][part].nbytes)):
+            for bit in {1 << place % 8, 0x80}:  # the sign of a number is a bit by itself, and so are two signs
+                one = sample()
+                one[part].view(torch.uint8).view(-1)[place % one[part].nbytes] ^= bit
+                changed.append(one)
+                two = [each.clone() for each in one]
+                two[-1].view(torch.uint8).view(-1)[-1] ^= 0x80
+                changed.append(two)
+    different = {tuple(bytes(each.view(torch.uint8).view(-1).tolist()) for each in one) for one in changed}
+    together = [torch.cat([one[part] for one in changed]) for part in range(len(shapes))]
+    answers = Answers(10_000)
+    answers.of(tuple(together), lambda inputs: torch.zeros(1, len(inputs[0]), 2))
+    assert len(answers) == len(different)
+
+
+def test_several_teachers_answers_come_back_in_their_places_from_several_files(tmp_path: Path) -> None:
+    def two(inputs: tuple[Any, ...]) -> Tensor:
+        return torch.cat([Asked()(inputs), -Asked()(inputs)])
+
+    for folder in (None, tmp_path):
+        answers = Answers(100, folder)
+        for seed in (0, 1):
+            assert torch.equal(answers.of(batch(seed), two), two(batch(seed)))
+        Answers(100, folder).of(batch(2), two)
+    mixed = (torch.cat([batch(2)[0][:2], batch(0)[0][1:], batch(1)[0][2:3]]),)
+    later = pickle.loads(pickle.dumps(Answers(100, tmp_path)))  # noqa: S301  (as a process that is spawned gets it)
+    assert torch.equal(later.of(mixed, lambda _: torch.empty(0)), two(mixed))
+    assert two(mixed).numpy().tobytes()[:8] not in pickle.dumps(later), "what is mapped stays in its file"
+
+
+def test_files_of_an_older_form_are_passed_over(tmp_path: Path) -> None:
+    Answers(100, tmp_path).of(batch(0), Asked())
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(struct.pack("<I", zlib.crc32(whole[HEAD.size :])) + whole[4:])
+    assert len(Answers(100, tmp_path)) == 0
 
 
 def test_a_later_process_finds_them(tmp_path: Path) -> None:

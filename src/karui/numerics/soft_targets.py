@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,7 +26,8 @@ def soften(logits: Float[Tensor, "batch classes *positions"], temperature: float
 
 def arithmetic(logits: Float[Tensor, "teachers batch classes *positions"], temperature: float) -> Float[Tensor, "..."]:
     """The mean of the softened probabilities of several networks."""
-    return (logits / temperature).softmax(2).mean(0)
+    softened = (logits / temperature).softmax(2)
+    return softened[0] if len(softened) == 1 else softened.mean(0)
 
 
 def geometric(logits: Float[Tensor, "teachers batch classes *positions"], temperature: float) -> Float[Tensor, "..."]:
@@ -49,8 +51,8 @@ def soft_cross_entropy(
         >>> z.grad.abs().max().item() < 1e-6
         True
     """
-    terms = -(targets * (logits / temperature).log_softmax(1)).sum(1)
-    return temperature**2 * terms.mean()
+    samples = logits.numel() / logits.shape[1]
+    return (targets * (logits / temperature).log_softmax(1)).sum() * -(temperature**2 / samples)
 
 
 def distillation_loss(
@@ -72,5 +74,5 @@ def distillation_loss(
     """
     if weight == 0:
         return hard
-    soft = weight * soft_cross_entropy(logits, targets, temperature)
-    return soft if weight == 1 else soft + (1 - weight) * hard
+    soft = soft_cross_entropy(logits, targets, temperature)
+    return soft if weight == 1 else torch.add((1 - weight) * hard, soft, alpha=weight)

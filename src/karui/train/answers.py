@@ -7,14 +7,11 @@ only once for all of them. Answers are found by digest, and are therefore right 
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import math
 import os
 import secrets
-import struct
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +21,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from karui.measuring.inference import tensors_of
+from karui.train.piles import KEY, Pile, records, write
 
-KEY = 16
-"""Bytes of a digest: two samples of equal digest are not to be expected."""
-HEAD = struct.Struct("<IIBB")
-"""Of a record: check sum of the rest, number of samples, bytes of a number, number of dimensions."""
-
-
-@dataclass(frozen=True)
-class _Block:
-    """The answers of one batch that lie in a file."""
-
-    file: Path
-    offset: int
-    shape: tuple[int, ...]
-    kind: str
-
-    def read(self) -> Tensor:
-        with self.file.open("rb") as handle:
-            handle.seek(self.offset)
-            values = np.fromfile(handle, dtype=self.kind, count=math.prod(self.shape))
-        return torch.from_numpy(values.reshape(self.shape))
+SPAN = 2**44
+"""Bytes that a pile can have: a place is a pile's number times this, and a byte in it."""
+LONG = 2**14
+"""Bytes of a sample from which on its digest is a cryptographic one, taken sample by sample: it is then as fast."""
 
 
 class Answers:
     """A memory of answers. It says nothing of itself, so that two trainings do not differ by it.
 
     Args:
-        room: number of samples whose answers are kept at most; later ones are asked for each time.
+        room: number of samples whose answers are kept at most, of those that were asked for here; later ones are asked
+            for each time. What others have left in the folder takes no room.
         folder: where answers are kept for later processes; None keeps them in memory only. Each process writes a file
             of its own, so that several may use one folder; what a killed one left half written is passed over.
         half: keep 16 bits of each number. Who asks first is given the rounded numbers too, so that all students learn
@@ -69,30 +52,41 @@ class Answers:
         (True, [3])
     """
 
-    __slots__ = ("_blocks", "_file", "_places", "folder", "half", "room", "why")
+    __slots__ = ("_file", "_numbers", "_others", "_piles", "_places", "_told", "_without", "folder", "half", "room")
 
     def __init__(self, room: int, folder: Path | None = None, *, half: bool = False, why: str | None = None) -> None:
         self.room = room
         self.folder = folder
         self.half = half
-        where = "in memory" if folder is None else "beside the checkpoints"
-        kept = f"answers for up to {room:,} samples are kept {where}" if room else "answers are not kept, as asked"
-        self.why = f"teacher: {kept}" if why is None else why
-        self._blocks: list[Tensor | _Block] = []
-        self._places: dict[bytes, tuple[int, int]] = {}
+        kept = (
+            f"answers for up to {room:,} samples are kept {self._where}" if room else "answers are not kept, as asked"
+        )
+        self._told = f"teacher: {kept}" if why is None else why
+        self._without = 0
+        self._piles: list[Pile] = []
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._places: dict[bytes, int] = {}
         self._file: Path | None = None
         for file in sorted(folder.glob("*.answers")) if folder is not None else ():
-            for keys, block in _records(file):
-                self._note(keys, block)
+            for keys, start, shape, kind in records(file):
+                self._note(keys, self._pile(shape, kind, file), start)
+        self._others = set(self._places)
 
     def __len__(self) -> int:
         """Number of samples whose answers are known."""
         return len(self._places)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the numbers that are kept."""
-        return torch.float16 if self.half else torch.float32
+    def why(self) -> str:
+        """Whether answers are kept, for people; that they were to be is not the truth where the room was too small."""
+        if not self._without:
+            return self._told
+        kept = f"answers for {self.room:,} samples are kept {self._where}"
+        return f"teacher: {kept}; {self._without:,} times it was asked anew about a sample for which there was no room"
+
+    @property
+    def _where(self) -> str:
+        return "in memory" if self.folder is None else "beside the checkpoints"
 
     def of(
         self,
@@ -100,83 +94,99 @@ class Answers:
         ask: Callable[[tuple[Any, ...]], Float[Tensor, "teachers batch classes *positions"]],
     ) -> Float[Tensor, "teachers batch classes *positions"]:
         """What is known of a batch, or what `ask` says where one of its samples is new."""
-        keys = _digests(inputs)
-        device = next((value.device for value in tensors_of(inputs)), torch.device("cpu"))
+        tensors = tensors_of(inputs)
+        keys = _digests(tensors)
+        if self._others:
+            self._others.difference_update(keys)
         places = [self._places[key] for key in keys if key in self._places]
         if len(places) == len(keys):
-            return self._gathered(places).to(device, torch.float32)
+            return self._gathered(places).to(tensors[0].device)
         answers = ask(inputs)
         if self.half:
             answers = answers.to(torch.float16).to(torch.float32)
-        if answers.dtype == torch.float32:  # wider ones would come back narrower than they were said
+        if answers.dtype == torch.float32 and answers.shape[1] == len(keys):  # wider ones would come back narrower
             self._keep(keys, answers.detach().cpu())
         return answers
 
-    def _gathered(self, places: list[tuple[int, int]]) -> Tensor:
-        """The answers at these places, a block and a row in it each; the same batch as before is one block."""
-        blocks = {number: self._block(number) for number in dict.fromkeys(number for number, _ in places)}
-        first, whole = places[0][0], blocks[places[0][0]]
-        if places == [(first, row) for row in range(whole.shape[1])]:
-            return whole
-        return torch.stack([blocks[number][:, row] for number, row in places], dim=1)
-
-    def _block(self, number: int) -> Tensor:
-        block = self._blocks[number]
-        return block if isinstance(block, Tensor) else block.read()
+    def _gathered(self, places: list[int]) -> Float[Tensor, "teachers batch classes *positions"]:
+        """The answers at these places: one operation for each pile, and nearly always there is one."""
+        offsets = np.array(places)
+        if len(self._piles) == 1:
+            rows = self._piles[0].rows(offsets).astype(np.float32, copy=False)
+        else:
+            numbers, offsets = np.divmod(offsets, SPAN)
+            rows = np.empty((len(places), *self._piles[numbers[0]].shape), np.float32)
+            for number in set(numbers.tolist()):
+                rows[numbers == number] = self._piles[number].rows(offsets[numbers == number])
+        return torch.from_numpy(rows).transpose(0, 1).contiguous()
 
     def _keep(self, keys: list[bytes], answers: Tensor) -> None:
-        fresh = [row for row, key in enumerate(keys) if key not in self._places][: self.room - len(self)]
-        if not fresh:
+        fresh = {key: row for row, key in enumerate(keys) if key not in self._places}
+        rows = list(fresh.values())[: max(0, self.room - len(self._places) + len(self._others))]
+        self._without += len(fresh) - len(rows)
+        if not rows:
             return
-        kept = answers if len(fresh) == len(keys) else answers[:, fresh]
-        kept, keys = kept.to(self.dtype).contiguous().clone(), [keys[row] for row in fresh]
-        self._note(keys, kept if self.folder is None else self._written(self.folder, keys, kept.numpy()))
+        kept = answers if len(rows) == len(keys) else answers[:, rows]
+        values = kept.transpose(0, 1).contiguous().numpy().astype("<f2" if self.half else "<f4")
+        fresh = [keys[row] for row in rows]
+        number = self._pile(values.shape[1:], values.dtype.str, self._own(self.folder) if self.folder else None)
+        pile = self._piles[number]
+        self._note(fresh, number, pile.add(values) if pile.file is None else write(pile.file, fresh, values))
 
-    def _note(self, keys: list[bytes], block: Tensor | _Block) -> None:
-        self._blocks.append(block)
+    def _pile(self, shape: tuple[int, ...], kind: str, file: Path | None) -> int:
+        """The number of the pile for such rows, there or in memory."""
+        number = self._numbers.setdefault((file, shape, kind), len(self._piles))
+        if number == len(self._piles):
+            self._piles.append(Pile(shape, kind, file))
+        return number
+
+    def _note(self, keys: list[bytes], number: int, start: int) -> None:
+        """Remember where these samples' rows are: one after another from a byte of a pile."""
+        place, length = number * SPAN + start, self._piles[number].length
         for row, key in enumerate(keys):
-            self._places.setdefault(key, (len(self._blocks) - 1, row))
+            self._places.setdefault(key, place + row * length)
 
-    def _written(self, folder: Path, keys: list[bytes], values: np.ndarray) -> _Block:
-        """Add a record to this process's file, by one write."""
+    def _own(self, folder: Path) -> Path:
+        """This process's file."""
         if self._file is None or not self._file.name.startswith(f"{os.getpid()}-"):  # a forked process has its own
             folder.mkdir(parents=True, exist_ok=True)
             self._file = folder / f"{os.getpid()}-{secrets.token_hex(4)}.answers"
-        kind = f"<f{values.itemsize}"
-        rest = struct.pack(f"<{values.ndim}I", *values.shape) + b"".join(keys) + values.astype(kind).tobytes()
-        with self._file.open("ab") as handle:
-            start = handle.tell()
-            handle.write(HEAD.pack(zlib.crc32(rest), len(keys), values.itemsize, values.ndim) + rest)
-        offset = start + HEAD.size + 4 * values.ndim + KEY * len(keys)
-        return _Block(self._file, offset, values.shape, kind)
+        return self._file
 
 
-def _records(file: Path) -> Iterator[tuple[list[bytes], _Block]]:
-    """The digests and the place of each whole record of a file, up to the first that is not."""
-    with file.open("rb") as handle:
-        while len(head := handle.read(HEAD.size)) == HEAD.size:
-            check, count, width, dimensions = HEAD.unpack(head)
-            sizes = handle.read(4 * dimensions)
-            if width not in (2, 4) or len(sizes) < 4 * dimensions:
-                return
-            shape = struct.unpack(f"<{dimensions}I", sizes)
-            left = file.stat().st_size - handle.tell()
-            length = KEY * count + width * math.prod(shape)
-            if length > left:
-                return
-            rest = handle.read(length)
-            if zlib.crc32(sizes + rest) != check:
-                return
-            keys = [rest[KEY * row : KEY * (row + 1)] for row in range(count)]
-            yield keys, _Block(file, handle.tell() - length + KEY * count, shape, f"<f{width}")
+def _digests(tensors: list[Tensor]) -> list[bytes]:
+    """A digest of each sample over all tensors of the call.
 
-
-def _digests(inputs: tuple[Any, ...]) -> list[bytes]:
-    """A digest of each sample over all inputs of the call."""
-    parts = [value.detach().cpu().contiguous() for value in tensors_of(inputs)]
-    told = repr([(part.dtype, part.shape[1:]) for part in parts]).encode()
+    Of short samples it is a multilinear one, by which two samples of whatever content agree with a chance of 2^-66 at most:
+    one product of matrices for a batch, where a cryptographic one is a call for each sample.
+    """
+    parts = [value.detach().cpu().contiguous() for value in tensors]
+    told, factors, start = _factors(tuple((part.dtype, part.shape[1:]) for part in parts))
     rows = [part.reshape(len(part), -1).view(torch.uint8).numpy() for part in parts]
-    return [
-        hashlib.blake2b(b"".join((told, *(row.tobytes() for row in sample))), digest_size=KEY).digest()
-        for sample in zip(*rows, strict=True)
-    ]
+    if factors is None:
+        return [
+            hashlib.blake2b(b"".join((told, *(row.tobytes() for row in sample))), digest_size=KEY).digest()
+            for sample in zip(*rows, strict=True)
+        ]
+    width = sum(row.shape[1] for row in rows)
+    if width % 4 or len(rows) > 1:
+        rows = [np.concatenate([*rows, np.zeros((len(rows[0]), -width % 4), np.uint8)], axis=1)]
+    # Not `@`, which would first make a wider copy of all words.
+    sums = (np.einsum("sw,kw->sk", rows[0].view("<u4"), factors) + start).tobytes()
+    return [sums[place : place + KEY] for place in range(0, len(sums), KEY)]
+
+
+@functools.lru_cache(maxsize=64)
+def _factors(told: tuple[tuple[torch.dtype, torch.Size], ...]) -> tuple[bytes, np.ndarray | None, np.ndarray]:
+    """For samples of such tensors: what they are, by what each word of 32 bits is multiplied, and what is added.
+
+    Drawn once and for all, as files outlive processes; long samples have no factors.
+
+    Source: Dietzfelbinger 1996, "Universal hashing and k-wise independent random variables via integer arithmetic":
+    words of 32 bits, sums modulo 2^64, here two of them.
+    """
+    name = repr(list(told)).encode()
+    start = np.frombuffer(hashlib.blake2b(name, digest_size=KEY).digest(), "<u8")
+    width = sum(dtype.itemsize * shape.numel() for dtype, shape in told)
+    factors = np.random.PCG64(30).random_raw(2 * -(-width // 4)).reshape(2, -1) if width < LONG else None
+    return name, factors, start

@@ -197,12 +197,11 @@ class SoftTargets(Influence):
             return loss
         answers = self.teachers(moment.inputs) if moment.ahead is None else moment.ahead
         outputs = moment.outputs
-        require(
-            isinstance(outputs, Tensor) and outputs.shape == answers.shape[1:],
-            f"The student gives {told(outputs)} and the teacher logits of shape {tuple(answers.shape[1:])}.",
-            "A teacher must know the same classes.",
-            NeedError,
-        )
+        if not (isinstance(outputs, Tensor) and outputs.shape == answers.shape[1:]):  # words only where they are needed
+            raise NeedError(
+                f"The student gives {told(outputs)} and the teacher logits of shape {tuple(answers.shape[1:])}.",
+                "A teacher must know the same classes.",
+            )
         weight = 1.0 if is_unlabelled(moment.targets) else self.weight
         targets = self.rule(answers, self.temperature)
         return distillation_loss(_wide(outputs), targets, loss, temperature=self.temperature, weight=weight)
