@@ -157,6 +157,24 @@ def test_answers_in_double_precision_are_not_said_to_be_kept(nets: Any, bench: B
     made = KnowledgeDistillation(teacher=wide, epochs=1).apply(nets.mlp(8), bench)
     assert "asked anew in each pass, as its answers are in double precision" in made.lineage[-2].describe()
 
+    made = KnowledgeDistillation(teacher=wide, epochs=1, remember=500).apply(nets.mlp(8), bench)
+    assert "asked anew in each pass, as its answers are in double precision" in made.lineage[-2].describe()
+
+
+@pytest.mark.paper(30)
+@pytest.mark.paper(36)
+def test_what_a_step_before_asked_the_same_teacher_takes_no_room(nets: Any, bench: Bench, tmp_path: Path) -> None:
+    seen: list[tuple[bool, bool]] = []
+    teacher, bench = nets.Watched(seen), replace(bench, checkpoints=tmp_path)
+    first = ModelCompression(teacher=teacher, copies=3, epochs=1).apply(nets.student(), bench)
+    seen.clear()
+    made = KnowledgeDistillation(teacher=teacher, epochs=3).apply(first, bench)
+    assert len(seen) <= 2 + 2, "each sample once, in two batches, and two calls that tell whether it fits"
+    assert "asked once for each input; those for 120 are kept beside the checkpoints" in made.lineage[-2].describe()
+    made = KnowledgeDistillation(teacher=nets.mlp(16, seed=4), epochs=3, remember=50).apply(nets.student(), bench)
+    told = made.lineage[-2].describe()
+    assert re.search(r"for 50 samples are kept .*; \d+ times it was asked anew .* for which there was no room", told)
+
 
 @pytest.mark.parametrize(
     ("technique", "why"),

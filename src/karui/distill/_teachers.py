@@ -239,14 +239,14 @@ def keeping(models: tuple[Model, ...], bench: Bench, remember: int | None = None
     """
     folder = bench.checkpoints / "answers" if bench.checkpoints is not None else None
     samples = 0 if bench.train is None else len(Batches(bench.train))
-    if remember is not None:
-        return Keeping(remember, folder)
     anew = "teacher: asked anew in each pass, as"
-    if bench.training.augment is not None:
+    if remember is None and bench.training.augment is not None:
         return Keeping(0, None, f"{anew} augmentation makes every sample a new one, for which no kept answer would do")
-    sizes = [answer_bytes(model) for model in models]
+    sizes = [answer_bytes(model) for model in models] if remember != 0 else []
     if None in sizes:
         return Keeping(0, None, f"{anew} its answers are in double precision, and kept ones in single")
+    if remember is not None:
+        return Keeping(remember, folder)
     size, most = samples * sum(size or 0 for size in sizes), MEMORY if folder is None else DISK
     if size > most:
         room = f"{size / 2**20:,.0f} MiB of {most // 2**20:,}"
