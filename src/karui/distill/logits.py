@@ -141,11 +141,13 @@ class LogitTargets(Influence):
         teachers: the networks that teach; of several, the mean of their logits.
         scale: normalises each class in the loss; None takes logits as they are.
         weight: a, in [0, 1].
+        averaged: whether L is the mean square over classes, as the loss of a regression is, not half of the sum.
     """
 
     teachers: Teachers
     scale: Scale | None = None
     weight: float = 1.0
+    averaged: bool = False
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -159,7 +161,8 @@ class LogitTargets(Influence):
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The mixed loss of this step; at weight 1 no label counts, not even a missing one, but other influences do."""
         answers = self.teachers(moment.inputs) if moment.ahead is None else moment.ahead
-        logits = self.weight * _Match(self.teachers, self.scale, folded=False).loss(moment.outputs, answers)
+        share = 2 / (answers.shape[2] if answers.ndim > 2 else 1) if self.averaged else 1
+        logits = self.weight * share * _Match(self.teachers, self.scale, folded=False).loss(moment.outputs, answers)
         if self.weight == 1:
             return logits if moment.plain is None or loss is moment.plain else loss + logits
         return logits + (1 - self.weight) * loss
@@ -256,12 +259,23 @@ class LogitRegression:
         if self.teacher is not None:
             self._teachers(model, bench)
 
-    def influence(self, model: Model, bench: Bench) -> Influence:
-        """The distance from the teachers' logits in place of the loss, for a training of `model` by another step."""
+    def influence(
+        self, model: Model, bench: Bench, *, weight: float = 1.0, averaged: bool = False, shared: bool = False
+    ) -> Influence:
+        """The distance from the teachers' logits in place of the loss, for a training of `model` by another step.
+
+        Args:
+            model: the student.
+            bench: its data tell the scale, and whether answers are kept.
+            weight: share of the distance in the loss, as in `LogitTargets`.
+            averaged: whether the distance is the mean square over classes.
+            shared: whether the teacher's weights are not copied, where memory is short and nothing changes them.
+        """
         models = self._teachers(model, bench)
-        teachers = keeping(models, bench, self.remember).teachers(models, classes=False)
+        teachers = keeping(models, bench, self.remember).teachers(models, classes=False, shared=shared)
         scale = scale_of(teachers, bench.train) if self.normalise else None
-        return self._with_zeros(model, LogitTargets(teachers=teachers, scale=scale))
+        part = LogitTargets(teachers=teachers, scale=scale, weight=weight, averaged=averaged)
+        return self._with_zeros(model, part)
 
     def apply(self, model: Model, bench: Bench) -> Model:
         """The student, taught."""

@@ -20,6 +20,7 @@ from karui.measuring.values import from_json
 from karui.model import Classification, CustomTask, Model, Regression
 from karui.recipes.budget import visits
 from karui.recipes.budget.front import Form, Point
+from karui.recipes.budget.lesson import NUMBERS, SOFT
 from karui.recipes.budget.run import Settings, _seen
 from karui.recipes.budget.timing import Stopwatch
 from karui.technique import Bench
@@ -216,6 +217,8 @@ def test_other_tasks_than_pictures(name: str):
     done = karui.compress(dense, bench, budget="bytes=0.5", max_drop=50, epochs=3, int8=False)
     told = done.record["budget"]
     assert min(p["forms"][0]["bytes"] for p in told["points"]) <= 0.51, done.explanation
+    taught = {"several outputs": None, "regression": NUMBERS, "token classification": SOFT}
+    assert told["teacher"] == taught[name]
     point = next(p for p in told["points"] if p["number"] == told["point"])
     assert point["forms"][point["best"]]["score"]["higher_is_better"] is task.higher_is_better
     assert done.model.parameters < dense.parameters
@@ -266,12 +269,12 @@ def test_what_a_process_left_that_was_killed_as_it_wrote_is_taken_away(bench: Be
 
 @pytest.mark.usefixtures("steady")
 def test_a_training_that_makes_it_worse_is_not_kept():
-    """The targets to train on are noise; those to judge by are what the dense network says."""
+    """The targets to train on are noise; those to judge by are what the dense network says, which does not teach."""
     torch.manual_seed(0)
     dense = Model(
         nn.Sequential(nn.Linear(16, 96), nn.ReLU(), nn.Linear(96, 4)).eval(),
         example=(torch.zeros(2, 16),),
-        task=Regression(),
+        task=CustomTask(loss=Regression().loss, scores=Regression().scores, higher_is_better=False),
     )
     x = torch.randn(192, 16)
     with torch.no_grad():
@@ -281,6 +284,9 @@ def test_a_training_that_makes_it_worse_is_not_kept():
     lines: list[str] = []
     done = karui.compress(dense, bench, budget="bytes=0.7", epochs=3, int8=False, tell=lines.append)
     assert any("training made it worse on validation data" in line for line in lines)
+    assert any(line.startswith("note: recovery has no teacher, as targets of the task CustomTask") for line in lines)
+    assert any("no teacher" in note for note in done.record["budget"]["notes"])
+    assert done.record["budget"]["teacher"] is None
     assert any("training made it worse" in note for note in done.record["budget"]["notes"])
     worse = {note.split(":")[0] for note in done.record["budget"]["notes"] if "training made it worse" in note}
     points = {f"point {p['number']}": p for p in done.record["budget"]["points"]}

@@ -1,4 +1,4 @@
-"""Recovery: fine-tuning a compressed network, with the dense one as its teacher where the task has soft targets."""
+"""Recovery: fine-tuning a compressed network, with the dense one as its teacher where that has something to teach."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from karui.distill import KnowledgeDistillation
 from karui.measuring.inference import inference, tensors_of
-from karui.model import Classification, Note
+from karui.model import Note
 from karui.recipes.budget.harm import change
+from karui.recipes.budget.lesson import teaching
 from karui.train import range_test
-from karui.train.teaching import MEMORY, answer_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from karui.model import Model
     from karui.technique import Bench
-    from karui.train import Influence
 
 TRIAL = 24
 """Steps that are timed to tell how many epochs fit into some minutes."""
@@ -38,14 +36,14 @@ def recover(model: Model, dense: Model, bench: Bench, epochs: int, label: str) -
 
     Args:
         model: what was compressed.
-        dense: what it was made from; teaches classifiers (survey 30). Other tasks learn from the targets alone.
+        dense: what it was made from; teaches as `lesson` says. Where it has nothing to teach the lineage tells why.
         bench: data and training.
         epochs: passes over the training data.
         label: of the training, for its bar and checkpoint.
     """
     if not epochs or bench.train is None or model.task is None:
         return model
-    return bench.fit(model, epochs=epochs, influence=_teaching(model, dense, bench, epochs), label=label)
+    return bench.fit(model, epochs=epochs, influence=teaching(model, dense, bench, epochs), label=label)
 
 
 def settled(model: Model, dense: Model, bench: Bench) -> Model:
@@ -96,26 +94,12 @@ def rate_for(model: Model, dense: Model, bench: Bench) -> float | None:
         model,
         bench.train,
         training=bench.training,
-        influence=_teaching(model, dense, replace(bench, checkpoints=None), 0),
+        influence=teaching(model, dense, replace(bench, checkpoints=None), 0),
         seed=bench.seed,
         steps=STEPS,
         progress=bench.progress,
     )
     return found.rate
-
-
-def _teaching(model: Model, dense: Model, bench: Bench, epochs: int) -> Influence | None:
-    """The dense model as teacher, its answers kept; None where the task has no soft targets."""
-    if not isinstance(model.task, Classification):
-        return None
-    assert bench.train is not None  # noqa: S101  (who trains has data)
-    room = (
-        min(epochs * len(bench.train), MEMORY // max(answer_bytes(dense) or 0, 1))
-        if bench.checkpoints is not None
-        else 0
-    )
-    soft = KnowledgeDistillation(teacher=dense, epochs=epochs, remember=room)
-    return soft.influence(model, bench, shared=True)  # copies of the network are few; nothing trains the dense one
 
 
 def epochs_within(minutes: float, model: Model, bench: Bench) -> int:

@@ -22,6 +22,7 @@ from karui.recipes.budget.cache import SURE, TimingCache
 from karui.recipes.budget.deployments import score_of
 from karui.recipes.budget.explain import deployed, shares, told
 from karui.recipes.budget.front import Point, front
+from karui.recipes.budget.lesson import Untaught, lesson
 from karui.recipes.budget.limits import Budget
 from karui.recipes.budget.recover import epochs_within
 from karui.recipes.budget.stages import FAR, Plan, travel
@@ -162,6 +163,9 @@ def run_budget(
         tell(f"note: {warning}")
         visitor.notes.append(warning)
     plan = _plan(asked, visitor, mark)
+    if untold := _teacher(dense, bench, plan.epochs)[1]:
+        tell(f"note: {untold}")
+        visitor.notes.append(untold)
     start = visitor.heed(plan.goal) if plan.stated else start
     point = travel(visitor, start, plan)
     tell(f"point {point.number} is the result; measuring dense against light, in turns")
@@ -211,6 +215,14 @@ def _seen(start: Point, dense: Model, bench: Bench) -> str:
         "data: it has probably been trained on the former, and a floor held on them asks for too much. "
         "Give Bench(validation=...) data that it has not seen."
     )
+
+
+def _teacher(dense: Model, bench: Bench, epochs: int) -> tuple[str | None, str]:
+    """What the dense model teaches those that recover, and a note where that is nothing; neither without recovery."""
+    if not epochs or dense.task is None:
+        return None, ""
+    taught = lesson(dense, bench)
+    return (None, f"recovery has no teacher, as {taught.why}") if isinstance(taught, Untaught) else (taught, "")
 
 
 def _clock(asked: Settings) -> Clock:
@@ -277,6 +289,7 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
             "forms": forms,
             "points": [to_json(p) for p in visitor.points],
             "learning_rate": visitor.rate,
+            "teacher": _teacher(dense, bench, plan.epochs)[0],
             "front": [p.number for p in front(visitor.points)],
             "dense_seconds": visitor.seconds,
             "dense_bytes": visitor.bytes,
