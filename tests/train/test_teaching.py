@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from karui.data import Splits
-from karui.errors import NeedError, SettingError
-from karui.model import Model, Regression
-from karui.train import Adam, Constant, Moment, Training, fit
+from karui.errors import NeedError, SettingError, TrainingError
+from karui.model import Classification, Model, Regression
+from karui.train import SGD, Adam, Constant, Influence, Moment, Training, Turn, fit
 from karui.train.teaching import UNLABELLED, SoftTargets, Teachers
 
 pytestmark = pytest.mark.paper(30)
@@ -143,3 +143,34 @@ def test_what_does_not_fit_is_told(small_cnn: Callable[..., Model]) -> None:
     flat = Model(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), example=(torch.zeros(1, 3),), task=Regression())
     with pytest.raises(NeedError, match="not logits"):
         Teachers((flat,))((torch.zeros(5, 3),))
+
+
+class Pull(Influence):
+    """Another term: the outputs towards 0, whatever the labels."""
+
+    def objective(self, loss: Tensor, moment: Moment) -> Tensor:
+        return loss + moment.outputs.square().mean()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["the task's loss", "a turn's own"])
+def test_the_loss_of_a_batch_without_any_label_is_nothing_and_other_terms_count(own: bool) -> None:
+    """The mean over no labels is not a number: it stopped every training on such samples but that by soft targets."""
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    silent = TensorDataset(x, torch.full((12,), UNLABELLED))
+    model = Model(nn.Linear(4, 3), example=(x[:2],), task=Classification())
+    training = Training(epochs=1, batch_size=6, optimizer=SGD(lr=0.1, weight_decay=0.0))
+
+    def objective(module: nn.Module, inputs: tuple[Tensor, ...], targets: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = module(*inputs)
+        return outputs, nn.functional.cross_entropy(outputs, targets)
+
+    turns = (Turn(objective=objective),) if own else None
+    still = fit(model, silent, training=training, turns=turns)
+    assert torch.equal(still.module.weight, model.module.weight)
+    pulled = fit(model, silent, training=training, turns=turns, influence=Pull())
+    assert float(pulled.module(x).square().mean()) < float(model.module(x).square().mean())
+    broken = Model(nn.Linear(4, 3), example=(x[:2],), task=Classification())
+    with torch.no_grad():
+        broken.module.bias[0] = torch.inf
+    with pytest.raises(TrainingError, match="became nan"):
+        fit(broken, silent, training=training, turns=turns)

@@ -157,8 +157,8 @@ class Answers:
 def _digests(tensors: list[Tensor]) -> list[bytes]:
     """A digest of each sample over all tensors of the call.
 
-    Of short samples it is a multilinear one, by which two samples of whatever content agree with a chance of 2^-66 at most:
-    one product of matrices for a batch, where a cryptographic one is a call for each sample.
+    Of short samples it is a multilinear one: one product of matrices for a batch, where a cryptographic one is a call
+    for each sample. Two samples of whatever content agree by it with a chance of 2^-66 at most.
     """
     parts = [value.detach().cpu().contiguous() for value in tensors]
     told, factors, start = _factors(tuple((part.dtype, part.shape[1:]) for part in parts))
