@@ -274,7 +274,7 @@ def test_where_it_is_not_known_where_channels_are_it_is_said(digits: Splits) -> 
         replace(step, layers=()).fits(student, bench_of(digits))
     for channels in ("first", "last"):
         replace(step, channels=channels).apply(student, bench_of(digits))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(SettingError, match="channels is 'middle'; choose from auto, first, last"):
+    with pytest.raises(SettingError, match="channels is 'middle'. Choose from 'auto', 'first', 'last'"):
         AttentionTransfer(channels="middle")  # pyright: ignore[reportArgumentType]
 
 

@@ -81,6 +81,11 @@ def _is(value: Any, kind: type) -> bool:
 
 def _one_of(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
     """The value as the first kind that it fits."""
+    kinds = tuple(part for kind in kinds for part in (get_args(kind) if get_origin(kind) is Union else (kind,)))
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    kinds = tuple(kind for kind in kinds if get_origin(kind) is not Literal)
+    if choices:  # together they are one list to choose from
+        kinds = (*kinds, Literal[tuple(choices)])
     refused = SettingError(f"{where} is {value!r}.")
     for kind in kinds:
         if kind is types.NoneType:
@@ -101,7 +106,9 @@ def _table(value: Any, item: Any, where: str) -> None:
 
 
 def _several(value: Any, kind: Any, inner: tuple[Any, ...], where: str) -> Any:
-    """A sequence, each of its items as its annotation has it."""
+    """A sequence, each of its items as its annotation has it; a table where pairs are asked for is their sequence."""
+    if isinstance(value, Mapping) and inner and get_origin(inner[0]) is tuple and len(get_args(inner[0])) == 2:
+        value = tuple(value.items())
     told = f"{where} is {value!r}, a {type(value).__name__}; it takes several values."
     require(not isinstance(value, str), told, f"Write ({value!r},) for one.")
     require(isinstance(value, collections.abc.Sequence), told, "Write (...), with commas.")
