@@ -63,7 +63,9 @@ def on_corners(net: nn.Module, wrong: Cut | None = None) -> Proof | None:
     candidate = Candidate(wrong or make_cut(net, found, units), found, units)
     light = candidate.build(net)
     other = second_input(candidate)
-    return prove_on_corners(net, candidate, (found.trace.example, other), light, outputs(light, other))
+    single = outputs(light, other)
+    with candidate.hollow(light, net) as hollow:
+        return prove_on_corners(net, candidate, (found.trace.example, other), hollow, single)
 
 
 def test_corners_are_of_images_alone() -> None:

@@ -57,6 +57,18 @@ def test_every_holder_of_a_shared_layer_is_given_the_new_one() -> None:
     assert torch.equal(run(new), net.block(x @ weight.T @ weight.T @ weight.T))
 
 
+def test_what_is_spent_is_not_copied() -> None:
+    old, layer = model(), nn.Linear(4, 2)
+    plain, spent = replace_layers(old, {"block.1": layer}), replace_layers(old, {"block.1": layer}, spent=[layer])
+    assert plain.module.get_parameter("block.1.weight") is not layer.weight
+    assert spent.module.get_parameter("block.1.weight") is layer.weight
+    assert spent.module.get_parameter("first.weight") is not old.module.get_parameter("first.weight")
+    both = replace_layers(old, {"block.1": layer}, spent=[old.module, layer])
+    assert both.module.get_parameter("first.weight") is old.module.get_parameter("first.weight")
+    assert both.module is not old.module
+    assert torch.equal(run(both), run(plain))
+
+
 def test_the_model_given_stays_as_it_is() -> None:
     old = model()
     before, state = run(old), copy.deepcopy(old.module.state_dict())

@@ -16,9 +16,9 @@ from karui.errors import ArtifactError
 from karui.measuring import Engine, OnnxRuntime, known_engine, onnx_form
 from karui.measuring import values as json_values
 from karui.measuring.engines import outputs_of
-from karui.measuring.filed import File
+from karui.measuring.filed import File, Filed
 from karui.measuring.inference import inference, largest_difference, random_batch, tensors_of
-from karui.model import Model
+from karui.model import Model, doubled
 
 BATCHES = (1, 2, 5)
 RELATIVE = 1e-4
@@ -94,13 +94,13 @@ def export_onnx(model: Model, path: Path | str) -> Exported:
         CaptureError: the model cannot be exported; the message names the operator, where there is one.
         ArtifactError: ONNX Runtime computes something else than torch; nothing is written.
     """
-    data, verification = checked_onnx(model)
-    write_file(Path(path), data)
-    return Exported(path=Path(path), bytes=len(data), verification=verification)
+    file, verification = checked_onnx(model)
+    write_file(Path(path), file)
+    return Exported(path=Path(path), bytes=Filed.size(file), verification=verification)
 
 
-def checked_onnx(model: Model, deployment: Deployment | None = None) -> tuple[bytes, Verification]:
-    """The bytes of the ONNX file, and the comparison that they passed; by default the model in 32 bits is exported.
+def checked_onnx(model: Model, deployment: Deployment | None = None) -> tuple[File, Verification]:
+    """The ONNX file, and the comparison that they passed; by default the model in 32 bits is exported.
 
     Raises:
         CaptureError: the model cannot be exported.
@@ -113,7 +113,7 @@ def checked_onnx(model: Model, deployment: Deployment | None = None) -> tuple[by
             f"The ONNX file computes something else than the model ({verification}).",
             "Is the model random in evaluation mode? If not, please report this as a defect.",
         )
-    return file.data, verification
+    return file, verification
 
 
 def compare_deployment(
@@ -218,7 +218,7 @@ def _from_64_bits(model: Model, inputs: tuple[Any, ...], ours: list[torch.Tensor
     def widen(leaf: Any) -> Any:
         return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
-    wide = model.copy().module.double()
+    wide = doubled(model.module)
     try:
         with inference(wide) as module:
             exact = tensors_of(module(*tree_map(widen, inputs)))
@@ -237,7 +237,7 @@ def _from_neighbours(model: Model, inputs: tuple[Any, ...], ours: list[torch.Ten
         for tensor in (*near.parameters(), *near.buffers()):
             if tensor.dtype == torch.float32:
                 noise = torch.randn(tensor.shape, generator=draw).to(tensor.device)
-                tensor.mul_(1 + LAST_DIGITS * torch.finfo(torch.float32).eps * noise)
+                tensor.mul_(noise.mul_(LAST_DIGITS * torch.finfo(torch.float32).eps).add_(1))
         with inference(near) as module:
             difference, _ = largest_difference(ours, tensors_of(module(*inputs)))
         del near, module  # the next one takes its place

@@ -10,11 +10,14 @@ import os
 import re
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from karui.errors import ArtifactError, UsageError, require
+from karui.measuring import filed
+from karui.measuring.filed import File
 
 JSON, TENSORS, ONNX = "model.json", "model.safetensors", "model.onnx"
 OURS = (JSON, TENSORS, ONNX)
@@ -64,8 +67,15 @@ def read(path: Path) -> bytes:
     Raises:
         ArtifactError: it is not there, or cannot be read.
     """
-    try:
+    with _readable(path):
         return path.read_bytes()
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Errors of the system, in words."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing.", "Is this the folder of a saved model?") from error
     except OSError as error:
@@ -74,7 +84,32 @@ def read(path: Path) -> bytes:
         ) from error
 
 
-def write_file(path: Path, data: bytes) -> None:
+class Opened:
+    """A file of an artifact, whose bytes are read where they are used: whatever is put in its place, it stays the same.
+
+    Settings:
+        bytes: its length.
+        digest: its SHA-256 in hexadecimal.
+
+    Raises:
+        ArtifactError: it is not there, or cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with _readable(path):
+            self._handle = path.open("rb")
+            weakref.finalize(self, self._handle.close)
+            self.digest = hashlib.file_digest(self._handle, "sha256").hexdigest()
+            self.bytes = self._handle.tell()
+
+    @property
+    def data(self) -> bytes:
+        """The bytes."""
+        self._handle.seek(0)
+        return self._handle.read()
+
+
+def write_file(path: Path, data: bytes | File) -> None:
     """Write a file under a temporary name and rename it: a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -86,10 +121,12 @@ def write_file(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
+def _write(path: Path, data: bytes | File) -> None:
+    if isinstance(data, bytes):
+        path.write_bytes(data)
+    else:
+        filed.write(data, path)
+    with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
@@ -103,7 +140,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_folder(folder: Path, files: Mapping[str, bytes | File]) -> None:
     """Put `files` into `folder` in one step, in place of an artifact that is there. Other files in it are kept.
 
     A process that is killed while writing leaves the old artifact or the new one, complete.

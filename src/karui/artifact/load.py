@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,10 @@ def load(folder: Path | str, *, base: Model | nn.Module | None = None) -> Model:
     """
     folder = Path(folder).expanduser()
     told, contents = read_artifact(folder)
-    flat = _tensor_file(contents[files.TENSORS], folder / files.TENSORS)
+    file, path = contents[files.TENSORS], folder / files.TENSORS
     where = folder / files.JSON
     with _named(where):
-        example = example_from_json(told["example"], flat)
+        example = example_from_json(told["example"], _tensor_file(file.data, path))
         steps = tuple(edit_from_json(step) for step in told["lineage"])
         refuse_enclosed(steps, told["task"], folder, built=base is None)
         module, built_task = _original(steps, base, folder)
@@ -48,8 +48,8 @@ def load(folder: Path | str, *, base: Model | nn.Module | None = None) -> Model:
             assert changed is not None  # noqa: S101  (refused above)
             module = changed
         task = task_from_json(told["task"]) or built_task
-    with _named(folder / files.TENSORS):
-        _put_in(module, told, flat)
+    with _named(path):
+        _put_in(module, told, lambda: _tensor_file(file.data, path))
     with contextlib.suppress(NotImplementedError):
         module.eval()
     model = Model(module, example=example, task=task, lineage=steps)
@@ -71,8 +71,8 @@ _FIELDS: dict[str, Any] = {
 }
 
 
-def read_artifact(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The content of `model.json`, and the bytes of every other file that it names, all of them checked.
+def read_artifact(folder: Path) -> tuple[dict[str, Any], dict[str, files.Opened]]:
+    """The content of `model.json`, and every other file that it names, all of them checked.
 
     Raises:
         ArtifactError: a file is missing, damaged, or of a later version.
@@ -94,10 +94,10 @@ def read_artifact(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         require(not names, f"{path} has a wrong {what}: {', '.join(names)}.", "Save the model again.", ArtifactError)
     contents = {}
     for name, entry in told["files"].items():
-        contents[name] = files.read(folder / name)
+        contents[name] = file = files.Opened(folder / name)
         require(
-            entry == {"bytes": len(contents[name]), "sha256": files.digest(contents[name])},
-            f"{folder / name} is damaged: its {len(contents[name])} bytes are not those that were written.",
+            entry == {"bytes": file.bytes, "sha256": file.digest},
+            f"{folder / name} is damaged: its {file.bytes} bytes are not those that were written.",
             "The file was changed or cut off after it was written; copy the folder again, or save the model again.",
             ArtifactError,
         )
@@ -150,8 +150,8 @@ def _original(steps: tuple[Any, ...], base: Model | nn.Module | None, folder: Pa
     return (built.module, built.task) if isinstance(built, Model) else (built, None)
 
 
-def _put_in(module: nn.Module, told: Mapping[str, Any], flat: Mapping[str, Tensor]) -> None:
-    """Every tensor into its place, and shared ones shared as they were."""
+def _put_in(module: nn.Module, told: Mapping[str, Any], read: Callable[[], dict[str, Tensor]]) -> None:
+    """Every tensor into its place, and shared ones shared as they were. What was there makes room for what is read."""
     stored, tied = told["tensors"], told["tied"]
     places = named_tensors(module)
     missing, extra = sorted({*stored, *tied} - set(places)), sorted(set(places) - {*stored, *tied})
@@ -162,12 +162,16 @@ def _put_in(module: nn.Module, told: Mapping[str, Any], flat: Mapping[str, Tenso
             "Was its code changed, or another network given as base?",
         )
     fresh: set[int] = set()
+    shapes = {name: tuple(place.shape) for name, place in places.items()}
+    for place in places.values():
+        place.data = place.data.new_empty(0)
+    flat = read()
     for name, entry in stored.items():
         value = _value(name, entry, flat)
         place = places[name]
         require(
-            tuple(value.shape) == tuple(place.shape),
-            f"The saved tensor '{name}' has shape {tuple(value.shape)}, and the network's {tuple(place.shape)}.",
+            tuple(value.shape) == shapes[name],
+            f"The saved tensor '{name}' has shape {tuple(value.shape)}, and the network's {shapes[name]}.",
             "Was its code changed, or another network given as base?",
             ArtifactError,
         )
@@ -186,9 +190,9 @@ def _put_in(module: nn.Module, told: Mapping[str, Any], flat: Mapping[str, Tenso
             parameter.requires_grad_(name not in frozen)
 
 
-def _value(name: str, entry: Mapping[str, Any], flat: Mapping[str, Tensor]) -> Tensor:
+def _value(name: str, entry: Mapping[str, Any], flat: dict[str, Tensor]) -> Tensor:
     if entry["form"] == "dense":
-        return flat[name].clone()  # in memory of its own, aligned as torch does it
+        return flat.pop(name).clone()  # in memory of its own, aligned as torch does it
     arrays = {part: flat[f"{name}/{part}"].numpy() for part in entry["parts"]}
     try:
         return unpack(Stored(form=entry["form"], arrays=arrays, header=entry["header"]))

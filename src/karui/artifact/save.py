@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from karui.artifact.pack import Stored, pack
 from karui.deployment import Deployment
 from karui.errors import ArtifactError, KaruiError, require
 from karui.measuring import values as json_values
+from karui.measuring.filed import File, Filed, Waiting
 from karui.measuring.inference import inference, tensors_of
 from karui.measuring.values import bytes_text
-from karui.model import Model, edit_to_json
+from karui.model import Model, apart, edit_to_json
 
 FORMAT = 1
 """Version of the folder's layout; a reader refuses a later one."""
@@ -122,8 +124,8 @@ def save(
     except ArtifactError as error:
         warnings.append(f"This folder loads with a base only. {error}")
     probe = _probe(model, example_from_json(example, beside))  # copies the model, so before its files are in memory
-    weights = _safetensors(stored, beside)
-    contents = {files.TENSORS: weights}
+    weights = Waiting(_safetensors(stored, beside))
+    contents: dict[str, File] = {files.TENSORS: weights}
     verification = None
     if deployment is not None:  # one that was chosen by measurement is there; if it is wrong, nothing is saved
         contents[files.ONNX], verification = checked_onnx(model, deployment)
@@ -147,7 +149,7 @@ def save(
         "settings": dict(settings or {}),
         "measurements": json_values.to_json(measurements),
         "versions": {"karui": karui.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "files": {name: {"bytes": len(data), "sha256": files.digest(data)} for name, data in contents.items()},
+        "files": {name: {"bytes": Filed.size(file), "sha256": Filed.digest(file)} for name, file in contents.items()},
     }
     try:
         text = files.sealed(told)
@@ -159,9 +161,9 @@ def save(
     files.write_folder(folder, {**contents, files.JSON: text})
     return Saved(
         folder=folder,
-        weights_bytes=len(weights),
+        weights_bytes=Filed.size(weights),
         json_bytes=len(text),
-        onnx_bytes=len(contents[files.ONNX]) if files.ONNX in contents else None,
+        onnx_bytes=Filed.size(contents[files.ONNX]) if files.ONNX in contents else None,
         engine=deployment.engine if deployment is not None else "onnxruntime",
         precision=deployment.precision if deployment is not None else "fp32",
         tensors=_report(stored, model.module),
@@ -233,7 +235,7 @@ def _refuse_hidden_state(module: nn.Module) -> None:
 
 
 def _safetensors(stored: Mapping[str, Stored], beside: Mapping[str, Tensor]) -> bytes:
-    from safetensors.torch import save as to_bytes
+    from safetensors.torch import save_file
 
     flat = dict(beside)
     for name, item in stored.items():
@@ -241,8 +243,11 @@ def _safetensors(stored: Mapping[str, Stored], beside: Mapping[str, Tensor]) -> 
             flat[name] = item.dense
         for part, array in item.arrays.items():
             flat[f"{name}/{part}"] = torch.from_numpy(array)
-    # Two tensors over one memory (a parameter that is a view of another) are refused by the format: each gets its own.
-    return to_bytes({name: tensor.clone() for name, tensor in flat.items()}, metadata={"format": "pt"})
+    # As a file, since what makes bytes of them holds all three times.
+    with tempfile.TemporaryDirectory(prefix="karui-") as scratch:
+        file = Path(scratch) / files.TENSORS
+        save_file(apart(flat), file, metadata={"format": "pt"})
+        return file.read_bytes()
 
 
 def _probe(model: Model, example: tuple[Any, ...]) -> list[dict[str, Any]] | None:

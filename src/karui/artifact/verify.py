@@ -52,7 +52,7 @@ def load_deployment(folder: Path | str) -> Deployment:
     return deployment
 
 
-def _deployment(folder: Path, told: dict[str, Any], contents: dict[str, bytes]) -> Deployment | None:
+def _deployment(folder: Path, told: dict[str, Any], contents: dict[str, files.Opened]) -> Deployment | None:
     if files.ONNX not in contents:
         return None
     # Folders of before there was a choice do not tell: their file is in 32 bits.
@@ -62,7 +62,7 @@ def _deployment(folder: Path, told: dict[str, Any], contents: dict[str, bytes]) 
             name=noted["name"],
             engine=noted["engine"],
             precision=noted["precision"],
-            data=contents[files.ONNX],
+            data=contents[files.ONNX].data,
             fp32_layers=tuple(noted["fp32_layers"]),
         )
     except (KaruiError, KeyError, TypeError) as error:

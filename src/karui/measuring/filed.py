@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import tempfile
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, overload
 
@@ -67,6 +68,13 @@ class Filed:
     def digest(owner: Any) -> str:
         """What tells the content of a field from another, without reading either."""
         return vars(owner)["_filed"][2]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Bytes that wait in a file until they are used."""
+
+    data: bytes = Filed()  # pyright: ignore[reportAssignmentType]  (reads and takes bytes)
 
 
 def write(file: File, path: Path) -> None:

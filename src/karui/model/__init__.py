@@ -2,7 +2,9 @@
 
 from karui.model.averaging import Average as Average
 from karui.model.averaging import averaged as averaged
+from karui.model.copying import apart as apart
 from karui.model.copying import copied as copied
+from karui.model.copying import doubled as doubled
 from karui.model.copying import frozen as frozen
 from karui.model.cut import Cut as Cut
 from karui.model.cut import remove_units as remove_units

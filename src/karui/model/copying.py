@@ -1,6 +1,6 @@
 """Copies of modules: what `copy.deepcopy` makes, several times faster, and smaller where a cut says so.
 
-Surgery copies a network three times (the cut one, and two in double precision for the proof), and a network of a
+Surgery copies a network three times (the cut one, and two in double precision, by turns, for the proof), and one of a
 hundred layers is thousands of small dictionaries. Nearly all of them are empty or hold numbers, which are taken as
 they are; whatever is out of the ordinary goes through `copy.deepcopy`, with the same memo.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -77,24 +78,44 @@ def frozen(module: nn.Module, *, shared: bool = False) -> nn.Module:
     return twin
 
 
-def doubled(module: nn.Module) -> nn.Module:
-    """A copy in double precision, as `copied(module).double()` gives, with each tensor copied once.
+def doubled(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy in double precision, as `copied(module, memo).double()` gives, with each tensor copied once.
 
     Example:
         >>> doubled(nn.Linear(2, 3)).weight.dtype
         torch.float64
     """
-    memo: dict[int, Any] = {}
+    memo = {} if memo is None else memo
     for p in named_parameters(module).values():
         if p.is_floating_point():
-            memo[id(p)] = nn.Parameter(p.detach().to(torch.float64, copy=True), p.requires_grad)
+            value = memo.get(id(p), p).detach()
+            memo[id(p)] = nn.Parameter(value.to(torch.float64, copy=True), p.requires_grad)
     for b in named_buffers(module).values():
         if b.is_floating_point():
-            memo[id(b)] = b.detach().to(torch.float64, copy=True)
+            memo[id(b)] = memo.get(id(b), b).detach().to(torch.float64, copy=True)
     twin = copied(module, memo)
     # What copies or casts itself in a way of its own may hold more.
     usual = all(_usual(cls) and cls._apply is nn.Module._apply for cls in {type(m) for m in layers(module).values()})  # noqa: SLF001  (what `double` calls)
     return twin if usual else twin.double()
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a file takes them: without gaps, none in the memory of another. Others are copied, and no more.
+
+    Example:
+        >>> whole = torch.zeros(2, 3)
+        >>> made = apart({"whole": whole, "row": whole[1]})
+        >>> made["whole"].data_ptr() == whole.data_ptr(), made["row"].data_ptr() == whole[1].data_ptr()
+        (True, False)
+    """
+    made: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        made[name] = plain.clone() if place in seen else plain
+        seen.add(place)
+    return made
 
 
 def stateless(module: nn.Module) -> bool:

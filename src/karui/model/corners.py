@@ -20,9 +20,10 @@ from karui.model.path import Path, seen
 from karui.model.running import difference, double, joined, outputs, run_double, tensors
 from karui.model.sight import look, zeroed
 from karui.model.verdict import FAINT, SLACK, Proof
-from karui.model.walking import lent, named_buffers, named_parameters
+from karui.model.walking import all_tensors, lent
 
 if TYPE_CHECKING:
+    from karui.model.hollow import Hollow
     from karui.model.proof import Candidate
 
 # The corner's side is this part of the image's, and at least so many pixels.
@@ -33,7 +34,7 @@ Inputs = tuple[Any, ...]
 
 
 def prove_on_corners(
-    dense: nn.Module, candidate: Candidate, pair: tuple[Inputs, Inputs], light: nn.Module, single: list[Tensor]
+    dense: nn.Module, candidate: Candidate, pair: tuple[Inputs, Inputs], light: Hollow, single: list[Tensor]
 ) -> Proof | None:
     """The proof of a cut that keeps the own forward, if it comes out on corners; None where the whole must decide.
 
@@ -44,12 +45,17 @@ def prove_on_corners(
         dense: the whole model.
         candidate: its cut.
         pair: the example and the random input.
-        light: the cut model.
+        light: the cut model, whose weights are there only while it runs.
         single: what that gives for the random input.
     """
     small = corners(pair[0]), corners(pair[1])
     kind = next((p.dtype for p in dense.parameters() if p.is_floating_point()), torch.float64)
-    if small[0] is None or small[1] is None or kind is torch.float64 or not (stateless(dense) and stateless(light)):
+    if (
+        small[0] is None
+        or small[1] is None
+        or kind is torch.float64
+        or not (stateless(dense) and stateless(light.module))
+    ):
         return None
     analysis, removed = candidate.analysis, candidate.removed
     path = Path()
@@ -59,8 +65,10 @@ def prove_on_corners(
             return None
         both = double(joined(small[0], small[1]))
         masked = zeroed(dense, analysis, removed, torch.float64)
-        whole = {place: value.to(kind) for place, value in masked.items()}
-        gap = difference(_in_double(dense, both, masked), shrunk := _in_double(light, both))
+        wide = _in_double(dense, both, masked)
+        with lent(dense, {place: masked.pop(place).to(kind) for place in list(masked)}):
+            whole = outputs(dense, pair[1])
+        gap = difference(wide, shrunk := _in_double(light.fill(torch.float64), both))
     except Exception:  # noqa: BLE001  (foreign code: what it cannot do with a corner, it may with the whole)
         return None
     floor, scale = torch.finfo(torch.float64).eps / 2, _scale(shrunk)
@@ -68,16 +76,14 @@ def prove_on_corners(
     found = Proof(gap, floor * scale, effect)
     if not (found.holds and FAINT * scale < effect < float("inf")):
         return None
-    with lent(dense, whole):
-        rest = difference(outputs(dense, pair[1]), single)
-    return found if rest <= SLACK * torch.finfo(kind).eps / 2 * _scale(single) else None
+    return found if difference(whole, single) <= SLACK * torch.finfo(kind).eps / 2 * _scale(single) else None
 
 
 def _in_double(module: nn.Module, inputs: Inputs, others: Mapping[int, Tensor] | None = None) -> list[Tensor]:
     """What a module without state gives in double precision, with other parameters where there are some."""
     given = {
         id(t): t.detach().double()
-        for t in (*named_parameters(module).values(), *named_buffers(module).values())
+        for t in all_tensors(module)
         if t.is_floating_point() and not (others and id(t) in others)
     }
     with lent(module, given | dict(others or {})):

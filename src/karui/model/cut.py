@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 
 from karui.errors import CaptureError, SurgeryError, require
 from karui.model.capturing import capture_programs
-from karui.model.copying import copied
+from karui.model.copying import copied, doubled
 from karui.model.edits import edit
 from karui.model.graphform import GraphForm, graph_form
 from karui.model.groups import Analysis, coupled_groups
+from karui.model.hollow import smaller
 from karui.model.program import Program
 from karui.model.proof import BlindError, Candidate, second_input
 from karui.model.proof import prove as prove_cut
@@ -24,7 +26,7 @@ from karui.model.rewrite import apply_rewrites, rewrites
 from karui.model.running import outputs
 from karui.model.sizes import new_sizes
 from karui.model.trace import brief, first, minds_training, trains_alike, widen
-from karui.model.walking import layers, named_buffers, named_parameters
+from karui.model.walking import layers
 
 if TYPE_CHECKING:
     from karui.model.value import Model
@@ -57,11 +59,12 @@ class Cut:
         assert module is not None  # noqa: S101  (for the type checker)
         if self.programs is None:
             return self.shrunk(module)
-        return self.form(self.shrunk(module), capture_programs(module, example, recorded=self.recorded))
+        programs = capture_programs(module, example, recorded=self.recorded)  # first, as it copies the module
+        return self.form(self.shrunk(module), programs)
 
-    def shrunk(self, module: nn.Module) -> nn.Module:
-        """A copy of `module` with smaller tensors, and the attributes that say so."""
-        module = copied(module, smaller(module, self.kept))
+    def shrunk(self, module: nn.Module, *, wide: bool = False) -> nn.Module:
+        """A copy of `module` with smaller tensors, in double precision if `wide`, and the attributes that say so."""
+        module = (doubled if wide else copied)(module, smaller(module, self.kept))
         owners = layers(module)
         for path, name, value in self.sizes:  # plain values: not what `nn.Module` looks for when it is assigned to
             object.__setattr__(owners[path], name, tuple(value) if isinstance(value, list) else value)
@@ -77,29 +80,6 @@ class Cut:
     def describe(self) -> str:
         """What was cut."""
         return f"cut {sum(self.removed.values())} units of {len(self.removed)} groups"
-
-
-def smaller(module: nn.Module, kept: list[Any]) -> dict[int, Any]:
-    """The given indices of the given tensors, by the identity of the whole ones: a memo for `copy.deepcopy`.
-
-    So every reference to a tensor, shared names and a recurrent layer's own list included, finds the smaller one.
-    """
-    wanted: dict[str, list[tuple[int, list[int]]]] = {}
-    for name, dim, indices in kept:
-        wanted.setdefault(name, []).append((dim, indices))
-    memo: dict[int, Any] = {}
-    indexes: dict[tuple[int, ...], Tensor] = {}  # coupled tensors keep the same ones
-    known: dict[str, Tensor] = {**named_parameters(module), **named_buffers(module)}
-    for name, cuts in wanted.items():
-        tensor = known[name]
-        value = tensor.detach()
-        for dim, indices in cuts:
-            stay = tuple(indices)
-            if stay not in indexes:
-                indexes[stay] = torch.tensor(indices)
-            value = value.index_select(dim, indexes[stay].to(value.device))
-        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-    return memo
 
 
 def make_cut(module: nn.Module, analysis: Analysis, removed: Mapping[str, Tensor]) -> Cut:
@@ -161,6 +141,8 @@ def remove_units(
         raise
     except SurgeryError as refused:
         own = refused
+        for error in (refused, refused.__cause__):  # their frames would hold the cut model as long as the other is made
+            clear_frames(None if error is None else error.__traceback__)
     try:
         programs = capture_programs(model.module, model.example, analysis.trace)
         return cut_graph(model, analysis, chosen, programs, prove=prove)

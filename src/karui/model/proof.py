@@ -25,12 +25,13 @@ from karui.model.copying import copied, doubled
 from karui.model.corners import prove_on_corners
 from karui.model.graphform import graph_form
 from karui.model.groups import analyse
+from karui.model.hollow import Hollow
 from karui.model.running import difference, double, double_precision, joined, outputs, random_like, run_double
-from karui.model.sight import drawings, look, mask
+from karui.model.sight import drawings, look, mask, zeroed
 from karui.model.survivors import run_on_survivors
 from karui.model.trace import Trace, brief, minds_training, traced, widen
 from karui.model.verdict import FAINT, SLACK, Proof
-from karui.model.walking import lent, named_parameters
+from karui.model.walking import lent
 
 if TYPE_CHECKING:
     from karui.model.cut import Cut
@@ -71,10 +72,28 @@ class Candidate:
         """Whether no normalisation counts the units."""
         return all(self.analysis[name].exact for name in self.removed)
 
-    def build(self, dense: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """The cut model of a whole one, which is left as it is."""
-        module = self.step.shrunk(dense)
+    def build(self, dense: nn.Module, dtype: torch.dtype | None = None, *, wide: bool = False) -> nn.Module:
+        """The cut model of a whole one, which is left as it is; in double precision if `wide`.
+
+        `dtype` is what a graph form is written for; None takes that of the network.
+        """
+        module = self.step.shrunk(dense, wide=wide)
         return module if self.programs is None else self.step.form(module, self.programs, dtype)
+
+    @property
+    def graph(self) -> bool:
+        """Whether the cut model takes its graph form."""
+        return self.programs is not None or self.step.programs is not None
+
+    def masked(self, dense: nn.Module) -> nn.Module:
+        """A copy of the whole model in double precision, with the units that go zeroed."""
+        wide = doubled(dense)
+        mask(wide, self.analysis, self.removed)
+        return wide
+
+    def hollow(self, light: nn.Module, dense: nn.Module) -> Hollow:
+        """The cut model of a whole one, without its weights meanwhile."""
+        return Hollow(light, dense, self.step.kept)
 
     def __str__(self) -> str:
         names = [f"'{name}'" for name in self.removed]
@@ -88,7 +107,7 @@ def measure(
     whole: list[Tensor],
     *,
     training: bool,
-    light: nn.Module | None = None,
+    light: Hollow | None = None,
     single: list[Tensor] | None = None,
 ) -> Proof:
     """Masked against cut, on both inputs, in double precision; `whole` is the output of `drawn` for the second one.
@@ -97,76 +116,84 @@ def measure(
     The rounding floor is how far that output lies from the cut model's in double precision: the rounding of the whole
     computation, scaled to the precision of the proof. A network in double precision is moved by a unit in the last
     place of every weight instead.
+
+    Large networks are few at a time: beside `drawn` and what it was drawn from there is one of the masked model, the
+    cut one, and the cut one in double precision.
     """
-    kind = next((p.dtype for p in drawn.parameters() if p.is_floating_point()), torch.float32)
-    light = candidate.build(drawn, kind) if light is None else light
-    single = outputs(light, pair[1], training=training) if single is None else single
-    eps = torch.finfo(torch.float64).eps
+    if light is None:
+        with candidate.hollow(candidate.build(drawn, kind_of(drawn)), drawn) as made:
+            return measure(drawn, candidate, pair, whole, training=training, light=made, single=single)
+    if single is None:
+        with light.filled() as module:
+            single = outputs(module, pair[1], training=training)
+    kind, eps = kind_of(drawn), torch.finfo(torch.float64).eps
     scale = max((float(t.abs().max()) for t in single if t.numel()), default=0.0)
     effect = difference(whole, single)
-
-    # A cut that needs no program is doubled only when the masked model is done with: large ones are few at a time.
-    dense = doubled(drawn)
-    own = candidate.programs is None and candidate.step.programs is None
-    cut = None if own else candidate.build(dense, torch.float64)
     faint = not effect > FAINT * scale
     if faint:
-        whole = run_double(dense, double(pair[1]), training=training)
-    mask(dense, candidate.analysis, candidate.removed)
-    inputs: list[tuple[Any, ...]] = [joined(*pair)]
-    try:
-        masked = _masked(dense, candidate, inputs, training=training)
-    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError):  # its batch is fixed
-        inputs = list(pair)
-        masked = _masked(dense, candidate, inputs, training=training)
-    kept = None if cut is None else dense
-    del dense
-    cut = doubled(light) if cut is None else cut
+        whole = run_double(doubled(drawn), double(pair[1]), training=training)
+    inputs, masked = _masked_outputs(drawn, candidate, pair, training=training)
+    # A program keeps the path of the batch that it was captured with; so that batch is looked at, too.
+    graph = candidate.graph and len(inputs) == 1
+    alone = _alone(drawn, candidate, pair[1], training=training) if graph and candidate.exact else None
+
+    cut = candidate.build(drawn, torch.float64, wide=True) if candidate.graph else light.doubled()
     exact: list[Tensor] | None = None
     if faint:
         exact = run_double(cut, double(pair[1]), training=training)
         effect = difference(whole, exact)
     shrunk = [run_double(cut, double(given), training=training) for given in inputs]
-    # A program keeps the path of the batch that it was captured with; so that batch is looked at, too.
-    if (
-        kept is not None
-        and len(inputs) == 1
-        and not (candidate.exact and _alike(drawn, kept, pair[1], single, shrunk[0], training=training))
-    ):
-        masked += _masked(kept, candidate, [pair[1]], training=training)
+    apart = graph and not _alike(alone, single, shrunk[0], kind)
+    if apart:
         shrunk.append(run_double(cut, double(pair[1]), training=training))
-    gap = max(difference(one, other) for one, other in zip(masked, shrunk, strict=True))
-    if kind is torch.float64:
-        with jittered(light):
-            floor = difference(outputs(light, pair[1], training=training), single)
-    else:
+    floor: float | None = None
+    if kind is not torch.float64:
         exact = shrunk[1] if len(shrunk) == 2 else exact or _second(shrunk[0], single)
         exact = exact or run_double(cut, double(pair[1]), training=training)
         floor = difference(exact, single) * eps / torch.finfo(kind).eps
+    del cut
+    if apart:
+        masked += _masked(candidate.masked(drawn), candidate, [pair[1]], training=training)
+    gap = max(difference(one, other) for one, other in zip(masked, shrunk, strict=True))
+    if floor is None:
+        with light.filled() as module, jittered(module):
+            floor = difference(outputs(module, pair[1], training=training), single)
     return Proof(gap, max(floor, scale * eps / 2), effect)
 
 
-def _alike(
-    drawn: nn.Module,
-    masked: nn.Module,
-    inputs: tuple[Any, ...],
-    single: list[Tensor],
-    both: list[Tensor],
-    *,
-    training: bool,
-) -> bool:
+def kind_of(module: nn.Module) -> torch.dtype:
+    """The precision of a network: of its first parameter that has one."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _masked_outputs(
+    drawn: nn.Module, candidate: Candidate, pair: Pair, *, training: bool
+) -> tuple[list[tuple[Any, ...]], list[list[Tensor]]]:
+    """What the masked model is run on, and what it gives: both inputs as one batch, or one by one."""
+    dense = candidate.masked(drawn)
+    inputs: list[tuple[Any, ...]] = [joined(*pair)]
+    try:
+        return inputs, _masked(dense, candidate, inputs, training=training)
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError):  # its batch is fixed
+        inputs = list(pair)
+        return inputs, _masked(dense, candidate, inputs, training=training)
+
+
+def _alone(drawn: nn.Module, candidate: Candidate, inputs: tuple[Any, ...], *, training: bool) -> list[Tensor]:
+    """What the masked model gives for one input in its own precision."""
+    with lent(drawn, zeroed(drawn, candidate.analysis, candidate.removed)):
+        return outputs(drawn, inputs, training=training)
+
+
+def _alike(alone: list[Tensor] | None, single: list[Tensor], both: list[Tensor], kind: torch.dtype) -> bool:
     """Whether masked and cut model agree on one input to the last places of their own precision, and as in a batch.
 
-    `masked` is the masked model in double precision, `drawn` the whole one; `single` is what the cut model gives for
-    the input alone, and `both`, in double precision, as the second half of a batch.
+    `alone` is what the masked model gives for the input, `single` what the cut one does, and `both`, in double
+    precision, as the second half of a batch.
     """
     half = _second(both, single)
-    kind = next((p.dtype for p in drawn.parameters() if p.is_floating_point()), torch.float64)
-    if half is None or kind is torch.float64:
+    if alone is None or half is None or kind is torch.float64:
         return False
-    pairs = zip(named_parameters(drawn).values(), named_parameters(masked).values(), strict=True)
-    with lent(drawn, {id(p): q.detach().to(p.dtype) for p, q in pairs}):
-        alone = outputs(drawn, inputs, training=training)
     scale = max((float(t.abs().max()) for t in single if t.numel()), default=0.0)
     tolerance = SLACK * torch.finfo(kind).eps / 2 * scale
     return max(difference(half, single), difference(alone, single)) <= tolerance
@@ -239,12 +266,21 @@ def prove(
         BlindError: some group's units do not show in the output, whatever the weights.
         SurgeryError: the cut model computes something else, or cannot run.
     """
+    if light is None:
+        return _proved(model, candidate, None, single)
+    with candidate.hollow(light, model.module) as hollow:
+        return _proved(model, candidate, hollow, single)
+
+
+def _proved(model: Model, candidate: Candidate, light: Hollow | None, single: list[Tensor] | None) -> Proof:
+    """The proof, with the cut model's weights there only while they are needed."""
     example, removed = candidate.analysis.trace.example, candidate.removed
     other = second_input(candidate)
     if light is not None and single is not None and candidate.programs is None and candidate.exact:
         found = prove_on_corners(model.module, candidate, (example, other), light, single)
         if found is not None:
             return found
+        light.empty()
     draws = drawings(model.module, candidate.analysis, removed)
     drawn, unseen = next(draws), set()
     while drawn is not None:
@@ -303,7 +339,7 @@ def _compared(
     whole: list[Tensor],
     *,
     training: bool,
-    light: nn.Module | None = None,
+    light: Hollow | None = None,
     single: list[Tensor] | None = None,
 ) -> Proof:
     """The measurement, refused where the two models differ.

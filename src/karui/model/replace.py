@@ -8,7 +8,7 @@ import dataclasses
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -188,7 +188,14 @@ class Replace:
         return f"replaced {len(self.layers)} layer{'s' * (len(self.layers) != 1)} by {', '.join(kinds)}"
 
 
-def replace_layers(model: Model, layers: Mapping[str, nn.Module], text: str = "", *, check: bool = True) -> Model:
+def replace_layers(
+    model: Model,
+    layers: Mapping[str, nn.Module],
+    text: str = "",
+    *,
+    check: bool = True,
+    spent: Sequence[nn.Module] = (),
+) -> Model:
     """A model in which the layers at the given paths are others; `model` stays as it is.
 
     The network's class is not touched: wherever the old layer is held (under several names, in a plain list) the new
@@ -199,6 +206,8 @@ def replace_layers(model: Model, layers: Mapping[str, nn.Module], text: str = ""
         layers: {path: new layer}; "" replaces the whole network. New layers are copied.
         text: one line for the report: what was done.
         check: run both networks on the example and compare the shapes that the layers take and give.
+        spent: the model's network, or new layers, where nobody needs them any more: their tensors go into the result as
+            they are, without a copy.
 
     Raises:
         SurgeryError: there is no layer at a path; two paths meet in one layer or lie inside each other; a new layer's
@@ -216,7 +225,7 @@ def replace_layers(model: Model, layers: Mapping[str, nn.Module], text: str = ""
         return model
     _check_paths(model.module, layers)
     told = {path: list(describe_layer(layer)) for path, layer in layers.items()}
-    new = model.evolve(_swapped(model.module, layers), Replace(told, text))
+    new = model.evolve(_swapped(model.module, layers, spent), Replace(told, text))
     if check:
         _check_shapes(model, new, list(layers))
     return new
@@ -242,14 +251,15 @@ def _check_paths(module: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         require(inner is None, message, "Replace one of them.", SurgeryError)
 
 
-def _swapped(module: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+def _swapped(module: nn.Module, layers: Mapping[str, nn.Module], spent: Sequence[nn.Module] = ()) -> nn.Module:
     """A copy of `module` with other layers in it.
 
     The copy's memo is told that each old layer has been copied already, as the new one: so every reference to it is
     followed, and the old weights are not copied. New layers are copied first with the same memo, which keeps tensors
-    that they share with the rest of the network shared.
+    that they share with the rest of the network shared. Tensors of what is spent count as copied, as themselves.
     """
-    memo = left_over(module)
+    memo: dict[int, Any] = {id(t): t for each in spent for t in (*each.parameters(), *each.buffers())}
+    memo |= left_over(module)
     old = {path: layer_at(module, path) for path in layers}
     new = {path: copy.deepcopy(layer, memo) for path, layer in layers.items()}
     for path, layer in new.items():

@@ -48,14 +48,19 @@ def mask(module: nn.Module, analysis: Analysis, removed: Removed) -> None:
                 parameters[name].index_fill_(dim, gone, 0)
 
 
-def zeroed(module: nn.Module, analysis: Analysis, removed: Removed, dtype: torch.dtype) -> dict[int, Tensor]:
-    """The parameters that removed units own a part of, as `dtype` with it zeroed, by the `id` of the whole ones."""
+def zeroed(
+    module: nn.Module, analysis: Analysis, removed: Removed, dtype: torch.dtype | None = None
+) -> dict[int, Tensor]:
+    """The parameters that removed units own a part of, with it zeroed, by the `id` of the whole ones.
+
+    As `dtype`, or as they are where there is none.
+    """
     values: dict[str, Tensor] = {}
     parameters = named_parameters(module)
     for name, dim, gone in owned_slices(analysis, removed):
         if name in parameters:
             if name not in values:
-                values[name] = parameters[name].detach().to(dtype, copy=True)
+                values[name] = parameters[name].detach().to(dtype or parameters[name].dtype, copy=True)
             values[name].index_fill_(dim, gone, 0)
     return {id(parameters[name]): value for name, value in values.items()}
 
@@ -170,8 +175,9 @@ def _slopes(
     path: Path | None = None,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The output, and the slope of its sum with random weights by each parameter that has a part in it."""
-    buffers = {name: b.clone() if training else b for name, b in named_buffers(dense).items()}
-    own = {**named_parameters(dense), **named_buffers(dense)}
+    theirs = named_buffers(dense)
+    buffers = {name: b.clone() if training else b for name, b in theirs.items()}
+    own = {**named_parameters(dense), **theirs}
     given = {id(own[name]): value for name, value in (parameters | buffers).items()}
     if path is not None:
         path.name(parameters | buffers)

@@ -49,6 +49,18 @@ def named_buffers(module: nn.Module) -> dict[str, Tensor]:
     return _once(held)
 
 
+def all_tensors(module: nn.Module) -> list[Tensor]:
+    """Every parameter and buffer, as often as it is held: one walk tells them where names do not matter."""
+    found = layers(module).values()
+    return [
+        tensor
+        for layer in found
+        for held in (layer._parameters, layer._buffers)  # noqa: SLF001  (as above)
+        for tensor in held.values()
+        if tensor is not None
+    ]
+
+
 def _once(held: Iterator[tuple[str, Mapping[str, Held | None]]]) -> dict[str, Held]:
     """Tensors by their names, each under the first."""
     found: dict[str, Held] = {}

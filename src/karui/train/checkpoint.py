@@ -18,6 +18,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from karui.errors import TrainingError
+from karui.model import apart
 
 HEADER = "karui.training"
 
@@ -27,11 +28,7 @@ def write(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        # copies: the format refuses tensors that share memory or have gaps
-        copies = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-        }
-        save_file(copies, unfinished, metadata={HEADER: json.dumps(facts)})
+        save_file(apart(tensors), unfinished, metadata={HEADER: json.dumps(facts)})
         with unfinished.open("rb+") as handle:
             os.fsync(handle.fileno())
         unfinished.replace(file)

@@ -152,14 +152,12 @@ def test_files_are_counted_while_they_are_in_use(alive: Alive):
 @pytest.mark.slow
 @pytest.mark.usefixtures("steady", "short_menu")
 @pytest.mark.parametrize(
-    ("budget", "int8", "most"),
-    [("bytes=0.8", False, 3.05), ("bytes=0.4", False, 3.05), ("bytes=0.4", True, 3.05), ("bytes=0.15", True, 3.15)],
+    ("budget", "int8"), [("bytes=0.8", False), ("bytes=0.4", False), ("bytes=0.4", True), ("bytes=0.15", True)]
 )
-def test_three_copies_and_one_batch_at_a_time(alive: Alive, batches: list[int], budget: str, int8: bool, most: float):
+def test_three_copies_and_one_batch_at_a_time(alive: Alive, batches: list[int], budget: str, int8: bool):
     """The dense network, and what is made of it: cut, proved, trained, saved, written in 32 bits and in 8.
 
-    In the last case a point of seven tenths is cut again: its proof has the dense network, that point, what is cut from
-    it, and one of both in double precision, which counts by its values.
+    In the last case a point of seven tenths is cut again; see `test_memory_of_steps` for the steps by themselves.
     """
     model, whole = dense()
     draw = torch.Generator().manual_seed(0)
@@ -167,6 +165,6 @@ def test_three_copies_and_one_batch_at_a_time(alive: Alive, batches: list[int], 
     bench = Bench(train=rows, test=rows, training=Training(batch_size=64, optimizer=SGD(lr=0.01)))
     done = karui.compress(model, bench, budget=budget, max_drop=100, epochs=3, int8=int8)
     assert len(done.record["budget"]["points"]) > 1 or (int8 and done.met)
-    assert 2 * whole < alive.most <= most * whole, f"{alive.most / whole:.2f} copies"
+    assert 2 * whole < alive.most <= 3 * whole, f"{alive.most / whole:.2f} copies"
     assert len(batches) >= 4
     assert max(batches) <= 2  # the one that is used, and the next while it takes its place

@@ -6,7 +6,7 @@ slower than what it replaces, beyond the clock's noise, is struck off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from karui.recipes.budget.tables import Coster
 from karui.technique import Candidate, Offers, card_of
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from karui.recipes.budget.timing import Stopwatch
     from karui.technique import Bench
 
@@ -95,13 +97,13 @@ class Menu:
                     lambda cut: remove_units(self.model, cut, analysis=self.analysis),
                 )
                 raise
+        own = [] if model is self.model else [model.module]  # the cut network is only on the way
         makers = {place: made for place, offer in taken.items() if (made := offer.candidate.layers) is not None}
         if makers:
             light = model
             try:
-                model = replace_layers(
-                    light, {path: layer for made in makers.values() for path, layer in made().items()}
-                )
+                layers = {path: layer for made in makers.values() for path, layer in made().items()}
+                model = replace_layers(light, layers, spent=[*own, *_apart(layers.values(), self.model.module)])
             except SurgeryError:
                 self._blame(makers, lambda made: replace_layers(light, made()))
                 raise
@@ -117,6 +119,16 @@ class Menu:
                 self.failed.add(place)
         if len(self.failed) == before:
             self.failed.add(list(doings)[-1])
+
+
+def _apart(layers: Iterable[nn.Module], module: nn.Module) -> list[nn.Module]:
+    """The layers that have none of their numbers in a network's memory."""
+
+    def places(each: nn.Module) -> set[int]:
+        return {t.untyped_storage().data_ptr() for t in (*each.parameters(), *each.buffers()) if t.numel()}
+
+    taken = places(module)
+    return [layer for layer in layers if not places(layer) & taken]
 
 
 def _only_first(count: int):
