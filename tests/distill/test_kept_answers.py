@@ -163,13 +163,22 @@ def test_answers_in_double_precision_are_not_said_to_be_kept(nets: Any, bench: B
 
 @pytest.mark.paper(30)
 @pytest.mark.paper(36)
-def test_what_a_step_before_asked_the_same_teacher_takes_no_room(nets: Any, bench: Bench, tmp_path: Path) -> None:
-    seen: list[tuple[bool, bool]] = []
-    teacher, bench = nets.Watched(seen), replace(bench, checkpoints=tmp_path)
-    first = ModelCompression(teacher=teacher, copies=3, epochs=1).apply(nets.student(), bench)
-    seen.clear()
-    made = KnowledgeDistillation(teacher=teacher, epochs=3).apply(first, bench)
-    assert len(seen) <= 2 + 2, "each sample once, in two batches, and two calls that tell whether it fits"
+def test_what_a_step_before_asked_the_same_teacher_takes_no_room(
+    nets: Any, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    ask = Teachers._ask
+    monkeypatch.setattr(Teachers, "_ask", lambda self, inputs: asked.append(len(inputs[0])) or ask(self, inputs))
+    teacher, bench = nets.mlp(16, seed=3), replace(bench, checkpoints=tmp_path)
+    first = LogitRegression(teacher=teacher, epochs=1, unlabelled=TensorDataset(torch.rand(300, 1, 8, 8))).apply(
+        nets.mlp(8), bench
+    )
+    assert sum(asked) >= 420
+    other = torch.Generator().manual_seed(5)
+    fresh = TensorDataset(torch.rand(120, 1, 8, 8, generator=other), torch.randint(10, (120,), generator=other))
+    asked.clear()
+    made = KnowledgeDistillation(teacher=teacher, epochs=3).apply(first, replace(bench, train=fresh))
+    assert sum(asked) == 120
     assert "asked once for each input; those for 120 are kept beside the checkpoints" in made.lineage[-2].describe()
     made = KnowledgeDistillation(teacher=nets.mlp(16, seed=4), epochs=3, remember=50).apply(nets.student(), bench)
     told = made.lineage[-2].describe()
