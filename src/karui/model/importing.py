@@ -14,8 +14,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -143,6 +144,14 @@ def moved(path: Path, sha256: str) -> Path:
     return path
 
 
+class _FromSource(SourceFileLoader):
+    """Compiles what the file holds now. Kept bytecode of a file of that size and second may be of another content."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """The code of the module."""
+        return self.source_to_code(self.get_data(self.get_filename(fullname)), self.path)
+
+
 def _import_file(path: Path, sha256: str, error: type[KaruiError]) -> ModuleType:
     """The file as a module under a private name that depends on its path alone, so that its classes keep theirs."""
     path = path if path.is_file() else moved(path, sha256)
@@ -159,7 +168,7 @@ def _import_file(path: Path, sha256: str, error: type[KaruiError]) -> ModuleType
     known = sys.modules.get(name)
     if known is not None and vars(known).get("__karui_sha256__") == content:
         return known
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_FromSource(name, str(path)))
     assert spec is not None and spec.loader is not None  # noqa: S101, PT018  (a .py file always has a loader)
     module = importlib.util.module_from_spec(spec)
     vars(module)["__karui_sha256__"] = content
