@@ -13,12 +13,12 @@ from torch.utils.data import TensorDataset
 
 from karui.architectures import WideResNet
 from karui.data import Splits
+from karui.distill._input_gradients import input_gradient
 from karui.distill._maps import fitting_maps, last_of_each_size, paired_layers
 from karui.distill.attention import (
     AttentionTransfer,
     attention_loss,
     attention_map,
-    input_gradient,
     normalised,
 )
 from karui.errors import NeedError, SettingError, UsageError

@@ -15,14 +15,11 @@ from torch.utils.data import TensorDataset
 
 from karui.artifact import load, save
 from karui.data import Splits, load_data
+from karui.distill._detection_parts import adaptation, bounded_loss, hint_distance, weighted_soft_loss
 from karui.distill.detection import (
     ADAPTATION,
     DetectionDistillation,
     DetectionGuidance,
-    adaptation,
-    bounded_loss,
-    hint_distance,
-    weighted_soft_loss,
 )
 from karui.errors import KaruiError, NeedError, SettingError
 from karui.model import Classification, Model, resolve
@@ -31,6 +28,8 @@ from karui.technique import Bench
 from karui.train import Adam, Influence, Moment, Together, Training
 from karui.train.companion import Companion
 from karui.train.guide import Guide
+from karui.train.teaching import of_labels
+from karui.train.transfer import with_unlabelled
 
 pytestmark = pytest.mark.paper(35)
 FILE = Path(__file__).with_name("micro_detection.py")
@@ -231,14 +230,18 @@ def test_without_labels_what_others_have_added_is_kept(micro: Any, digits: Split
     assert more.item() == pytest.approx(11.0, rel=1e-4)
 
 
-def test_a_batch_without_labels_is_taught_by_the_teacher_alone(small_cnn: Any) -> None:
+def test_a_batch_without_labels_is_taught_by_the_teacher_alone(digits: Splits, small_cnn: Any) -> None:
     student, x = small_cnn(widths=(4, 4, 4)), torch.rand(4, 1, 8, 8)
     outputs, silent = student.module(x), torch.full((4,), -100)
     guidance = DetectionGuidance(guide=Guide(small_cnn(seed=1)), task=None, hint=0.0)
-    plain = Classification().loss(outputs, silent)
+    plain = of_labels(Classification().loss(outputs, silent), outputs, silent)
     told = guidance.objective(plain, Moment(student.module, (x,), silent, outputs, plain=plain))
     wanted = weighted_soft_loss(outputs, small_cnn(seed=1).module.eval()(x), 1.0)
     torch.testing.assert_close(told, wanted)
+    few, rest = (torch.utils.data.Subset(digits.train, range(*span)) for span in ((0, 40), (40, 240)))
+    taught = DetectionDistillation(teacher=small_cnn(seed=1), hint=0.0, epochs=1)
+    trained = taught.apply(student, bench_of(with_unlabelled(few, rest)))
+    assert all(bool(value.isfinite().all()) for value in trained.module.state_dict().values())
 
 
 def test_where_there_are_no_boxes_classes_are_distilled(digits: Splits, small_cnn: Any):

@@ -24,6 +24,7 @@ from karui.train import SGD, Adam, Constant, Training
 from karui.train.joint import Answer
 from karui.train.masks import zero_masks
 from karui.train.randomness import seed_of
+from karui.train.teaching import of_labels
 from karui.train.transfer import with_unlabelled
 
 pytestmark = pytest.mark.paper(39)
@@ -153,7 +154,7 @@ def test_samples_without_labels_count_by_the_peers_alone(digits: Splits) -> None
     z, other, none = torch.randn(6, 4), torch.randn(6, 4), torch.full((6,), -100)
     hard = nn.functional.cross_entropy(z, none)
     assert not hard.isfinite()
-    told = Mutual()(0, hard, none, Answer(z), (Answer(other),))
+    told = Mutual()(0, of_labels(hard, z, none), none, Answer(z), (Answer(other),))
     torch.testing.assert_close(told, divergence(other.log_softmax(1), z))
     few, rest = (torch.utils.data.Subset(digits.train, range(*span)) for span in ((0, 100), (100, 400)))
     trained = MutualLearning().apply(mlp(12), bench_of(digits, train=with_unlabelled(few, rest)))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from karui.errors import SettingError, require, told
-from karui.measuring.inference import inference, tensors_of
+from karui.measuring.inference import tensors_of, watch_example
 from karui.model import Model, layer_at
 
 Channels = Literal["auto", "first", "last"]
@@ -112,13 +112,7 @@ def layouts_of(model: Model, channels: Channels = "auto") -> dict[str, Layout]:
 
         return hook
 
-    handles = [layer.register_forward_hook(keep(path)) for path, layer in model.module.named_modules() if path]
-    try:
-        with inference(model.module) as module:
-            module(*model.example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch_example(model, {path: keep(path) for path, _ in model.module.named_modules() if path})
     return found
 
 

@@ -2,40 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
-
 from karui.distill._layouts import Channels, Layout, layout_at, layouts_of
 from karui.errors import SettingError, require
-from karui.measuring.inference import inference
 from karui.model import Model
-
-
-def sizes_of_outputs(model: Model) -> dict[str, tuple[int, ...]]:
-    """The shape, without the batch, that each layer gives for the model's example; in the order in which they end.
-
-    A layer that holds others comes after them; one that is called several times is told as its last call left it.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def keep(path: str) -> Any:
-        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
-            del layer, inputs
-            shapes.pop(path, None)
-            if isinstance(output, Tensor) and output.ndim >= 2:
-                shapes[path] = tuple(output.shape[1:])
-
-        return hook
-
-    handles = [layer.register_forward_hook(keep(path)) for path, layer in model.module.named_modules() if path]
-    try:
-        with inference(model.module) as module:
-            module(*model.example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return shapes
 
 
 def last_of_each_size(model: Model, channels: Channels = "auto") -> tuple[str, ...]:
@@ -46,6 +15,7 @@ def last_of_each_size(model: Model, channels: Channels = "auto") -> tuple[str, .
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 1))
         >>> last_of_each_size(Model(net, example=(torch.zeros(1, 1, 8, 8),)))
         ('1', '3')

@@ -36,22 +36,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from karui.distill._asking import require_classes
-from karui.distill._labels import labelled
+from karui.distill._input_gradients import InputGradients
 from karui.distill._layouts import CHANNELS, Channels, Layout, layout_at, may_come
 from karui.distill._maps import fitting_maps, paired_layers
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teacher_of
 from karui.errors import NeedError, SettingError, require, told
-from karui.model import Model, Note, Task
+from karui.model import Model, Note
 from karui.numerics.soft_targets import distillation_loss, soften
 from karui.technique import Card, technique
 from karui.train import Influence, Moment, Together
-from karui.train.guide import Guide, asked_anew, statistics_kept
+from karui.train.guide import Guide
 from karui.train.loop import REMARK
 from karui.train.masks import MaskKeeper, zero_masks
 from karui.train.teaching import is_unlabelled
@@ -70,6 +69,7 @@ def attention_map(
     """Where a layer is active: |A|^p summed, or its maximum, over the channels (section 3.1). Not normalised.
 
     Example:
+        >>> import torch
         >>> attention_map(torch.tensor([[[[1.0, -2.0]], [[3.0, 0.0]]]])).tolist()
         [[[10.0, 4.0]]]
     """
@@ -91,6 +91,7 @@ def attention_loss(
     """Mean square of the difference of normalised maps, over positions and samples; the larger map is averaged down.
 
     Example:
+        >>> import torch
         >>> a = torch.rand(2, 8, 4, 4)
         >>> float(attention_loss(3 * a, a[:, torch.randperm(8)])) < 1e-12
         True
@@ -107,25 +108,6 @@ def _averaged(maps: Tensor, space: tuple[int, ...]) -> Tensor:
         return maps
     pooling = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)
     return pooling[len(space) - 1](maps[:, None], space)[:, 0]  # pyright: ignore[reportArgumentType]
-
-
-def input_gradient(
-    module: nn.Module, inputs: tuple[Any, ...], targets: Any, task: Task, *, differentiable: bool
-) -> Float[Tensor, "batch *input"]:
-    """The gradient of each sample's loss with respect to its (first) input, J = dL/dx (section 3.2).
-
-    Args:
-        module: the network; its gradients and running statistics stay as they are.
-        inputs: of one call.
-        targets: what the loss is against.
-        task: whose loss; taken as a mean over the batch.
-        differentiable: whether J is to be differentiated in its turn.
-    """
-    x = inputs[0].detach().requires_grad_()
-    with statistics_kept(module), torch.enable_grad():
-        loss = task.loss(module(x, *inputs[1:]), targets) * len(x)
-        (slope,) = torch.autograd.grad(loss, x, create_graph=differentiable)
-    return slope
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -173,7 +155,6 @@ class AttentionMaps(Influence):
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The loss of this step with the parts of maps and soft targets."""
         answers, shown = self.guide.told(moment.inputs) if moment.ahead is None else moment.ahead
-        loss = labelled(loss, moment.targets, moment.outputs)
         if self.soft > 0:
             require(
                 isinstance(answers, Tensor) and isinstance(moment.outputs, Tensor)
@@ -205,45 +186,6 @@ def _check(own: str, student: Any, other: str, teacher: Any) -> None:
         "Attention needs maps [batch, channels, positions ...] of both; name other layers.",
         SettingError,
     )
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class InputGradients(Influence):
-    """Draws the student's input gradients to the teacher's, or makes them symmetric under a flip of the pictures.
-
-    Settings:
-        guide: the teacher; None asks for symmetry: J(x) as the flipped J of the flipped x (last dimension).
-        task: whose loss is differentiated.
-        beta: weight.
-        decay: whether it falls linearly to zero over the training.
-    """
-
-    guide: Guide | None
-    task: Task
-    beta: float = 1.0
-    decay: bool = False
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """That the teacher is asked anew, and why; nothing where there is none."""
-        return () if self.guide is None else (asked_anew("the gradient of its loss with respect to each input"),)
-
-    def objective(self, loss: Tensor, moment: Moment) -> Tensor:
-        """The loss + beta/2 ||J_S - J_T||, or + beta/2 ||J(x) - flip(J(flip(x)))||², averaged over the batch."""
-        inputs, targets = moment.inputs, moment.targets
-        if is_unlabelled(targets):
-            return labelled(loss, moment.targets, moment.outputs)  # there is no loss whose gradient could be matched
-        own = input_gradient(moment.module, inputs, targets, self.task, differentiable=True)
-        if self.guide is None:
-            flipped = (inputs[0].flip(-1), *inputs[1:])
-            other = input_gradient(moment.module, flipped, targets, self.task, differentiable=True).flip(-1)
-            term = (own - other).flatten(1).square().sum(1).mean()
-        else:
-            with self.guide.on(inputs) as teacher:
-                other = input_gradient(teacher, inputs, targets, self.task, differentiable=False)
-            term = (own - other).flatten(1).norm(dim=1).mean()
-        beta = self.beta * (1 - moment.step / moment.steps) if self.decay else self.beta
-        return loss + beta / 2 * term
 
 
 @technique(

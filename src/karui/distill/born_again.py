@@ -38,7 +38,6 @@ from torch import Tensor, distributed
 from torch.nn import functional
 
 from karui.distill._asking import SAME_CLASSES, require_classes
-from karui.distill._labels import is_alone, labelled
 from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teachers_of
 from karui.errors import NeedError, require, told
 from karui.model import Model, Note
@@ -155,7 +154,7 @@ class Generation(Influence):
         else:
             own = soft_cross_entropy(logits, permuted(probabilities) if self.loss == "dkpp" else probabilities, 1.0)
         plain = self.labels and self.loss != "cwtm"
-        return own + labelled(loss, moment.targets, moment.outputs) if plain or not is_alone(loss, moment) else own
+        return own + loss if plain or not moment.is_plain(loss) else own
 
 
 def passes_of(model: Model) -> int | None:

@@ -44,7 +44,6 @@ from torch import Tensor, nn
 from karui.distill._asking import require_classes
 from karui.distill._clipping import clipped
 from karui.distill._endings import MADE, Kind, ending
-from karui.distill._labels import labelled
 from karui.distill._layouts import CHANNELS, Channels, Layout, layout_at
 from karui.distill._maps import hint_pair
 from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teacher_of, teachers_of
@@ -206,7 +205,7 @@ class FadingTargets(Influence):
 
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The mixed loss of this step."""
-        weight, loss = self.at(moment), labelled(loss, moment.targets, moment.outputs)
+        weight = self.at(moment)
         if weight == 0:
             return loss
         answers = self.teachers(moment.inputs) if moment.ahead is None else moment.ahead

@@ -164,7 +164,7 @@ class LogitTargets(Influence):
         share = 2 / (answers.shape[2] if answers.ndim > 2 else 1) if self.averaged else 1
         logits = self.weight * share * _Match(self.teachers, self.scale, folded=False).loss(moment.outputs, answers)
         if self.weight == 1:
-            return logits if moment.plain is None or loss is moment.plain else loss + logits
+            return logits if moment.is_plain(loss) else loss + logits
         return logits + (1 - self.weight) * loss
 
 

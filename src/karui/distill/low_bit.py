@@ -41,7 +41,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from karui.distill._grids import SAMPLES, deepest_maps, fitted_grids, hint_grids, narrow_layers
-from karui.distill._labels import Labelled, labelled
 from karui.errors import NeedError, SettingError, require, told
 from karui.layers.low_bit import low_bit_layer
 from karui.model import Model, layer_at, replace_layers
@@ -86,8 +85,7 @@ class Guided:
         self, number: int, hard: Tensor, targets: Any, own: Answer, others: tuple[Answer, ...]
     ) -> Float[Tensor, ""]:
         """Of either network, the other one's maps taken as they are: both gradients of R, each for its own network."""
-        del number
-        hard = labelled(hard, targets, own.outputs)
+        del number, targets
         if self.weight == 0:
             return hard
         for path, grid in self.grids.items():
@@ -255,7 +253,7 @@ class GuidedLowBit:
         full, low = models
         latent, label = LatentWeights(grids), f"{stage.weight_bits}/{stage.activation_bits} bits"
         if self.guide == 0:
-            return full, bench.under(Labelled()).fit(low, epochs=stage.epochs, influence=latent, label=label)
+            return full, bench.fit(low, epochs=stage.epochs, influence=latent, label=label)
         layers = self.layers or deepest_maps(full, tuple(grids))
         width = stage.activation_bits if stage.activation_bits < REAL else self.activation_bits
         batches = bench.calibration(samples=SAMPLES)

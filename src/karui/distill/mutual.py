@@ -44,7 +44,6 @@ from karui.technique.redraw import redrawn
 from karui.train.joint import Answer
 from karui.train.masks import MaskKeeper, zero_masks
 from karui.train.randomness import seed_of
-from karui.train.teaching import is_unlabelled
 
 if TYPE_CHECKING:
     from karui.technique import Bench
@@ -110,7 +109,7 @@ class Mutual:
         self, number: int, hard: Tensor, targets: Any, own: Answer, others: tuple[Answer, ...]
     ) -> Float[Tensor, ""]:
         """Of the peer of this number; a batch without labels counts by its divergence alone."""
-        del number
+        del number, targets
         if not others or self.weight == 0:
             return hard
         outputs, peers = own.outputs, [other.outputs for other in others]
@@ -121,7 +120,7 @@ class Mutual:
             NeedError,
         )
         mutual = self.weight * mutual_loss(outputs, torch.stack(peers), self.variant)
-        return mutual if is_unlabelled(targets) else hard + mutual
+        return hard + mutual
 
 
 @technique(

@@ -14,9 +14,9 @@ Psi -> `likeness`, lambda -> redundancy, the descriptor a_i -> one-neuron areas 
 
 Measured on 40 faces of 28x23 (ORL), a teacher of 25 identities, changed pictures of the other 15, five seeds
 (`results/neuron_selection_distillation.md`): eight of the teacher's own neurons that the energy selects verify 2.7
-points better than eight at random (70.0 and 67.3 %). Students of 24 selected neurons come to 66.4 %, of random ones to
+points better than eight at random (70.1 and 67.3 %). Students of 24 selected neurons come to 66.4 %, of random ones to
 64.7, of all to 65.4, differences within chance, and of soft targets to 69.5, which is better. On pairs of digits as 80
-classes soft targets are 10 points better after one pass, and neurons 2 after sixteen, by chance: that soft targets over
+classes soft targets are 11 points better after one pass, and neurons 2 after sixteen, by chance: that soft targets over
 many classes converge slower, as the paper says, does not show.
 
 DEPARTURE: the paper's energy terms are not told exactly; those here are the definite ones of `karui.numerics.neurons`:
@@ -46,7 +46,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from karui.distill._heads import head_of
-from karui.distill._maps import last_of_each_size, sizes_of_outputs
+from karui.distill._layouts import layouts_of
+from karui.distill._maps import last_of_each_size
 from karui.distill._selection import select_neurons
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
 from karui.distill.logits import logit_loss
@@ -215,7 +216,7 @@ def last_hidden(model: Model) -> str:
     linear = [path for path, part in model.module.named_modules() if isinstance(part, nn.Linear) and path != head]
     hint = "Give a teacher with hidden layers."
     if not linear:
-        sizes = sizes_of_outputs(model)
+        sizes = {path: layout.shape for path, layout in layouts_of(model).items()}
         ends = last_of_each_size(model) or [path for path in sizes if path != head]
         named = [f"layer={path} ({math.prod(sizes[path]):,} neurons)" for path in reversed(ends)]
         hint = f"Name another: {', '.join(named)}." if named else hint

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from karui.model.reach import networks
+from karui.model.taps import layer_at
+
+if TYPE_CHECKING:
+    from karui.model import Model
 
 
 @contextlib.contextmanager
@@ -37,6 +41,33 @@ def evaluated(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def watch_example(model: Model, hooks: Mapping[str, Callable[[nn.Module, Any, Any], Any]]) -> None:
+    """Run a model once on its example, as it will be deployed, with a forward hook on each of the named layers.
+
+    Args:
+        model: left as it is.
+        hooks: by path, what is called with the layer, its inputs and its output.
+
+    Raises:
+        UsageError: there is no such layer.
+
+    Example:
+        >>> from karui.model import Model
+        >>> shapes = []
+        >>> hook = lambda layer, inputs, output: shapes.append(tuple(output.shape))
+        >>> watch_example(Model(nn.Sequential(nn.Linear(3, 2)), example=(torch.zeros(1, 3),)), {"0": hook})
+        >>> shapes
+        [(1, 2)]
+    """
+    handles = [layer_at(model.module, path).register_forward_hook(hook) for path, hook in hooks.items()]
+    try:
+        with inference(model.module) as module:
+            module(*model.example)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def tensors_of(values: Any) -> list[Tensor]:

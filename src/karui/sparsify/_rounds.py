@@ -11,8 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from karui.errors import SettingError, did_you_mean
-from karui.measuring.inference import inference
-from karui.model import layer_at
+from karui.measuring.inference import watch_example
 from karui.numerics.selection import keep_above, keep_largest, keep_largest_overall
 from karui.technique.pruning.sensitivity import Sensitivity
 from karui.train import Influence, Moment
@@ -148,13 +147,5 @@ def by_name(values: Mapping[str, float], weights: list[str], setting: str) -> di
 def computing_order(model: Model, paths: Iterable[str]) -> list[str]:
     """The layers at these paths in the order in which the network computes; one that is called twice comes twice."""
     order: list[str] = []
-    handles = [
-        layer_at(model.module, path).register_forward_hook(lambda *_, path=path: order.append(path)) for path in paths
-    ]
-    try:
-        with inference(model.module) as module:
-            module(*model.example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch_example(model, {path: lambda *_, path=path: order.append(path) for path in paths})
     return order

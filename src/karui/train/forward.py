@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from karui.errors import NeedError, TrainingError, require
-from karui.measuring.inference import tensors_of
 from karui.model import Task
 from karui.train.influence import Influence, Moment
-from karui.train.teaching import is_unlabelled
+from karui.train.teaching import of_labels
 from karui.train.turn import Turn
 
 
@@ -56,7 +54,7 @@ class Forward(nn.Module):
             loss = self.task.loss(outputs, targets)
         else:
             outputs, loss = objective(self.module, inputs, targets)
-        loss = _of_labels(loss, outputs, targets)
+        loss = of_labels(loss, outputs, targets)
         self.moment = Moment(
             module=self.module,
             inputs=inputs,
@@ -77,11 +75,3 @@ class Forward(nn.Module):
             TrainingError,
         )
         return loss
-
-
-def _of_labels(loss: Any, outputs: Any, targets: Any) -> Any:
-    """The loss; 0 where it is the mean over the labels of a batch that has none, which is not a number."""
-    if not (isinstance(loss, Tensor) and loss.ndim == 0 and bool(loss.isnan()) and is_unlabelled(targets)):
-        return loss
-    silent = [output.float().sum() * 0 for output in tensors_of(outputs) if output.is_floating_point()]
-    return torch.stack(silent).sum() if silent else loss

@@ -41,6 +41,18 @@ class Moment:
     ahead: Any = None
     plain: Tensor | None = None
 
+    def is_plain(self, loss: Tensor) -> bool:
+        """Whether no influence has made anything of the loss yet; so too where nobody tells.
+
+        Example:
+            >>> import torch
+            >>> plain = torch.tensor(1.0)
+            >>> moment = Moment(nn.Identity(), (), None, None, plain=plain)
+            >>> moment.is_plain(plain), moment.is_plain(plain + 1)
+            (True, False)
+        """
+        return self.plain is None or loss is self.plain
+
 
 class Influence:
     """What acts on one training: subclass it and give the parts that do something. Each defaults to nothing.

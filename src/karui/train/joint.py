@@ -19,6 +19,7 @@ from karui.model import Model, Task, copied, taps
 from karui.train.guide import statistics_kept
 from karui.train.influence import Influence, Moment
 from karui.train.randomness import undisturbed
+from karui.train.teaching import of_labels
 from karui.train.turn import Turn
 
 
@@ -141,7 +142,8 @@ class _Objective:
         with undisturbed(), taps(member, self.layers) as seen:
             outputs = member(*inputs)
         own = Answer(outputs, dict(seen))
-        return outputs, self.pull(self.number, self.task.loss(outputs, targets), targets, own, others)
+        hard = of_labels(self.task.loss(outputs, targets), outputs, targets)
+        return outputs, self.pull(self.number, hard, targets, own, others)
 
     def _others(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Answer, ...]:
         assert isinstance(module, Joint)  # noqa: S101  (these turns are made for it)

@@ -207,6 +207,20 @@ class SoftTargets(Influence):
         return distillation_loss(_wide(outputs), targets, loss, temperature=self.temperature, weight=weight)
 
 
+def of_labels(loss: Any, outputs: Any, targets: Any) -> Any:
+    """The loss; 0, with a gradient of zero, where it is the mean over the labels of a batch that has none: no number.
+
+    Example:
+        >>> none, outputs = torch.tensor([UNLABELLED]), torch.ones(1, 2)
+        >>> of_labels(torch.tensor(torch.nan), outputs, none).item(), of_labels(torch.tensor(2.0), outputs, none).item()
+        (0.0, 2.0)
+    """
+    if not (isinstance(loss, Tensor) and loss.ndim == 0 and bool(loss.isnan()) and is_unlabelled(targets)):
+        return loss
+    silent = [output.float().sum() * 0 for output in tensors_of(outputs) if output.is_floating_point()]
+    return torch.stack(silent).sum() if silent else loss
+
+
 def is_unlabelled(targets: Any) -> bool:
     """Whether no sample of the batch has a label (the task's loss is then not a number)."""
     return isinstance(targets, Tensor) and not targets.is_floating_point() and bool((targets == UNLABELLED).all())

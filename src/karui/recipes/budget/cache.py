@@ -100,9 +100,8 @@ class TimingCache:
             UsageError: its folder cannot be made, or not be written in.
         """
         machine = this_machine(())
-        mark = hashlib.sha256(f"{KIND}|{machine.processor}|{machine.threads}|{machine.system}".encode()).hexdigest()[
-            :12
-        ]
+        told = f"{KIND}|{machine.processor}|{machine.threads}|{machine.system}"
+        mark = hashlib.sha256(told.encode()).hexdigest()[:12]
         folder = folder or cache_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -97,7 +97,7 @@ def teaching(model: Model, dense: Model, bench: Bench, epochs: int) -> Influence
     room = 0
     if bench.checkpoints is not None:
         room = min(epochs * len(bench.train), MEMORY // max(answer_bytes(dense) or 0, 1))
-    if kind is SOFT:
+    if kind == SOFT:
         soft = KnowledgeDistillation(teacher=dense, epochs=epochs, remember=room)
         return soft.influence(model, bench, shared=True)
     numbers = LogitRegression(teacher=dense, epochs=epochs, remember=room, normalise=False)

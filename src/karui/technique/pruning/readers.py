@@ -80,7 +80,8 @@ def find_readers(model: Model, analysis: Analysis) -> Readers:
             again |= set(found) if read is not _read else set()
             left = {name: group for name, group in left.items() if name not in found}
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, CaptureError, SurgeryError) as error:
-        return Readers({}, {}, frozenset(), dict.fromkeys(left, f"its readers cannot be looked for: {brief(error)}"))
+        names = [*known, *left]
+        return Readers({}, {}, frozenset(), dict.fromkeys(names, f"its readers cannot be looked for: {brief(error)}"))
     makers = {name: _makers(analysis[name], members, name in again) for name, members in known.items()}
     whole = {name: BLIND if name in trial.unseen else HIDDEN for name in left}
     return Readers(makers, known, frozenset(again), whole)
