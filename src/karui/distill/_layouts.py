@@ -16,7 +16,6 @@ from karui.measuring.inference import tensors_of, watch_example
 from karui.model import Model, layer_at
 
 Channels = Literal["auto", "first", "last"]
-CHANNELS = ("auto", "first", "last")
 _FIRST = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
     nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,

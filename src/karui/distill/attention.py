@@ -42,7 +42,7 @@ from torch.nn import functional
 
 from karui.distill._asking import require_classes
 from karui.distill._input_gradients import InputGradients
-from karui.distill._layouts import CHANNELS, Channels, Layout, layout_at, may_come
+from karui.distill._layouts import Channels, Layout, layout_at, may_come
 from karui.distill._maps import fitting_maps, paired_layers
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teacher_of
 from karui.errors import NeedError, SettingError, require, told
@@ -255,9 +255,6 @@ class AttentionTransfer:
     maps: str | Path | None = None
 
     def __post_init__(self) -> None:
-        require(self.by in DEFAULT_BETA, f"by is {self.by!r}; choose from {', '.join(DEFAULT_BETA)}")
-        require(self.channels in CHANNELS, f"channels is {self.channels!r}; choose from {', '.join(CHANNELS)}")
-        require(self.pool in ("sum", "max"), f"pool is {self.pool!r}; choose from sum, max")
         require(self.power > 0, f"power is {self.power}; give a positive number, for example 2")
         require(self.beta is None or self.beta >= 0, f"beta is {self.beta}; give a weight from 0, or None")
         require(0 <= self.soft <= 1, f"soft is {self.soft}; give a share in [0, 1], for example 0.9")

@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 SLUG = "born_again_network"
 NUMBERS = "Numbers are learned by logit_regression, whose student may be of the same architecture."
 Loss = Literal["kd", "cwtm", "dkpp"]
-LOSSES = ("kd", "cwtm", "dkpp")
 
 
 def confidence_weights(
@@ -227,7 +226,6 @@ class BornAgain:
 
     def __post_init__(self) -> None:
         require(self.generations >= 0, f"generations is {self.generations}; give a whole number from 0")
-        require(self.loss in LOSSES, f"loss is {self.loss!r}; choose from {', '.join(LOSSES)}")
         require((self.epochs or 0) >= 0, f"epochs is {self.epochs}; give a whole number from 0, or None")
 
     def remarks(self, model: Model) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ from torch.utils.data import TensorDataset
 from karui.distill._asking import SAME_CLASSES, require_classes
 from karui.distill._reconstruction import Descent, Rebuilt, reconstruct
 from karui.distill._recording import record
-from karui.distill._records import KINDS, Kind, Record, load_record
+from karui.distill._records import Kind, Record, load_record
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teacher_of
 from karui.errors import NeedError, require, told
 from karui.measuring.values import bytes_text
@@ -151,7 +151,6 @@ class DataFree:
     epochs: int = 30
 
     def __post_init__(self) -> None:
-        require(self.kind in KINDS, f"kind is {self.kind!r}; choose from {', '.join(KINDS)}")
         require(self.temperature > 0, f"temperature is {self.temperature}; give a positive number, for example 8")
         require(0 < self.share <= 1, f"share is {self.share}; give a share in (0, 1], for example 0.1")
         require(self.heat >= 0, f"heat is {self.heat}; give a number from 0")

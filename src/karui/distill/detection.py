@@ -229,7 +229,6 @@ class DetectionDistillation:
         for name in ("bounded", "margin", "hint"):
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}; give a number from 0")
-        require(self.resize in ("interpolate", "pad"), f"resize is {self.resize!r}; choose from interpolate, pad")
         require(self.epochs >= 0, f"epochs is {self.epochs}; give a whole number from 0")
 
     def remarks(self, model: Model) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from karui.distill._asking import require_classes
 from karui.distill._clipping import clipped
 from karui.distill._endings import MADE, Kind, ending
-from karui.distill._layouts import CHANNELS, Channels, Layout, layout_at
+from karui.distill._layouts import Channels, Layout, layout_at
 from karui.distill._maps import hint_pair
 from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teacher_of, teachers_of
 from karui.errors import NeedError, SettingError, require, told
@@ -283,9 +283,6 @@ class FitNets:
     keep_zeros: bool = True
 
     def __post_init__(self) -> None:
-        known = ("auto", *MADE)
-        require(self.activation in known, f"activation is {self.activation!r}; choose from {', '.join(known)}")
-        require(self.channels in CHANNELS, f"channels is {self.channels!r}; choose from {', '.join(CHANNELS)}")
         require(self.hint_epochs >= 0, f"hint_epochs is {self.hint_epochs}; give a whole number from 0")
         require(self.epochs >= 0, f"epochs is {self.epochs}; give a whole number from 0")
         require(self.temperature > 0, f"temperature is {self.temperature}; give a positive number, for example 3")

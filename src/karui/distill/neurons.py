@@ -141,7 +141,6 @@ class NeuronSelection:
     epochs: int = 10
 
     def __post_init__(self) -> None:
-        require(self.by in ("energy", "random", "all"), f"by is {self.by!r}; choose from energy, random, all")
         number = 1 if self.number is None else self.number
         require(number > 0, f"number is {self.number}; give a positive one, or None")
         require(self.by != "random" or self.number is not None, "number is None; random neurons need a number")

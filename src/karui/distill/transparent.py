@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from karui.technique import Bench
 
 Student = Literal["ga2m", "boosted_trees", "tree"]
-STUDENTS = ("ga2m", "boosted_trees", "tree")
 Target = Literal["logit", "probability"]
 SLUG = "transparent_distillation"
 
@@ -196,7 +195,6 @@ class TransparentDistillation:
     depth: int = 4
 
     def __post_init__(self) -> None:
-        require(self.student in STUDENTS, f"student is {self.student!r}; choose from {', '.join(STUDENTS)}")
         require(self.target in ("logit", "probability"), f"target is {self.target!r}; choose logit or probability")
         require(
             self.target == "logit" or self.student == "ga2m",

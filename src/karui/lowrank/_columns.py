@@ -25,7 +25,6 @@ from karui.train import Influence, Moment
 from karui.train.masks import MaskKeeper
 
 Pattern = Literal["learned", "cross", "centre", "random"]
-PATTERNS = ("learned", "cross", "centre", "random")
 
 
 def column_norms(weight: Float[Tensor, "filters channels *kernel"], groups: int = 1) -> Float[Tensor, "groups columns"]:

@@ -42,7 +42,6 @@ from karui.errors import require
 from karui.layers.group_sparse import group_sparse_layer
 from karui.lowrank._choice import Choice
 from karui.lowrank._columns import (
-    PATTERNS,
     BrainDamage,
     Pattern,
     as_mask,
@@ -144,7 +143,6 @@ class GroupBrainDamage(PerLayer, Offering):
             value = getattr(self, name)
             within = value is None or 0 <= value < float("inf")
             require(within, f"{name} is {value}; give 0 or more, for example 0.1")
-        require(self.pattern in PATTERNS, f"pattern is {self.pattern!r}; choose from {', '.join(PATTERNS)}")
         require(self.tuning >= 0, f"tuning is {self.tuning}; give 0 or more passes over the training data")
         require_fine_tuning(self.epochs, self.learning_rate)
 
