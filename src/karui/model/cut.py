@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from karui.errors import CaptureError, SurgeryError, require
 from karui.model.capturing import capture_programs
+from karui.model.collecting import newest_alone
 from karui.model.copying import copied, doubled
 from karui.model.edits import edit
 from karui.model.graphform import GraphForm, graph_form
@@ -29,6 +29,8 @@ from karui.model.trace import brief, first, minds_training, trains_alike, widen
 from karui.model.walking import layers
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
+
     from karui.model.value import Model
 
 
@@ -102,6 +104,7 @@ def make_cut(module: nn.Module, analysis: Analysis, removed: Mapping[str, Tensor
     return Cut(kept, new_sizes(module, analysis, touched, alive), {n: len(u) for n, u in removed.items()})
 
 
+@newest_alone()
 def remove_units(
     model: Model,
     removed: Mapping[str, Int[Tensor, "units"]],

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
 from karui.errors import require
 from karui.numerics.boxes import Found, assigned, boxes_at, hits, offsets_from, suppressed
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 IGNORED = -1
 """The class of an anchor that counts as neither object nor background."""

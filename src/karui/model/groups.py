@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from karui.errors import did_you_mean
+from karui.model.collecting import newest_alone
 from karui.model.exporting import require_one_path
 from karui.model.labels import NO_RULE
 from karui.model.solve import Resolved, distinct, solve
 from karui.model.trace import Trace, capture
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
     from karui.model.value import Model
 
 Role = Literal["out", "in", "both"]
@@ -156,6 +158,7 @@ def tensor_of(module: nn.Module, name: str) -> Tensor:
     return getattr(module.get_submodule(path), leaf)
 
 
+@newest_alone()
 def coupled_groups(model: Model) -> Analysis:
     """What can be cut out of a model: run it once, label every tensor, and resolve the labels into units.
 
@@ -319,21 +322,23 @@ class _Book:
 
     def locked(self) -> list[Locked]:
         """Output indices that must stay, by layer and reason; and those of weights that only unknown operators read."""
-        told = [self.classes_of(slot) for slot, role in zip(self.slots, self.roles, strict=True) if role != "both"]
-        known = distinct(np.concatenate(told or [np.zeros(0, dtype=np.int64)]))
         reasons, found = self.trace.labels.reasons, []
+        known = np.zeros(len(self.resolved.locked), dtype=bool)
+        for slot, role in zip(self.slots, self.roles, strict=True):
+            if role != "both":
+                known[self.classes_of(slot)] = True
         for (name, dim), role in zip(self.slots, self.roles, strict=True):
+            sizes = [len(labels) for labels in self.trace.slots[name]]
+            alone = role == "both" and len(sizes) > 1
+            if sizes[dim] == 1 or not (alone or role == "out"):
+                continue
             classes = self.classes_of((name, dim))
-            alone = role == "both" and len(self.trace.slots[name]) > 1
-            if alone:
-                classes = classes[~np.isin(classes, known)]
-            if len(self.trace.slots[name][dim]) > 1 and (alone or role == "out"):
-                codes = self.resolved.locked[classes]
-                found += [
-                    Locked(name.rpartition(".")[0] or name, int((codes == code).sum()), reasons[code])
-                    for code in distinct(codes[codes >= 0])
-                    if not alone or reasons[code].endswith(NO_RULE)
-                ]
+            codes = self.resolved.locked[classes[~known[classes]] if alone else classes]
+            found += [
+                Locked(name.rpartition(".")[0] or name, int((codes == code).sum()), reasons[code])
+                for code in distinct(codes[codes >= 0])
+                if not alone or reasons[code].endswith(NO_RULE)
+            ]
         return found
 
     def classes_of(self, slot: tuple[str, int]) -> np.ndarray:

@@ -20,9 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Int
 
-Label = Int[np.ndarray, "size"]
 Dims = tuple[np.ndarray, ...]
 
 SINGLE = "the dimension has one index only"

@@ -11,15 +11,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from karui.errors import CaptureError, SurgeryError
 from karui.model.capturing import capture_programs
+from karui.model.collecting import newest_alone
 from karui.model.cut import cut_graph, cut_own, remove_units
 from karui.model.groups import Analysis, Group, Locked, coupled_groups, tensor_of
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
+
     from karui.model.value import Model
 
 
@@ -92,6 +94,7 @@ class Plan:
         }
 
 
+@newest_alone()
 def plan_surgery(model: Model, *, analysis: Analysis | None = None) -> Plan:
     """Try every cut, and say what holds.
 

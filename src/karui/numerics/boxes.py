@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 def overlaps(a: Float[Tensor, "*batch boxes 4"], b: Float[Tensor, "*batch others 4"]) -> Float[Tensor, "..."]:
