@@ -11,6 +11,18 @@ from pathlib import Path
 
 import torch
 
+INSTRUCTIONS = {
+    "avx2": "AVX2",
+    "avx512_f": "AVX-512",
+    "avx_vnni": "AVX-VNNI",
+    "avx512_vnni": "AVX-512 VNNI",
+    "amx_int8": "AMX",
+    "dot": "dot product",
+    "i8mm": "I8MM",
+    "sve": "SVE",
+}
+"""What torch calls them, and their names."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -18,6 +30,8 @@ class Machine:
 
     Settings:
         processor: the processor's model.
+        instructions: what it multiplies matrices with, as far as torch tells. Processors of one model name differ in
+            it, and numbers of 8 bits are several times as fast where there is an instruction for them.
         threads: hardware threads that this process may use.
         memory: bytes of main memory; 0 where it is not known.
         system: operating system and architecture.
@@ -25,6 +39,7 @@ class Machine:
     """
 
     processor: str
+    instructions: tuple[str, ...] = ()
     threads: int
     memory: int
     system: str
@@ -32,7 +47,8 @@ class Machine:
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"{self.processor}, {self.threads} threads, {self.system}; {versions}"
+        told = f" ({', '.join(self.instructions)})" if self.instructions else ""
+        return f"{self.processor}{told}, {self.threads} threads, {self.system}; {versions}"
 
 
 def threads_here() -> int:
@@ -52,6 +68,7 @@ def this_machine(packages: Iterable[str] = ("onnxruntime", "openvino", "onnx", "
             continue
     return Machine(
         processor=_processor(),
+        instructions=_instructions(),
         threads=threads_here(),
         memory=_memory(),
         system=f"{platform.system()} {platform.machine()}",
@@ -66,6 +83,11 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine() or "unknown processor"
+
+
+def _instructions() -> tuple[str, ...]:
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell
+    return tuple(word for name, word in INSTRUCTIONS.items() if known.get(name))
 
 
 def _memory() -> int:

@@ -94,13 +94,13 @@ class TimingCache:
 
     @classmethod
     def of_this_machine(cls, folder: Path | None = None) -> TimingCache:
-        """The cache of this processor and system.
+        """The cache of this processor, with its instructions, and system.
 
         Raises:
             UsageError: its folder cannot be made, or not be written in.
         """
         machine = this_machine(())
-        told = f"{KIND}|{machine.processor}|{machine.threads}|{machine.system}"
+        told = f"{KIND}|{machine.processor}|{machine.instructions}|{machine.threads}|{machine.system}"
         mark = hashlib.sha256(told.encode()).hexdigest()[:12]
         folder = folder or cache_folder()
         try:
