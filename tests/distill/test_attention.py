@@ -227,6 +227,10 @@ def test_mistakes_name_the_layer(digits: Splits) -> None:
         AttentionTransfer(by="symmetry").apply(replace(words, task=Classification()), bench)
     with pytest.raises(SettingError, match="soft targets go with activations"):
         AttentionTransfer(by="gradients", soft=0.5)
+    with pytest.raises(SettingError, match="layers and pool are of maps, and by is 'gradients'"):
+        AttentionTransfer(by="gradients", layers=("0",), pool="max")
+    with pytest.raises(SettingError, match="power is of maps, and by is 'symmetry'"):
+        AttentionTransfer(by="symmetry", power=1.0)
 
 
 def tokens(units: int) -> Model:
@@ -289,9 +293,7 @@ def test_layers_are_looked_at_in_the_plan(known: bool, digits: Splits) -> None:
         AttentionTransfer(teacher=teacher, layers=("5",), teacher_layers=("0",)).fits(staged(4), bench)
     AttentionTransfer(teacher=teacher, layers=("5.1",), teacher_layers=("0",)).fits(staged(4), bench)  # may come yet
     AttentionTransfer(teacher=teacher).fits(staged(4), bench)
-    AttentionTransfer(teacher=teacher, layers=("nope",), teacher_layers=("0",), epochs=0, by="symmetry").fits(
-        staged(4), bench
-    )
+    AttentionTransfer(teacher=teacher, epochs=0, by="symmetry").fits(staged(4), bench)
     with pytest.raises(UsageError, match="no layer 'nope'"):
         AttentionTransfer(layers=("nope",), teacher_layers=("0",)).fits(staged(4), replace(bench, dense=staged(8)))
     line = Model(nn.Sequential(nn.Conv1d(1, 4, 1), nn.Flatten(), nn.Linear(256, 10)), (torch.zeros(1, 1, 64),))
@@ -320,8 +322,8 @@ def test_zeros_of_a_pruned_student_stay(digits: Splits) -> None:
 
 def test_beta_falls_to_zero_where_asked() -> None:
     influence = AttentionTransfer(teacher=staged(8, 1), decay=True).influence(staged(4), Bench())
-    moment = Moment(nn.Identity(), (), None, None, step=5, steps=10)
-    assert influence._beta(moment) == 500.0  # pyright: ignore[reportAttributeAccessIssue]
+    moments = [Moment(nn.Identity(), (), None, None, step=step, steps=11) for step in (0, 5, 10)]
+    assert [influence._beta(moment) for moment in moments] == [1000.0, 500.0, 0.0]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def similarity(student: Model, guide: Guide, x: Tensor, layers: tuple[str, ...]) -> float:

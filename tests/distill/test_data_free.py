@@ -267,6 +267,9 @@ def test_inputs_that_cannot_be_rebuilt_are_refused_by_name(digits: Splits, tmp_p
     with pytest.raises(NeedError, match=r"takes .*\(2, 3\).* and .*\(2, 3\)"):
         DataFree(teacher=two.copy()).fits(two, bench)
     DataFree(epochs=0).fits(tokens, bench)
+    named = Model(torch.nn.Linear(3, 4), example=({"x": torch.zeros(2, 3)},), task=Classification())
+    with pytest.raises(NeedError, match=r"takes a dict\."):
+        DataFree(teacher=tokens.copy()).fits(named, bench)
 
 
 def test_what_does_not_fit_is_told(digits: Splits, teacher: Model) -> None:
@@ -288,9 +291,24 @@ def test_what_does_not_fit_is_told(digits: Splits, teacher: Model) -> None:
 def test_a_convolutional_teacher_is_recorded_and_rebuilt(digits: Splits, small_cnn: Callable[..., Model]) -> None:
     model = bench_of(digits, 2).fit(small_cnn((4, 6, 8)))
     made = record(model, digits.train, "all")
-    assert made.layers == ("conv1", "conv2", "conv3", "linear")
+    assert made.layers == ("bn1", "bn2", "bn3", "linear")
     rebuilt = reconstruct(model, made, Descent(steps=40), samples=3)
     assert rebuilt.losses[-1] < rebuilt.losses[0]
+
+
+def test_where_a_normalisation_follows_its_output_is_what_is_recorded() -> None:
+    """The ReLU comes behind it, and the loss puts one on what is recorded."""
+    nets = torch.nn
+    second = nets.Sequential(nets.Linear(16, 6), nets.ReLU(), nets.BatchNorm1d(6), nets.Linear(6, 3))
+    layers = (nets.Conv2d(1, 4, 3), nets.BatchNorm2d(4), nets.ReLU(), nets.AdaptiveAvgPool2d(2), nets.Flatten(), second)
+    model = Model(nets.Sequential(*layers), example=(torch.zeros(2, 1, 8, 8),), task=Classification())
+    data = TensorDataset(torch.randn(60, 1, 8, 8), torch.arange(60) % 3)
+    made = record(model, data, "all")
+    assert made.layers == ("1", "5.0", "5.3"), "a normalisation behind a ReLU is not the first layer's"
+    assert made.blocks[0].sizes == (144,)
+    rebuilt = reconstruct(model, made, Descent(steps=20), samples=2)
+    assert rebuilt.losses[-1] < rebuilt.losses[0]
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.module.modules())
 
 
 @pytest.mark.effect

@@ -257,6 +257,46 @@ def test_what_cannot_be_done_is_told(digits: Splits, teacher: Model) -> None:
     assert len(select_neurons(line, "0", flat, 2, attributes={"even": torch.arange(20) % 2 == 0})) == 2
 
 
+def test_attributes_are_given_by_name_and_looked_at_before_anything_trains() -> None:
+    flat = TensorDataset(torch.rand(24, 6), torch.arange(24) % 3)
+    bench = Bench(train=flat, validation=flat, training=Training(epochs=1, batch_size=8))
+
+    def line(seed: int) -> Model:
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+        return Model(net, example=(torch.zeros(1, 6),), task=Classification())
+
+    plain = NeuronSelection(teacher=line(0), layer="0", number=2, epochs=1)
+    with pytest.raises(NeedError, match=r"not pictures.*attributes="):
+        plain.fits(line(1), bench)
+    for few in (torch.ones(23), torch.ones(24, 1)):
+        with pytest.raises(
+            SettingError, match=r"attributes\['lit'\] has the shape .* each of the 24 validation samples"
+        ):
+            replace(plain, attributes={"lit": few}).fits(line(1), bench)
+    with pytest.raises(SettingError, match="wanted names none"):
+        replace(plain, attributes={"lit": torch.ones(24)}, wanted={}).fits(line(1), bench)
+    lit, old = torch.arange(24) % 2 == 0, torch.arange(24) < 12
+    told = replace(plain, attributes={"lit": lit.tolist()}, wanted={"old": old})
+    told.fits(line(1), bench)
+    expected = select_neurons(line(0), "0", flat, 2, attributes={"lit": lit}, wanted={"old": old})
+    assert torch.equal(told.selection(line(0), "0", bench), expected)
+    assert told.apply(line(1), bench).module[2].out_features == 2
+    with pytest.raises(SettingError, match="number is 2 and by is 'all'"):
+        replace(plain, by="all")
+
+
+def test_a_pruned_student_keeps_its_zeros(digits: Splits, teacher: Model) -> None:
+    student = mlp(24)
+    with torch.no_grad():
+        student.module[1].weight[:, ::2] = 0
+    for keep in (True, False):
+        technique = NeuronSelection(teacher=teacher, number=6, epochs=1, keep_zeros=keep)
+        taught = technique.apply(student, bench_of(digits))
+        assert bool((taught.module[1].weight[:, ::2] == 0).all()) is keep
+        assert bool((taught.module[1].weight[:, 1::2] != 0).any())
+
+
 @pytest.mark.effect
 @pytest.mark.slow
 def test_selected_neurons_of_a_teacher_verify_unseen_faces_better_than_random_ones(shared_data: Path) -> None:

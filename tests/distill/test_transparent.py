@@ -191,6 +191,10 @@ def test_what_it_cannot_do_is_told() -> None:
     maps = Model(nn.Conv2d(1, 2, 1), example=(torch.zeros(1, 1, 4, 4),), task=Classification())
     with pytest.raises(NeedError, match=r"needs outputs \[batch\]"):
         QUICK.apply(maps, Bench(train=TensorDataset(torch.zeros(20, 1, 4, 4), torch.zeros(20, dtype=torch.long))))
+    named = Model(nn.Linear(3, 2), example=({"x": torch.zeros(1, 3)},), task=Classification())
+    for look in (lambda: QUICK.fits(named, Bench()), lambda: QUICK.remarks(named)):
+        with pytest.raises(NeedError, match="one input tensor, and this one takes a dict"):
+            look()
 
 
 def test_plots_show_the_tables_as_they_are() -> None:

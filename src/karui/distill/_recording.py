@@ -46,7 +46,8 @@ def record(
         dataset: its training data, (input, class number) pairs.
         kind: "top" records the last layer, "all" and "all_dropout" every layer; "spectral_all" and "spectral_pairs"
             their graph Fourier coefficients, "jl" a random projection.
-        layers: paths, in order, the last one that of the logits; none takes all linear layers and convolutions.
+        layers: paths, in order, the last one that of the logits; none takes all linear layers and convolutions, each
+            with the batch normalisation that takes its output, as the ReLU comes behind that.
         temperature: the last layer's outputs are divided by it.
         share: share of the eigenvectors, or of the units as random directions, that are kept.
         heat: s of the heat kernel exp(-s L) in place of plain eigenvectors; 0 for these.
@@ -102,8 +103,39 @@ def _layers(model: Model, layers: Sequence[str], kind: Kind) -> tuple[str, ...]:
             "Name the layers to record, the one of the logits last.",
             UsageError,
         )
-        layers = [*(path for path in layers if path != head), head]  # pyright: ignore[reportAssignmentType]
+        layers = [*_normalised(model, [path for path in layers if path != head]), head]  # pyright: ignore[reportAssignmentType]
     return tuple(layers[-1:]) if kind == "top" else tuple(layers)
+
+
+def _normalised(model: Model, paths: Sequence[str]) -> list[str]:
+    """The paths of layers, and where a batch normalisation takes a layer's output that of the normalisation."""
+    places, norms = dict.fromkeys(paths, ""), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    made: dict[str, Tensor] = {}
+
+    def keep(path: str) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            del layer, inputs
+            made[path] = output
+
+        return hook
+
+    def match(norm: str) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            del layer
+            places.update((path, norm) for path, output in made.items() if inputs and inputs[0] is output)
+
+        return hook
+
+    with inference(model.module) as module:
+        inner = dict(module.named_modules())
+        handles = [inner[path].register_forward_hook(keep(path)) for path in paths]
+        handles += [m.register_forward_pre_hook(match(path)) for path, m in inner.items() if isinstance(m, norms)]
+        try:
+            module(*model.example)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return [norm or path for path, norm in places.items()]
 
 
 def _groups(kind: Kind, layers: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -56,18 +56,16 @@ def descriptors_of(
         NeedError: targets are not class numbers and no attributes are wanted instead, or inputs are not pictures and no
             attributes are given.
     """
+    require_told(dataset, attributes, wanted)
     values, identity = responses_of(model, layer, dataset)
     if wanted is not None:
         good = one_neuron_auc(values, torch.stack(list(wanted.values()), 1))
     else:
-        numbered = isinstance(identity, Tensor) and identity.ndim == 1 and not identity.is_floating_point()
-        require(numbered, "Selection needs identities.", "Give (input, class number) pairs, or wanted=...", NeedError)
-        good = one_neuron_auc(values, identity[:, None] == identity.unique()[None])  # pyright: ignore[reportOptionalSubscript]
+        assert identity is not None  # noqa: S101  (required above)
+        good = one_neuron_auc(values, identity[:, None] == identity.unique()[None])
     if attributes is not None:
         return good, one_neuron_auc(values, torch.stack(list(attributes.values()), 1))
     pictures = Batches(dataset).fetch(torch.arange(len(values)))[0][0]
-    is_picture = isinstance(pictures, Tensor) and pictures.ndim == 4
-    require(is_picture, "The inputs are not pictures.", "Give attributes=... that are to be left alone.", NeedError)
     unwanted, guide = [], Guide(model, (layer,))
     for number, change in enumerate(changes.values()):
         other, more = changed(pictures, change, seed_of(seed, "nuisance", number))
@@ -75,6 +73,41 @@ def descriptors_of(
             rows = [flattened(guide((part,))[1], (layer,))[layer] for part in other.split(256)]
         unwanted.append(one_neuron_auc(torch.cat(rows), more[:, None]))
     return good, torch.cat(unwanted, 1)
+
+
+def require_told(
+    dataset: Any,
+    attributes: Mapping[str, Bool[Tensor, "samples"]] | None,
+    wanted: Mapping[str, Bool[Tensor, "samples"]] | None,
+) -> None:
+    """Refuse held-out data that do not tell what neurons should answer to and what they should not.
+
+    Raises:
+        NeedError: targets are not class numbers and no attributes are wanted instead, or inputs are not pictures and no
+            attributes are given.
+        SettingError: an attribute is not told of each sample.
+    """
+    for setting, told in (("attributes", attributes), ("wanted", wanted)):
+        require(told is None or bool(told), f"{setting} names none; leave it out")
+        for name, of_samples in (told or {}).items():
+            whole = of_samples.shape == (len(dataset),)
+            got = f"{setting}['{name}'] has the shape {list(of_samples.shape)}"
+            require(whole, f"{got}; give True or False for each of the {len(dataset)} validation samples")
+    inputs, identity = Batches(dataset).fetch(torch.arange(1))
+    numbered = isinstance(identity, Tensor) and identity.ndim == 1 and not identity.is_floating_point()
+    require(
+        wanted is not None or numbered,
+        "Selection needs identities.",
+        "Give (input, class number) pairs, or wanted=...",
+        NeedError,
+    )
+    pictures = isinstance(inputs[0], Tensor) and inputs[0].ndim == 4
+    require(
+        attributes is not None or pictures,
+        "The inputs are not pictures.",
+        "Give attributes=... that are to be left alone.",
+        NeedError,
+    )
 
 
 def cost_of(

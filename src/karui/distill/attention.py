@@ -121,7 +121,7 @@ class AttentionMaps(Influence):
         layouts, their_layouts: where batch and channels of each are; none is [batch, channels, positions ...].
         pool, power: how maps are made.
         beta: weight of the maps' part.
-        decay: whether beta falls linearly to zero over the training.
+        decay: whether beta falls linearly, to zero in the last step.
         soft: share of the soft targets, in [0, 1]; 0 leaves them out.
         temperature: of the soft targets.
     """
@@ -175,7 +175,7 @@ class AttentionMaps(Influence):
         return loss
 
     def _beta(self, moment: Moment) -> float:
-        return self.beta * (1 - moment.step / moment.steps) if self.decay else self.beta
+        return self.beta * (1 - moment.step / max(1, moment.steps - 1)) if self.decay else self.beta
 
 
 def _check(own: str, student: Any, other: str, teacher: Any) -> None:
@@ -211,14 +211,15 @@ class AttentionTransfer:
             by "symmetry".
         by: "activations" matches maps, "gradients" the gradients of the loss with respect to the input, "symmetry" the
             student's own gradients under a flip of the picture.
-        layers: paths in the student whose outputs are matched; none takes the last layer of each size in space.
+        layers: paths in the student whose outputs are matched; none takes the last layer of each size in space. This
+            and the four settings that follow are of maps, so only by "activations".
         teacher_layers: paths in the teacher, in the same order; none takes the same paths, or the last of each size.
         channels: where the channels are that become one map: "first" behind the batch; "last", as in sequences and
             transformers, whose map is over time; "auto" tells it by the kind of each layer, or refuses.
         pool: how channels become one map: their "sum" or their "max".
         power: the power of the activations before.
         beta: weight of the part; None is 1000 for maps and 1 for gradients.
-        decay: whether beta falls linearly to zero over the training.
+        decay: whether beta falls linearly, to zero in the last step.
         soft: share of soft targets of the same teacher in the loss, in [0, 1]; the paper's combination has 0.9. Only
             by "activations".
         temperature: of the soft targets.
@@ -264,6 +265,13 @@ class AttentionTransfer:
             self.by == "activations" or self.soft == 0,
             f"soft is {self.soft} and by is {self.by!r}; soft targets go with activations. "
             "Put knowledge_distillation's influence beside this one's",
+        )
+        of_maps = {"layers": (), "teacher_layers": (), "channels": "auto", "pool": "sum", "power": 2.0}
+        given = [name for name, default in of_maps.items() if getattr(self, name) != default]
+        require(
+            self.by == "activations" or not given,
+            f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} of maps, and by is {self.by!r}; leave out one "
+            "or the other",
         )
         if self.maps is not None:
             kind = Path(self.maps).suffix

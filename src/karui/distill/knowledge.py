@@ -195,7 +195,8 @@ class KnowledgeDistillation:
     def influence(self, model: Model, bench: Bench, *, shared: bool = False) -> Influence:
         """The soft targets, for a training of `model` or of what becomes of it.
 
-        They are those of the teacher as it is now: it is copied, and may be trained on meanwhile.
+        They are those of the teacher as it is now: it is copied, and may be trained on meanwhile. Biases of `missing`
+        classes are lifted by `apply` alone, behind the training.
 
         Args:
             model: the student.

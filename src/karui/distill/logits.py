@@ -264,6 +264,8 @@ class LogitRegression:
     ) -> Influence:
         """The distance from the teachers' logits in place of the loss, for a training of `model` by another step.
 
+        That step trains its own network on its own data: `parameters` and `unlabelled` are of `apply` alone.
+
         Args:
             model: the student.
             bench: its data tell the scale, and whether answers are kept.

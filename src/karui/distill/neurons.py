@@ -33,22 +33,26 @@ DEPARTURE: where no attributes are labelled, identities stand for the wanted one
 (brightness, noise, shift, rotation) for the unwanted ones.
 
 DEPARTURE: outputs are regressed before the ReLU by default, since most targets behind it are zero.
+
+DEPARTURE: weights that are exactly zero in the student stay so (`keep_zeros`), so that a pruned network can be taught
+without losing what pruning won.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from karui.distill._heads import head_of
 from karui.distill._layouts import layouts_of
 from karui.distill._maps import last_of_each_size
-from karui.distill._selection import select_neurons
+from karui.distill._selection import require_told, select_neurons
 from karui.distill._teachers import Teacher, lacking_teachers, remark, teachers_of
 from karui.distill.logits import logit_loss
 from karui.errors import SettingError, UsageError, require, told
@@ -56,6 +60,7 @@ from karui.model import Model, Note, layer_at, replace_layers
 from karui.technique import Card, require_passes, technique
 from karui.train import Turn
 from karui.train.guide import Guide
+from karui.train.masks import MaskKeeper, zero_masks
 from karui.train.randomness import seed_of, undisturbed
 from karui.train.statistics import flattened
 
@@ -113,16 +118,20 @@ class NeuronSelection:
         layer: path of the teacher's layer; "" takes the last linear layer before that of the logits.
         number: neurons of each teacher, by the energy of so many; None keeps those that the energy says.
         by: how they are selected: "energy"; or one of the controls, "random" (as many as number) and "all".
+        attributes: unwanted attributes by name, True or False for each validation sample; None changes the pictures.
+        wanted: wanted ones in the same way; None takes the identities.
         redundancy: lambda, the weight of pairs of alike neurons in the energy.
         width: s, the distance of two descriptors at which neurons are alike.
+        keep_zeros: whether weights that are exactly zero stay so.
         epochs: passes over the training data.
 
     Needs:
-        A teacher, training data, and validation data with identities, on which neurons are judged; pictures.
+        A teacher, training data, and validation data, on which neurons are judged: pictures with identities, or
+        `attributes` and `wanted` of theirs.
 
     Raises:
-        SettingError: a setting is out of range, or no neuron is selected.
-        NeedError: there is no teacher, there are no identities, or inputs are not pictures.
+        SettingError: a setting is out of range, no neuron is selected, or an attribute is not told of each sample.
+        NeedError: there is no teacher, there are no identities, or inputs are not pictures and no attributes are given.
         UsageError: a layer is not there.
 
     Relations: `LogitRegression` regresses the outputs; `FitNets` a middle layer, and throws the regressor away.
@@ -138,12 +147,16 @@ class NeuronSelection:
     by: By = "energy"
     redundancy: float = 0.01
     width: float = 0.1
+    attributes: Mapping[str, Any] | None = None
+    wanted: Mapping[str, Any] | None = None
+    keep_zeros: bool = True
     epochs: int = 10
 
     def __post_init__(self) -> None:
         number = 1 if self.number is None else self.number
         require(number > 0, f"number is {self.number}; give a positive one, or None")
         require(self.by != "random" or self.number is not None, "number is None; random neurons need a number")
+        require(self.by != "all" or self.number is None, f"number is {number} and by is 'all'; leave one of them out")
         require(self.redundancy >= 0, f"redundancy is {self.redundancy}; give a weight from 0")
         require(self.width > 0, f"width is {self.width}; give a positive number, for example 0.1")
         require_passes(epochs=self.epochs)
@@ -172,14 +185,18 @@ class NeuronSelection:
         student = with_outputs(model, total, seed=bench.seed)
         guides = tuple(Guide(one, (path,)) for one, path in zip(teachers, layers, strict=True))
         turn = Turn(name="neurons", objective=_Regression(guides, kept))
-        taught = bench.fit(student, epochs=self.epochs, turns=(turn,), label="neurons")
+        masks = zero_masks(student.module) if self.keep_zeros else {}
+        keeper = MaskKeeper(masks) if masks else None
+        taught = bench.fit(student, epochs=self.epochs, turns=(turn,), influence=keeper, label="neurons")
         facts = {"kept": [one.tolist() for one in kept]}
         note = Note(f"gives {total} neurons of its teacher, selected by {self.by}", facts)
         made = taught.evolve(taught.module, note)
         return Model(made.module, example=made.example, lineage=made.lineage)
 
     def fits(self, model: Model, bench: Bench) -> None:
-        """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        """Look at the held-out data, and ask a teacher that is named once, before anything is trained."""
+        if self.by == "energy" and bench.validation is not None:
+            require_told(bench.validation, _flags(self.attributes), _flags(self.wanted))
         if self.teacher is not None:
             self._layers(self._teachers(model, bench))
 
@@ -201,8 +218,14 @@ class NeuronSelection:
         if self.by == "random":
             return torch.randperm(units, generator=torch.Generator().manual_seed(seed))[:most].sort().values
         return select_neurons(
-            teacher, layer, bench.validation, self.number, redundancy=self.redundancy, width=self.width, seed=seed
-        )
+            teacher, layer, bench.validation, self.number, attributes=_flags(self.attributes),
+            redundancy=self.redundancy, width=self.width, seed=seed, wanted=_flags(self.wanted),
+        )  # fmt: skip
+
+
+def _flags(told: Mapping[str, Any] | None) -> dict[str, Bool[Tensor, "samples"]] | None:
+    """Attributes as tensors."""
+    return None if told is None else {name: torch.as_tensor(one).bool() for name, one in told.items()}
 
 
 def last_hidden(model: Model) -> str:

@@ -95,6 +95,16 @@ def scores_of(outputs: Tensor, *, classes: bool) -> tuple[Float[Tensor, "samples
     return (outputs - outputs.mean(1, keepdim=True) if classes else outputs), "numbers"
 
 
+def _require_table(inputs: tuple[Any, ...]) -> None:
+    """Refuse inputs that are no one tensor."""
+    require(
+        len(inputs) == 1 and isinstance(inputs[0], Tensor),
+        f"'{SLUG}' needs a model of one input tensor, and this one takes {' and '.join(map(told, inputs))}.",
+        "Put the columns of a table into one tensor.",
+        NeedError,
+    )
+
+
 def lesson_of(model: Model, dataset: Any, target: Target = "logit") -> tuple[Lesson, Tensor]:
     """What the network says of a data set, and the data's own targets.
 
@@ -105,12 +115,8 @@ def lesson_of(model: Model, dataset: Any, target: Target = "logit") -> tuple[Les
     """
     batches = Batches(dataset)
     parts = [batches.fetch(index) for index in torch.arange(len(batches)).split(256)]
-    require(
-        all(len(inputs) == 1 for inputs, _ in parts),
-        f"'{SLUG}' needs a model of one input tensor.",
-        "Put the columns of a table into one tensor.",
-        NeedError,
-    )
+    for inputs, _ in parts:
+        _require_table(inputs)
     with inference(model.module) as module:
         outputs = torch.cat([module(*inputs) for inputs, _ in parts])
     classes = isinstance(model.task, Classification)
@@ -212,8 +218,8 @@ class TransparentDistillation:
 
     def remarks(self, model: Model) -> tuple[str, ...]:
         """What `karui plan` tells of it."""
-        inputs = model.example[0][0].numel() if isinstance(model.example[0], Tensor) else 0
-        place = f"a {self.student} of {inputs} inputs takes the place of the whole network"
+        _require_table(model.example)
+        place = f"a {self.student} of {model.example[0][0].numel()} inputs takes the place of the whole network"
         return (f"{place}, which is its teacher",) if self.teacher is None else (place, remark(self.teacher))
 
     def lacks(self, bench: Bench, *, first: bool) -> list[tuple[str, str]]:
@@ -222,6 +228,7 @@ class TransparentDistillation:
 
     def fits(self, model: Model, bench: Bench) -> None:
         """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
+        _require_table(model.example)
         with inference(self._teacher(model, bench).module) as module:
             module(*model.example)
 
