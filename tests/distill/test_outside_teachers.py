@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +11,34 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from sklearn.ensemble import RandomForestRegressor
-from sklearn.linear_model import LinearRegression
+from onnx import helper
+from sklearn.datasets import load_breast_cancer
+from sklearn.ensemble import (
+    HistGradientBoostingClassifier,
+    RandomForestClassifier,
+    RandomForestRegressor,
+    VotingClassifier,
+)
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.naive_bayes import GaussianNB
+from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from karui.data import Splits
+from karui.distill._fidelity import r_squared
 from karui.distill._onnx_teachers import onnx_teacher
 from karui.distill.knowledge import KnowledgeDistillation
+from karui.distill.logits import LogitRegression
 from karui.distill.munge import ModelCompression
 from karui.distill.predictors import FLOOR, predictor
+from karui.distill.transparent import TransparentDistillation
 from karui.errors import NeedError
-from karui.model import Model, Regression
+from karui.model import Classification, Model, Regression
 from karui.technique import Bench
 from karui.train import Adam, Constant, Training
 
@@ -77,3 +93,116 @@ def test_an_onnx_teacher_may_have_its_weights_beside_it(
     (tmp_path / "weights.data").unlink()
     with pytest.raises(NeedError, match="has its weights in another file, weights.data, which is not there"):
         KnowledgeDistillation(teacher=parted).apply(student, bench)
+
+
+def table_bench(x: np.ndarray, y: np.ndarray) -> tuple[Model, Bench]:
+    data = TensorDataset(torch.from_numpy(x), torch.from_numpy(y))
+    net = nn.Linear(x.shape[1], len(np.unique(y)))
+    training = Training(epochs=1, batch_size=64, optimizer=Adam(lr=3e-3), schedule=Constant())
+    model = Model(net, example=(data.tensors[0][:1],), task=Classification())
+    return model, Bench(train=data, validation=data, training=training)
+
+
+@pytest.mark.paper(40)
+@pytest.mark.parametrize("strength", [1.0, 100.0])
+def test_an_additive_estimator_is_recovered_on_its_true_logits(strength: float) -> None:
+    x, y = load_breast_cancer(return_X_y=True)
+    x = StandardScaler().fit_transform(x).astype(np.float32)[:, :8]
+    teacher = LogisticRegression(C=strength, max_iter=5000).fit(x, y)
+    true = torch.from_numpy(teacher.decision_function(x)).float()
+    said = predictor(teacher)(torch.from_numpy(x))
+    assert float(true.abs().max()) > 14
+    torch.testing.assert_close(said[:, 1] - said[:, 0], true, atol=1e-4, rtol=1e-5)
+    model, bench = table_bench(x, y)
+    student = TransparentDistillation(teacher=teacher, rounds=300, rate=0.2).apply(model, bench).module
+    out = student(torch.from_numpy(x)).detach()
+    assert r_squared((out[:, 1] - out[:, 0]).numpy()[:, None], true.numpy()[:, None]) > 0.99
+
+
+@pytest.mark.paper(30)
+def test_soft_targets_of_estimators_are_those_of_their_scores(digits: Splits) -> None:
+    x = digits.train.tensors[0][:400].flatten(1).numpy()
+    y = digits.train.tensors[1][:400].numpy()
+    linear = LogisticRegression(C=100, max_iter=2000).fit(x, y)
+    boosted = HistGradientBoostingClassifier(max_iter=20, learning_rate=1.0).fit(x, y < 5)
+    bayes, network = GaussianNB().fit(x, y), MLPClassifier((16,), max_iter=500, tol=1e-2, random_state=0).fit(x, y)
+    scores = {
+        linear: linear.decision_function(x),
+        make_pipeline(FunctionTransformer(), linear): linear.decision_function(x),
+        boosted: np.stack([0 * boosted.decision_function(x), boosted.decision_function(x)], 1),
+        bayes: bayes.predict_joint_log_proba(x),
+        network: np.log(network.predict_proba(x)),
+    }
+    for teacher, wanted in scores.items():
+        said = predictor(teacher)(torch.from_numpy(x))
+        for temperature in (1.0, 4.0, 20.0):
+            soft = (torch.from_numpy(wanted) / temperature).softmax(1).float()
+            torch.testing.assert_close((said / temperature).softmax(1), soft, atol=2e-6, rtol=1e-3)
+
+
+def test_decisions_that_are_no_logits_are_passed_over_for_each_sample_by_itself(digits: Splits) -> None:
+    x, y = digits.train.tensors[0][:200].flatten(1).numpy(), digits.train.tensors[1][:200].numpy()
+    votes = OneVsRestClassifier(LogisticRegression(C=10)).fit(x, y)  # its probabilities are sigmoids, made to sum to 1
+    said = predictor(votes)(torch.from_numpy(x))
+    torch.testing.assert_close(said.softmax(1), torch.from_numpy(votes.predict_proba(x)).float(), atol=1e-6, rtol=1e-4)
+    alone = torch.cat([predictor(votes)(torch.from_numpy(x[row : row + 1])) for row in range(5)])
+    torch.testing.assert_close(said[:5], alone)
+
+
+@pytest.mark.parametrize("ending", ["Softmax", "LogSoftmax", "Sigmoid"])
+def test_what_goes_into_the_ending_of_an_onnx_file_is_asked_for(nets: Any, tmp_path: Path, ending: str) -> None:
+    model = nets.mlp(16, seed=5, classes=1 if ending == "Sigmoid" else 10)
+    x = 400 * torch.rand(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))  # no probability but 0 and 1
+    file = nets.written(model, tmp_path / "ended.onnx")
+    graph = onnx.load(file)
+    graph.graph.node[-2].op_type = ending
+    onnx.save(graph, file)
+    scores = model.module(x).detach()
+    wanted = torch.cat([torch.zeros_like(scores), scores], 1) if ending == "Sigmoid" else scores
+    assert float(wanted.log_softmax(1).min()) < -20
+    torch.testing.assert_close(onnx_teacher(file)(x), wanted, atol=1e-3, rtol=1e-4)
+    told = onnx_teacher(file, gives="numbers")(x)
+    ended = scores.sigmoid() if ending == "Sigmoid" else scores.softmax(1)
+    torch.testing.assert_close(told.exp() if ending == "LogSoftmax" else told, ended, atol=1e-4, rtol=1e-4)
+
+
+def test_a_softmax_that_is_not_over_classes_stays(nets: Any, tmp_path: Path) -> None:
+    file = nets.written(nets.mlp(16, seed=5), tmp_path / "over_samples.onnx", soft=True)
+    graph = onnx.load(file)
+    graph.graph.node[-2].attribute.append(helper.make_attribute("axis", 0))
+    onnx.save(graph, file)
+    with pytest.raises(NeedError, match="gives rows that are no probabilities"):
+        onnx_teacher(file)(torch.rand(3, 1, 8, 8))
+
+
+@pytest.mark.paper(30)
+@pytest.mark.paper(31)
+@pytest.mark.paper(40)
+def test_zeros_are_told_and_count_as_the_floor_of_votes_or_as_what_rounding_leaves(
+    nets: Any, few: TensorDataset, bench: Bench, tmp_path: Path
+) -> None:
+    x, y = nets.table_of(few)
+    forest = RandomForestClassifier(20, random_state=0).fit(x, y)
+    zeros, inputs = torch.from_numpy(forest.predict_proba(x) == 0), few.tensors[0]
+    averaged = VotingClassifier([("one", forest)], voting="soft").fit(x, y)
+    for votes in (forest, make_pipeline(FunctionTransformer(), forest), averaged):
+        said = predictor(votes)(inputs)
+        assert float(said.min()) == np.float32(np.log(FLOOR))
+    assert torch.equal(predictor(forest)(inputs) == np.float32(np.log(FLOOR)), zeros)
+    for dtype, bits in ((torch.float64, 53), (torch.float32, 24)):
+        hard = predictor(lambda x, dtype=dtype: torch.eye(10, dtype=dtype)[: len(x)], gives="probabilities")
+        assert float(hard(inputs[:3]).min()) == pytest.approx(-bits * np.log(2))
+    mine = predictor(lambda _: np.eye(10)[:3], gives="probabilities", floor=1e-3)
+    assert float(mine(inputs[:3]).min()) == pytest.approx(np.log(1e-3))
+    share = re.compile(r"teacher: ([\d,]+) of ([\d,]+) probabilities .* were zero.* as 1.0e-04")
+    for technique in (KnowledgeDistillation(epochs=2), LogitRegression(epochs=2)):
+        for width in (8, 9):  # the second finds all of the answers beside the checkpoints
+            made = replace(technique, teacher=forest).apply(nets.mlp(width), replace(bench, checkpoints=tmp_path))
+            (line,) = filter(None, (share.match(edit.describe()) for edit in made.lineage))
+            zero, told = (int(number.replace(",", "")) for number in line.groups())
+            assert zero / told == pytest.approx(zeros.double().mean().item())
+    model, table = table_bench(x.astype(np.float32), y)
+    made = TransparentDistillation(teacher=forest, rounds=2).apply(model, table)
+    assert any("were zero, which has no logarithm" in edit.describe() for edit in made.lineage)
+    made = KnowledgeDistillation(teacher=nets.mlp(16, seed=3), epochs=1).apply(nets.mlp(8), bench)
+    assert not any("were zero" in edit.describe() for edit in made.lineage)

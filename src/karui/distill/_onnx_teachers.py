@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from karui.distill.predictors import Gives, Predictor, digest_of
+from karui.distill.predictors import Gives, Predictor, Scores, digest_of
 from karui.errors import KaruiError, NeedError, require
 from karui.measuring.engines import onnx_session
 
@@ -34,7 +34,8 @@ def onnx_teacher(path: Path, *, gives: Gives | None = None, pair: bool = False) 
     Args:
         path: the file; its weights are inside, or in files beside it.
         gives: what comes out; None looks at the graph: probabilities where the output is a softmax's or a sigmoid's,
-            or a classifier's of ai.onnx.ml, logits otherwise.
+            or a classifier's of ai.onnx.ml, logits otherwise. Of a softmax over classes, or the sigmoid of one number,
+            what goes into it is asked for: of a probability near 1, rounding leaves no logit of the others.
         pair: whether it is a detector, of which the logits and the offsets of boxes are meant, in this order.
 
     Raises:
@@ -43,9 +44,13 @@ def onnx_teacher(path: Path, *, gives: Gives | None = None, pair: bool = False) 
     data, name = _whole(path), path.name
     try:
         network = _Network(data, name, pair=pair)
+        said = gives or _told_by(data, network.outputs[0])
+        bare = _without_ending(data, network.outputs[0]) if gives is None else None
+        if bare is not None:
+            network = _Network(bare, name, pair=pair, scored=said == "probabilities")
     except KaruiError as error:
         raise NeedError(f"The teacher {name} cannot be used: {error.message}", error.hint) from error
-    return Predictor(network, name, digest_of(data), gives or _told_by(data, network.outputs[0]))
+    return Predictor(network, name, digest_of(bare or data), said)
 
 
 def _whole(path: Path) -> bytes:
@@ -72,8 +77,8 @@ def _whole(path: Path) -> bytes:
 class _Network:
     """Asks a session, of which each process has its own: a forked one may not use its parent's threads."""
 
-    def __init__(self, data: bytes, name: str, *, pair: bool = False) -> None:
-        self.data, self.name = data, name
+    def __init__(self, data: bytes, name: str, *, pair: bool = False, scored: bool = False) -> None:
+        self.data, self.name, self.scored = data, name, scored
         self._session: tuple[int, Any] | None = None
         session = self._here()
         self.puts = [(put.name, list(put.shape), put.type) for put in session.get_inputs()]
@@ -82,7 +87,7 @@ class _Network:
         numbers = [put for put in session.get_outputs() if put.type in list(_KINDS)[:3]]
         self.outputs = [put.name for put in numbers] if pair and len(numbers) == 2 else [_meant(numbers)]
 
-    def __call__(self, inputs: tuple[Tensor, ...]) -> np.ndarray | tuple[np.ndarray, ...]:
+    def __call__(self, inputs: tuple[Tensor, ...]) -> np.ndarray | Scores | tuple[np.ndarray | Scores, ...]:
         require(
             len(inputs) == len(self.puts),
             f"The teacher {self.name} takes {len(self.puts)} inputs, not {len(inputs)}.",
@@ -95,8 +100,9 @@ class _Network:
             [said[:size] for said in self._run(part)]
             for part, size in _parts(arrays, fixed if isinstance(fixed, int) else None)
         ]
-        joined = [np.concatenate(said) for said in zip(*parts, strict=True)]
-        return joined[0] if len(joined) == 1 else tuple(joined)
+        first, *others = (np.concatenate(said) for said in zip(*parts, strict=True))
+        told = Scores(first) if self.scored else first
+        return (told, *others) if others else told
 
     def _fitted(self, x: Tensor, shape: list[Any], kind: Any) -> np.ndarray:
         """An input as the file wants it: of its type; flattened where it takes a table."""
@@ -151,12 +157,41 @@ def _told_by(data: bytes, output: str) -> Gives:
     """What the graph says of an output."""
     import onnx
 
-    graph = onnx.load_model_from_string(data).graph
-    makers = {made: node for node in graph.node for made in node.output}
-    node = makers.get(output)
-    while node is not None and node.op_type in _PASSED_ON:
-        node = makers.get(node.input[0])
+    node = _maker(onnx.load_model_from_string(data).graph, output, _PASSED_ON)
     if node is None:
         return "logits"
     sure = node.op_type in ("Softmax", "Sigmoid") or (node.domain == "ai.onnx.ml" and "Classifier" in node.op_type)
     return "probabilities" if sure or "prob" in output.lower() else "logits"
+
+
+def _without_ending(data: bytes, output: str) -> bytes | None:
+    """The same network without the softmax or sigmoid that an output is made by; None where it ends otherwise."""
+    import onnx
+
+    model = onnx.load_model_from_string(data)
+    node = _maker(model.graph, output, frozenset({"Identity", "Cast"}))  # which leave each number in its place
+    if node is None or node.domain or node.op_type not in ("Softmax", "LogSoftmax", "Sigmoid"):
+        return None
+    (put,) = (put for put in model.graph.output if put.name == output)
+    sizes = [size.dim_value for size in put.type.tensor_type.shape.dim]
+    if node.op_type == "Sigmoid":
+        over_classes = len(sizes) == 1 or sizes[1:] == [1]
+    else:
+        version = next(one.version for one in model.opset_import if not one.domain)
+        axis = next((part.i for part in node.attribute if part.name == "axis"), -1 if version >= 13 else 1)
+        # Before version 13 all dimensions from the axis on were one.
+        over_classes = len(sizes) > 1 and axis % len(sizes) == 1 and (version >= 13 or len(sizes) == 2)
+    if not over_classes:
+        return None
+    node.op_type = "Identity"  # in its place, so that what follows stays as it is
+    del node.attribute[:]
+    return model.SerializeToString()
+
+
+def _maker(graph: Any, output: str, passed_on: frozenset[str]) -> Any:
+    """The node that an output comes from, behind those that pass it on; None where it is an input."""
+    makers = {made: node for node in graph.node for made in node.output}
+    node = makers.get(output)
+    while node is not None and node.op_type in passed_on:
+        node = makers.get(node.input[0])
+    return node

@@ -150,6 +150,11 @@ def spoken(slug: str, teachers: tuple[Model, ...], like: Model) -> Model:
     return Model(_Spoken(slug, asked, shape), example=like.example, task=like.task)
 
 
+def zeros_of(teacher: Model) -> tuple[str, ...]:
+    """What `Teachers.zeros` tells of a model that `spoken` made; nothing of another."""
+    return teacher.module.teachers.zeros if isinstance(teacher.module, _Spoken) else ()
+
+
 class _Spoken(nn.Module):
     """What teachers say, as a module without parameters."""
 

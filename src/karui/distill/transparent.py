@@ -39,7 +39,7 @@ from torch import Tensor
 from karui.data import Batches
 from karui.distill._fidelity import r_squared
 from karui.distill._students import additive_layer, forest_layer, tree_layer
-from karui.distill._teachers import Teacher, lacking_teachers, remark, spoken, teachers_of
+from karui.distill._teachers import Teacher, lacking_teachers, remark, spoken, teachers_of, zeros_of
 from karui.errors import NeedError, SettingError, require, told
 from karui.layers.additive import Form
 from karui.measuring.bar import bar
@@ -241,7 +241,9 @@ class TransparentDistillation:
         lesson, _ = lesson_of(teacher, bench.train, self.target)
         layer = self.grow(lesson, bench.seed, progress=bench.progress)
         student = replace_layers(model, {"": layer}, f"the network taught a {self.student} and gave it its place")
-        return student.evolve(student.module, Note("student of the network", _facts(student, teacher, bench)))
+        facts = _facts(student, teacher, bench)
+        lines = [Note(line) for line in zeros_of(teacher)]
+        return student.evolve(student.module, *lines, Note("student of the network", facts))
 
     def grow(self, lesson: Lesson, seed: int = 0, *, progress: bool = False) -> nn.Module:
         """The student of a lesson, as a layer."""

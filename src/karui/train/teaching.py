@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -25,6 +26,44 @@ UNLABELLED = -100
 """The target of a sample that has no label: only the teachers speak for it."""
 DISK = 2**32
 """Bytes of answers that are kept beside checkpoints at most by themselves; they are read when they are asked for."""
+
+
+@runtime_checkable
+class Softened(Protocol):
+    """A network that was made of something that tells probabilities, and has no logit for a zero."""
+
+    @property
+    def scores_of_zero(self) -> tuple[float, ...]:
+        """The numbers that stand for the logarithm of zero."""
+        ...
+
+
+class _Zeros:
+    """How many probabilities were told, and how many of them were zero; it says nothing of itself, as `Answers`."""
+
+    __slots__ = ("numbers", "rounded", "told", "zero")
+
+    def __init__(self, networks: list[Frozen], *, half: bool) -> None:
+        self.numbers = [one.module.scores_of_zero if isinstance(one.module, Softened) else () for one in networks]
+        self.rounded = torch.float16 if half else torch.float32
+        self.told = self.zero = 0
+
+    def count(self, answers: Tensor) -> None:
+        """Look at the answers of each network that may have such."""
+        for said, numbers in zip(answers, self.numbers, strict=True):
+            if numbers:
+                stand_ins = torch.tensor(numbers, dtype=self.rounded).to(said)
+                self.told += said.numel()
+                self.zero += int(torch.isin(said, stand_ins).sum())
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """One line where there were any."""
+        if not self.zero:
+            return ()
+        share = f"{self.zero:,} of {self.told:,} probabilities ({self.zero / self.told:.1%})"
+        count = " or ".join(sorted({f"{math.exp(number):.1e}" for one in self.numbers for number in one}))
+        return (f"teacher: {share} were zero, which has no logarithm; each counts as {count}",)
 
 
 class Teachers:
@@ -67,6 +106,7 @@ class Teachers:
             # Another version of torch rounds otherwise: what it said is not what this one would say.
             folder = folder / fingerprint(torch.__version__, *self.modules)
         self._answers = Answers(remember, folder if remember else None, half=half, why=why)
+        self._zeros = _Zeros(self._networks, half=half)
 
     def __len__(self) -> int:
         """The number of teachers."""
@@ -79,8 +119,13 @@ class Teachers:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """One line: whether answers are kept, and why."""
-        return (self._answers.why,)
+        """Whether answers are kept, and why; and how many probabilities were zero, where there were any."""
+        return (self._answers.why, *self.zeros)
+
+    @property
+    def zeros(self) -> tuple[str, ...]:
+        """One line that tells how many of the probabilities that were told so far have no logarithm, if any."""
+        return self._zeros.remarks
 
     @torch.no_grad()
     def __call__(self, inputs: tuple[Any, ...]) -> Float[Tensor, "teachers batch classes *positions"]:
@@ -89,7 +134,9 @@ class Teachers:
         Raises:
             NeedError: a teacher gives something else than a tensor of logits, or not the same classes as another.
         """
-        return self._answers.of(inputs, self._ask) if self._answers.room else self._ask(inputs)
+        answers = self._answers.of(inputs, self._ask) if self._answers.room else self._ask(inputs)
+        self._zeros.count(answers)
+        return answers
 
     def _ask(self, inputs: tuple[Any, ...]) -> Tensor:
         answers = [_answer(network, inputs) for network in self._networks]
