@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 from karui.data import RandomCrop
 from karui.distill._onnx_teachers import onnx_teacher
+from karui.distill._teachers import keeping
 from karui.distill.attention import AttentionTransfer
 from karui.distill.born_again import BornAgain
 from karui.distill.detection import DetectionDistillation
@@ -140,6 +141,10 @@ def test_answers_are_kept_by_themselves_but_not_under_augmentation_and_it_is_tol
     assert nets.same(kept, anew)
     assert sum(asked) == 120 < often
     assert "in memory" in taught(bench)[1]
+    several = replace(bench, training=replace(bench.training, devices=2))
+    assert "by each of 2 processes, once for each input that it comes to see" in str(
+        keeping((nets.mlp(8),), several).why
+    )
     asked.clear()
     moved = replace(bench, training=replace(bench.training, augment=RandomCrop(1)))
     _, told = taught(moved)
@@ -182,7 +187,7 @@ def test_what_a_step_before_asked_the_same_teacher_takes_no_room(
     assert "asked once for each input; those for 120 are kept beside the checkpoints" in made.lineage[-2].describe()
     made = KnowledgeDistillation(teacher=nets.mlp(16, seed=4), epochs=3, remember=50).apply(nets.student(), bench)
     told = made.lineage[-2].describe()
-    assert re.search(r"for 50 samples are kept .*; \d+ times it was asked anew .* for which there was no room", told)
+    assert re.search(r"for 50 samples are kept .*; \d+ times it was asked .* for which there was no room", told)
 
 
 @pytest.mark.parametrize(

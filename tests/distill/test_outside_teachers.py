@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 from sklearn.datasets import load_breast_cancer
 from sklearn.ensemble import (
     HistGradientBoostingClassifier,
@@ -27,7 +27,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from karui.data import Splits
 from karui.distill._fidelity import r_squared
@@ -206,3 +206,72 @@ def test_zeros_are_told_and_count_as_the_floor_of_votes_or_as_what_rounding_leav
     assert any("were zero, which has no logarithm" in edit.describe() for edit in made.lineage)
     made = KnowledgeDistillation(teacher=nets.mlp(16, seed=3), epochs=1).apply(nets.mlp(8), bench)
     assert not any("were zero" in edit.describe() for edit in made.lineage)
+
+
+class Joined(nn.Module):
+    """Takes a dict of two tables."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(7, hidden), nn.Linear(hidden, 3)
+
+    def forward(self, tables: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.last(self.hidden(torch.cat([tables["a"], tables["b"]], 1)).relu())
+
+
+class Tables(Dataset[Any]):
+    """Samples of such tables."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, number: int) -> Any:
+        draw = torch.Generator().manual_seed(number)
+        return {"a": torch.randn(4, generator=draw), "b": torch.randn(3, generator=draw)}, torch.tensor(number % 3)
+
+
+def joined_onnx(net: Joined, path: Path) -> Path:
+    weights = {"w1": net.hidden.weight, "b1": net.hidden.bias, "w2": net.last.weight, "b2": net.last.bias}
+    nodes = [
+        helper.make_node("Concat", ["a", "b"], ["both"], axis=1),
+        helper.make_node("Gemm", ["both", "w1", "b1"], ["hidden"], transB=1),
+        helper.make_node("Relu", ["hidden"], ["kept"]),
+        helper.make_node("Gemm", ["kept", "w2", "b2"], ["y"], transB=1),
+    ]
+    numbers = [numpy_helper.from_array(tensor.detach().numpy(), name) for name, tensor in weights.items()]
+    puts = [helper.make_tensor_value_info(name, 1, ["batch", size]) for name, size in (("a", 4), ("b", 3), ("y", 3))]
+    graph = helper.make_graph(nodes, "joined", puts[1::-1], puts[2:], numbers)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+def test_functions_and_files_teach_students_of_inputs_in_a_dict(tmp_path: Path, nets: Any) -> None:
+    net = Joined(9).eval()
+    example = ({"a": torch.zeros(2, 4), "b": torch.zeros(2, 3)},)
+    bench = Bench(train=Tables(), validation=Tables(), training=Training(epochs=1, batch_size=8))
+    taught = {}
+    for name, teacher in {
+        "module": net,
+        "function": lambda tables: net(tables).detach(),
+        "file": joined_onnx(net, tmp_path / "joined.onnx"),
+    }.items():
+        torch.manual_seed(0)
+        student = Model(Joined(4), example=example, task=Classification())
+        taught[name] = KnowledgeDistillation(teacher=teacher, epochs=1).apply(student, bench).module.hidden.weight
+    torch.testing.assert_close(taught["function"], taught["module"])
+    torch.testing.assert_close(taught["file"], taught["module"], atol=1e-5, rtol=1e-4)
+    forest = RandomForestClassifier(2).fit(np.zeros((4, 7)), [0, 1, 2, 0])
+    with pytest.raises(NeedError, match="takes one table, not a dict"):
+        KnowledgeDistillation(teacher=forest).fits(Model(Joined(4), example=example, task=Classification()), bench)
+    other = nets.written(nets.mlp(16), tmp_path / "other.onnx")
+    with pytest.raises(NeedError, match="takes x, and the inputs have no x"):
+        KnowledgeDistillation(teacher=other).fits(Model(Joined(4), example=example, task=Classification()), bench)
+
+
+def test_what_numpy_cannot_hold_is_widened_for_teachers_of_numpy(nets: Any, bench: Bench, onnx_file: Path) -> None:
+    short = replace(bench, training=replace(bench.training, precision="bf16-mixed"))
+    net = nets.mlp(16, seed=3).module.eval()
+    weights = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
+    for teacher in (onnx_file, lambda x: x.flatten(1).numpy() @ weights, lambda x: net(x).numpy()):
+        made = KnowledgeDistillation(teacher=teacher, epochs=1).apply(nets.mlp(8), short)
+        assert all(torch.isfinite(p).all() for p in made.module.parameters())

@@ -69,6 +69,23 @@ def test_known_answers_are_given_without_asking(tmp_path: Path, on_disk: bool, h
     assert ask.times == 5
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_only_samples_that_are_new_are_asked_about(tmp_path: Path, on_disk: bool) -> None:
+    asked: list[int] = []
+
+    def ask(inputs: tuple[Any, ...]) -> Tensor:
+        asked.append(len(inputs[0]["x"]))
+        return Asked()((inputs[0]["x"],))
+
+    x = batch(0, 64)[0]
+    answers, draw = Answers(48, tmp_path if on_disk else None), torch.Generator().manual_seed(0)
+    for _ in range(6):
+        for rows in torch.randperm(64, generator=draw).split(16):
+            assert torch.equal(answers.of(({"x": x[rows]},), ask), Asked()((x[rows],)))
+    assert sum(asked) == 48 + 6 * 16
+    assert answers.why.endswith("96 times it was asked about a sample for which there was no room")
+
+
 def test_room_counts_samples() -> None:
     ask, answers = Asked(), Answers(6)
     for seed in (0, 1, 0, 1):
@@ -83,6 +100,10 @@ def test_every_input_and_its_kind_counts() -> None:
     for inputs in ((x,), (x, torch.ones(2)), (x, torch.zeros(2)), (x.double().float() * 1,), (x.int(),), (x[:, :4],)):
         answers.of(inputs, ask)
     assert ask.times == 5
+    for _ in range(2):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            answers.of((x.int(),), ask)
+    assert ask.times == 6, "what is said in another precision is another answer"
 
 
 def test_numbers_that_would_lose_digits_are_not_kept() -> None:
@@ -106,7 +127,7 @@ def test_what_others_left_takes_no_room(tmp_path: Path) -> None:
     assert ask.times == 3
     assert answers.why == (
         "teacher: answers for 8 samples are kept beside the checkpoints; "
-        "8 times it was asked anew about a sample for which there was no room"
+        "8 times it was asked about a sample for which there was no room"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from karui.distill.predictors import Gives, Predictor, Scores, digest_of
+from karui.distill.predictors import Gives, Predictor, Scores, digest_of, widened
 from karui.errors import KaruiError, NeedError, require
 from karui.measuring.engines import onnx_session
 
@@ -87,7 +87,17 @@ class _Network:
         numbers = [put for put in session.get_outputs() if put.type in list(_KINDS)[:3]]
         self.outputs = [put.name for put in numbers] if pair and len(numbers) == 2 else [_meant(numbers)]
 
-    def __call__(self, inputs: tuple[Tensor, ...]) -> np.ndarray | Scores | tuple[np.ndarray | Scores, ...]:
+    def __call__(self, inputs: tuple[Any, ...]) -> np.ndarray | Scores | tuple[np.ndarray | Scores, ...]:
+        if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+            names = [name for name, _, _ in self.puts]
+            lacking = [name for name in names if name not in inputs[0]]
+            require(
+                not lacking,
+                f"The teacher {self.name} takes {', '.join(names)}, and the inputs have no {', '.join(lacking)}.",
+                "Export it with the names of the student's inputs.",
+                NeedError,
+            )
+            inputs = tuple(inputs[0][name] for name in names)
         require(
             len(inputs) == len(self.puts),
             f"The teacher {self.name} takes {len(self.puts)} inputs, not {len(inputs)}.",
@@ -106,7 +116,7 @@ class _Network:
 
     def _fitted(self, x: Tensor, shape: list[Any], kind: Any) -> np.ndarray:
         """An input as the file wants it: of its type; flattened where it takes a table."""
-        given = x.detach().cpu().numpy()
+        given = widened(x.detach()).cpu().numpy()
         if len(shape) == 2 and given.ndim > 2 and shape[1] in (given[0].size, None):
             given = given.reshape(len(given), -1)
         fits = len(shape) == given.ndim and all(

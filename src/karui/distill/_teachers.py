@@ -257,6 +257,10 @@ def keeping(models: tuple[Model, ...], bench: Bench, remember: int | None = None
         room = f"{size / 2**20:,.0f} MiB of {most // 2**20:,}"
         return Keeping(0, None, f"{anew} its answers for {samples:,} samples would take {room}")
     where = "in memory" if folder is None else "beside the checkpoints"
+    if (processes := bench.training.devices) > 1:
+        # Samples are dealt anew in each pass, so that a process comes to see what another has asked about.
+        each = f"asked by each of {processes} processes, once for each input that it comes to see"
+        return Keeping(samples, folder, f"teacher: {each}; answers are kept {where}")
     return Keeping(samples, folder, f"teacher: asked once for each input; those for {samples:,} are kept {where}")
 
 

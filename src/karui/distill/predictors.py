@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from scipy.special import log_softmax
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from karui.errors import NeedError, require, told
-from karui.measuring.inference import evaluated
+from karui.measuring.inference import evaluated, tensors_of
 from karui.model.reach import networks
 from karui.train.fingerprint import fingerprint
 
@@ -109,7 +110,7 @@ class Predictor(nn.Module):
             said = self.ask(inputs)
         if isinstance(said, tuple):
             first, *others = said
-            return self._told(first, inputs), *(self._values(part, inputs).to(inputs[0].device) for part in others)
+            return self._told(first, inputs), *(self._placed(self._values(part, inputs), inputs) for part in others)
         values = self._told(said, inputs)
         return values[:, None] if self.gives == "numbers" and values.ndim == 1 else values
 
@@ -123,13 +124,17 @@ class Predictor(nn.Module):
     def _told(self, said: Any, inputs: tuple[Tensor, ...]) -> Tensor:
         """Logits or numbers; logarithms are taken in the teacher's precision, and only then made shorter."""
         if self.gives != "probabilities":
-            return self._values(said, inputs).to(inputs[0].device)
+            return self._placed(self._values(said, inputs), inputs)
         given = said.values if isinstance(said, Scores) else said
         values = self._values(given, inputs, exact=True)
         logits = _of_two_classes(values) if isinstance(said, Scores) else self._logarithms(values)
         zero = math.log(self.floor or ROUNDED.get(values.dtype, ROUNDED[torch.float32]))
         kind = values.dtype if isinstance(given, Tensor) else torch.float32
-        return logits.masked_fill(logits == -torch.inf, zero).to(kind).to(inputs[0].device)
+        return self._placed(logits.masked_fill(logits == -torch.inf, zero).to(kind), inputs)
+
+    @staticmethod
+    def _placed(values: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+        return values.to(tensors_of(inputs)[0].device)
 
     def _values(self, said: Any, inputs: tuple[Tensor, ...], *, exact: bool = False) -> Tensor:
         """What was said as a tensor of a row for each sample, of an array in single precision unless it is `exact`."""
@@ -138,9 +143,10 @@ class Predictor(nn.Module):
             values = array.detach() if isinstance(array, Tensor) else torch.from_numpy(array)
         except (TypeError, ValueError) as error:
             raise NeedError(f"The teacher, {self.name}, gives {told(said)}.", "Let it give one array.") from error
+        first = tensors_of(inputs)[0]
         require(
-            values.ndim >= 1 and len(values) == len(inputs[0]),
-            f"The teacher, {self.name}, gives {told(values)} for inputs of shape {tuple(inputs[0].shape)}.",
+            values.ndim >= 1 and len(values) == len(first),
+            f"The teacher, {self.name}, gives {told(values)} for inputs of shape {tuple(first.shape)}.",
             "Let it give one row for each sample.",
             NeedError,
         )
@@ -212,15 +218,24 @@ def predictor(given: Any, *, gives: Gives | None = None, floor: float | None = N
     return Predictor(_Function(given), name, fingerprint(given), gives or "logits", floor)
 
 
+def widened(x: Tensor) -> Tensor:
+    """Numbers of 16 bits, which numpy knows in part, in single precision; others as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 class _Function:
-    """Asks a function; the networks that it reaches are in evaluation mode meanwhile, and nothing of them moves."""
+    """Asks a function; the networks that it reaches are in evaluation mode meanwhile, and nothing of them moves.
+
+    It is asked in single precision at least, whatever the student trains in: it may hand the numbers to numpy.
+    """
 
     def __init__(self, given: Callable[..., Any]) -> None:
         self.given, self.networks = given, networks(given)
 
-    def __call__(self, inputs: tuple[Tensor, ...]) -> Any:
-        with evaluated(*self.networks), torch.no_grad():
-            return self.given(*inputs)
+    def __call__(self, inputs: tuple[Any, ...]) -> Any:
+        first, given = tensors_of(inputs)[0], tree_map(lambda x: widened(x) if isinstance(x, Tensor) else x, inputs)
+        with evaluated(*self.networks), torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+            return self.given(*given)
 
 
 def _estimator(given: Classifier | Regressor, name: str, gives: Gives | None, floor: float | None) -> Predictor:
@@ -274,7 +289,10 @@ class _Table:
 
     def __call__(self, inputs: tuple[Tensor, ...]) -> np.ndarray | Scores:
         require(
-            len(inputs) == 1, f"The teacher, {self.name}, takes one table, not {len(inputs)} inputs.", "", NeedError
+            len(inputs) == 1 and isinstance(inputs[0], Tensor),
+            f"The teacher, {self.name}, takes one table, not {' and '.join(map(told, inputs))}.",
+            "Give a function that makes one of them.",
+            NeedError,
         )
         flat = inputs[0].detach().flatten(1).cpu()
         require(

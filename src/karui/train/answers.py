@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from karui.measuring.inference import tensors_of
 from karui.train.piles import KEY, Pile, records, write
@@ -82,7 +83,7 @@ class Answers:
         if not self._without:
             return self._told
         kept = f"answers for {self.room:,} samples are kept {self._where}"
-        return f"teacher: {kept}; {self._without:,} times it was asked anew about a sample for which there was no room"
+        return f"teacher: {kept}; {self._without:,} times it was asked about a sample for which there was no room"
 
     @property
     def _where(self) -> str:
@@ -93,14 +94,27 @@ class Answers:
         inputs: tuple[Any, ...],
         ask: Callable[[tuple[Any, ...]], Float[Tensor, "teachers batch classes *positions"]],
     ) -> Float[Tensor, "teachers batch classes *positions"]:
-        """What is known of a batch, or what `ask` says where one of its samples is new."""
+        """What is known of a batch, and what `ask` says of the samples of it that are new."""
         tensors = tensors_of(inputs)
         keys = _digests(tensors)
         if self._others:
             self._others.difference_update(keys)
-        places = [self._places[key] for key in keys if key in self._places]
-        if len(places) == len(keys):
+        places = [self._places.get(key) for key in keys]
+        new = [row for row, place in enumerate(places) if place is None]
+        if not new:
             return self._gathered(places).to(tensors[0].device)
+        if len(new) == len(keys):
+            return self._asked(keys, inputs, ask)
+        known = [row for row, place in enumerate(places) if place is not None]
+        kept = self._gathered([places[row] for row in known])
+        part = pytree.tree_map(lambda leaf: leaf[new] if isinstance(leaf, Tensor) else leaf, inputs)
+        fresh = self._asked([keys[row] for row in new], part, ask)
+        whole = fresh.new_empty(len(fresh), len(keys), *fresh.shape[2:])
+        whole[:, new], whole[:, known] = fresh, kept.to(fresh)
+        return whole
+
+    def _asked(self, keys: list[bytes], inputs: tuple[Any, ...], ask: Callable[[tuple[Any, ...]], Tensor]) -> Tensor:
+        """What `ask` says of samples that are new, kept as far as there is room."""
         answers = ask(inputs)
         if self.half:
             answers = answers.to(torch.float16).to(torch.float32)
@@ -108,7 +122,7 @@ class Answers:
             self._keep(keys, answers.detach().cpu())
         return answers
 
-    def _gathered(self, places: list[int]) -> Float[Tensor, "teachers batch classes *positions"]:
+    def _gathered(self, places: list[Any]) -> Float[Tensor, "teachers batch classes *positions"]:
         """The answers at these places: one operation for each pile, and nearly always there is one."""
         offsets = np.array(places)
         if len(self._piles) == 1:
@@ -161,7 +175,7 @@ def _digests(tensors: list[Tensor]) -> list[bytes]:
     for each sample. Two samples of whatever content agree by it with a chance of 2^-66 at most.
     """
     parts = [value.detach().cpu().contiguous() for value in tensors]
-    told, factors, start = _factors(tuple((part.dtype, part.shape[1:]) for part in parts))
+    told, factors, start = _factors(tuple((part.dtype, part.shape[1:]) for part in parts), _narrowed(tensors))
     rows = [part.reshape(len(part), -1).view(torch.uint8).numpy() for part in parts]
     if factors is None:
         return [
@@ -176,8 +190,16 @@ def _digests(tensors: list[Tensor]) -> list[bytes]:
     return [sums[place : place + KEY] for place in range(0, len(sums), KEY)]
 
 
+def _narrowed(tensors: list[Tensor]) -> str:
+    """The precision that a training computes in where that is not the tensors' own: answers are rounded by it."""
+    kind = tensors[0].device.type
+    return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
+
+
 @functools.lru_cache(maxsize=64)
-def _factors(told: tuple[tuple[torch.dtype, torch.Size], ...]) -> tuple[bytes, np.ndarray | None, np.ndarray]:
+def _factors(
+    told: tuple[tuple[torch.dtype, torch.Size], ...], narrowed: str
+) -> tuple[bytes, np.ndarray | None, np.ndarray]:
     """For samples of such tensors: what they are, by what each word of 32 bits is multiplied, and what is added.
 
     Drawn once and for all, as files outlive processes; long samples have no factors.
@@ -185,7 +207,7 @@ def _factors(told: tuple[tuple[torch.dtype, torch.Size], ...]) -> tuple[bytes, n
     Source: Dietzfelbinger 1996, "Universal hashing and k-wise independent random variables via integer arithmetic":
     words of 32 bits, sums modulo 2^64, here two of them.
     """
-    name = repr(list(told)).encode()
+    name = (repr(list(told)) + narrowed).encode()
     start = np.frombuffer(hashlib.blake2b(name, digest_size=KEY).digest(), "<u8")
     width = sum(dtype.itemsize * shape.numel() for dtype, shape in told)
     factors = np.random.PCG64(30).random_raw(2 * -(-width // 4)).reshape(2, -1) if width < LONG else None
