@@ -244,6 +244,19 @@ def test_a_batch_without_labels_is_taught_by_the_teacher_alone(digits: Splits, s
     assert all(bool(value.isfinite().all()) for value in trained.module.state_dict().values())
 
 
+def test_pictures_without_boxes_told_are_taught_where_the_teacher_sees_objects(micro: Any) -> None:
+    """Their anchors were held to be background all."""
+    student, teacher = micro.detector(8, seed=0), micro.detector(8, seed=1)
+    silent = torch.full((2, 1, 5), torch.nan)
+    pictures = torch.rand(2, *student.example[0].shape[1:])
+    outputs, said = student.module(pictures), teacher.module.eval()(pictures)
+    plain = student.task.loss(outputs, silent)
+    guidance = DetectionGuidance(guide=Guide(teacher), task=student.task, hint=0.0)
+    told = guidance.objective(plain, Moment(student.module, (pictures,), silent, outputs, plain=plain))
+    weights = student.task.weights(said[0].argmax(1))
+    torch.testing.assert_close(told, weighted_soft_loss(outputs[0], said[0], 1.5, weights))
+
+
 def test_where_there_are_no_boxes_classes_are_distilled(digits: Splits, small_cnn: Any):
     student, teacher = small_cnn(widths=(4, 4, 4)), small_cnn(seed=1)
     assert isinstance(student.task, Classification)

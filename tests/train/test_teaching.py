@@ -16,8 +16,9 @@ from torch.utils.data import TensorDataset
 from karui.data import Splits
 from karui.errors import NeedError, SettingError, TrainingError
 from karui.model import Classification, Model, Regression
+from karui.model.task import UNLABELLED
 from karui.train import SGD, Adam, Constant, Influence, Moment, Training, Turn, fit
-from karui.train.teaching import UNLABELLED, SoftTargets, Teachers
+from karui.train.teaching import SoftTargets, Teachers
 
 pytestmark = pytest.mark.paper(30)
 SHORT = Training(epochs=1, batch_size=120, optimizer=Adam(lr=1e-2), schedule=Constant())

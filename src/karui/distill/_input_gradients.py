@@ -58,7 +58,7 @@ class InputGradients(Influence):
     def objective(self, loss: Tensor, moment: Moment) -> Tensor:
         """The loss + beta/2 ||J_S - J_T||, or + beta/2 ||J(x) - flip(J(flip(x)))||², averaged over the batch."""
         inputs, targets = moment.inputs, moment.targets
-        if is_unlabelled(targets):
+        if is_unlabelled(targets, self.task):
             return loss  # there is no loss whose gradient could be matched
         own = input_gradient(moment.module, inputs, targets, self.task, differentiable=True)
         if self.guide is None:

@@ -164,7 +164,7 @@ class AttentionMaps(Influence):
                 NeedError,
             )  # fmt: skip
             targets = soften(answers, self.temperature)
-            weight = 1.0 if is_unlabelled(moment.targets) else self.soft
+            weight = 1.0 if is_unlabelled(moment.targets, moment.task) else self.soft
             loss = distillation_loss(moment.outputs, targets, loss, temperature=self.temperature, weight=weight)
         plain = (Layout(()),) * len(self.layers)
         layouts, theirs = self.layouts or plain, self.their_layouts or plain

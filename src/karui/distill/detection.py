@@ -35,6 +35,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from karui.distill._asking import require_classes
@@ -45,6 +46,7 @@ from karui.distill._pairs import packed, unpacked
 from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teacher_of, teachers_of
 from karui.errors import NeedError, SettingError, require, told
 from karui.model import Detection, Model
+from karui.model.detection import IGNORED
 from karui.technique import Card, technique
 from karui.train import Influence, Moment, Together
 from karui.train.companion import Companion, companion_of
@@ -132,7 +134,7 @@ class DetectionGuidance(Influence):
         Only so do two such terms share out one weight: that of L_hard is mu², not 1 - 2 (1 - mu), which may be
         negative. At mu = 0 what others have made of the loss is kept.
         """
-        if is_unlabelled(moment.targets):
+        if is_unlabelled(moment.targets, moment.task):
             return soft + loss
         if self.hard == 0:
             return soft + boxes if moment.is_plain(loss) else loss + soft
@@ -144,7 +146,10 @@ class DetectionGuidance(Influence):
         """L_soft, lambda times the smooth L1 distance, which is in the task's loss, and lambda nu L_b."""
         (logits, offsets), (probabilities, bar) = moment.outputs, answers
         labels, wanted = task.matched(moment.targets)
-        soft = weighted_soft_loss(logits, probabilities, self.background, task.weights(labels))
+        # Where a picture has no label, its teacher tells which anchors are those of objects.
+        silent = (labels == IGNORED).all(1, keepdim=True)
+        counted = torch.where(silent, probabilities.argmax(1), labels)
+        soft = weighted_soft_loss(logits, probabilities, self.background, task.weights(counted))
         boxes = task.weight * task.box_loss(offsets, wanted, labels)
         if self.bounded == 0:
             return soft, boxes, 0.0

@@ -288,8 +288,8 @@ class LogitRegression:
             model = shallow_student(model, self.parameters, self.rank, self.filters, seed=bench.seed)
         models, train = self._teachers(model, bench), bench.train
         if self.unlabelled is not None:
-            named = isinstance(self.unlabelled, str)
-            train = with_unlabelled(train, load_unlabelled(self.unlabelled) if named else self.unlabelled)  # pyright: ignore[reportArgumentType]
+            pool = load_unlabelled(self.unlabelled) if isinstance(self.unlabelled, str) else self.unlabelled
+            train = with_unlabelled(train, pool, model.task)  # pyright: ignore[reportArgumentType]
         teachers = keeping(models, replace(bench, train=train), self.remember).teachers(models, classes=False)
         scale = scale_of(teachers, train) if self.normalise else None
         head = head_of(model)

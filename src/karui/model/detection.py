@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from karui.errors import require
+from karui.model.task import labelled
 from karui.numerics.boxes import Found, assigned, boxes_at, hits, offsets_from, suppressed
 
 if TYPE_CHECKING:
@@ -95,12 +96,17 @@ class Detection:
     def matched(
         self, targets: Float[Tensor, "batch objects 5"]
     ) -> tuple[Int[Tensor, "batch anchors"], Float[Tensor, "batch 4 anchors"]]:
-        """The class of each anchor (0 is background, -1 counts as neither), and the offsets of the object on it."""
-        boxes = self._boxes.to(targets)
+        """The class of each anchor (0 is background, -1 counts as neither), and the offsets of the object on it.
+
+        No anchor counts in a picture without label, whose target is NaN: nobody says that it is empty.
+        """
+        boxes, known = self._boxes.to(targets), labelled(targets).flatten(1).all(1)
+        targets = targets.nan_to_num()
         which = assigned(boxes, targets[..., 1:], targets[..., 0] > 0, self.positive, self.negative)
         row = torch.arange(len(targets), device=targets.device)[:, None]
         taken = targets[row, which.clamp(min=0)]
-        labels = taken[..., 0].long().masked_fill(which == -1, 0).masked_fill(which < -1, IGNORED)
+        labels = taken[..., 0].long().masked_fill(which == -1, 0)
+        labels = labels.masked_fill((which < -1) | ~known[:, None], IGNORED)
         wanted = torch.where(which[..., None] >= 0, taken[..., 1:], boxes)
         return labels, offsets_from(boxes.expand_as(wanted), wanted).transpose(1, 2)
 

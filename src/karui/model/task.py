@@ -6,14 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from karui.errors import require
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
+
+UNLABELLED = -100
+"""The class number of a sample, or of a position, that has no label, whatever the task; of numbers it is NaN."""
 
 
 @runtime_checkable
@@ -52,7 +54,7 @@ class Classification:
 
     Settings:
         label_smoothing: share of the target's probability spread over all classes, in [0, 1).
-        ignore: a target value that counts for nothing (a void class, padding), or None.
+        ignore: a target value that counts for nothing (a void class, padding), or None. So does -100 in any case.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -72,8 +74,22 @@ class Classification:
         self, outputs: Float[Tensor, "batch classes *positions"], targets: Int[Tensor, "batch *positions"]
     ) -> Tensor:
         """Cross-entropy, averaged over the batch (and positions)."""
-        index = -100 if self.ignore is None else self.ignore
-        return functional.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing, ignore_index=index)
+        return self._cross_entropy(outputs, targets, "mean")
+
+    def terms(
+        self, outputs: Float[Tensor, "batch classes *positions"], targets: Int[Tensor, "batch *positions"]
+    ) -> Float[Tensor, "batch *positions"]:
+        """What each sample (or position) gives to the loss, which is their mean over those with a label; else 0."""
+        return self._cross_entropy(outputs, targets, "none")
+
+    def _cross_entropy(self, outputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        index = UNLABELLED
+        if self.ignore is not None:  # torch knows one such number only
+            index, targets = self.ignore, targets.masked_fill(targets.long() == UNLABELLED, self.ignore)
+        smoothing = self.label_smoothing
+        return functional.cross_entropy(
+            outputs, targets, label_smoothing=smoothing, ignore_index=index, reduction=reduction
+        )
 
     def scores(
         self, outputs: Float[Tensor, "batch classes *positions"], targets: Int[Tensor, "batch *positions"]
@@ -82,7 +98,7 @@ class Classification:
         right = (outputs.argmax(1) == targets).float()
         if right.ndim == 1:
             return right
-        counted = torch.ones_like(right) if self.ignore is None else (targets != self.ignore).float()
+        counted = labelled(targets, self).float()
         right, counted = (right * counted).flatten(1).sum(1), counted.flatten(1).sum(1)
         return right / counted.clamp(min=1)
 
@@ -90,6 +106,8 @@ class Classification:
 @dataclass(frozen=True, kw_only=True)
 class Regression:
     """A number (or several) for each sample: mean squared error, which is also the metric (lower is better).
+
+    A target that is NaN is none: the loss is the mean over the others.
 
     Example:
         >>> Regression().scores(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]])).tolist()
@@ -101,7 +119,10 @@ class Regression:
 
     def loss(self, outputs: Float[Tensor, "*shape"], targets: Float[Tensor, "*shape"]) -> Tensor:
         """Mean squared error over the batch."""
-        return functional.mse_loss(outputs, targets)
+        known = labelled(targets, self)
+        if bool(known.all()):
+            return functional.mse_loss(outputs, targets)
+        return functional.mse_loss(outputs[known], targets[known])
 
     def scores(
         self, outputs: Float[Tensor, "batch ..."], targets: Float[Tensor, "batch ..."]
@@ -125,6 +146,25 @@ class CustomTask:
     scores: Callable[[Any, Any], Tensor]
     metric: str = "score"
     higher_is_better: bool = True
+
+
+def labelled(targets: Tensor, task: Task | None = None) -> Bool[Tensor, "..."]:
+    """Where targets are labels: class numbers but -100 and the task's own `ignore`, numbers but NaN.
+
+    Example:
+        >>> labelled(torch.tensor([3, -100, 255]), Classification(ignore=255)).tolist()
+        [True, False, False]
+        >>> labelled(torch.tensor([3.0, torch.nan])).tolist()
+        [True, False]
+    """
+    known = ~targets.isnan() if targets.is_floating_point() else targets.long() != UNLABELLED
+    ignore = ignored_by(task)
+    return known if ignore is None else known & (targets != ignore)
+
+
+def ignored_by(task: Task | None) -> int | None:
+    """The target that a task counts for nothing, if it names one as `ignore`."""
+    return getattr(task, "ignore", None)
 
 
 def split_sample(sample: Any) -> tuple[tuple[Any, ...], Any]:

@@ -54,7 +54,7 @@ class Forward(nn.Module):
             loss = self.task.loss(outputs, targets)
         else:
             outputs, loss = objective(self.module, inputs, targets)
-        loss = of_labels(loss, outputs, targets)
+        loss = of_labels(loss, outputs, targets, self.task)
         self.moment = Moment(
             module=self.module,
             inputs=inputs,
@@ -64,6 +64,7 @@ class Forward(nn.Module):
             turn=self.turns[number].name,
             ahead=ahead,
             plain=loss,
+            task=self.task,
             **position,
         )
         loss = self.influence.objective(loss, self.moment)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from karui.model import Task
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -26,6 +28,7 @@ class Moment:
         turn: name of the turn whose update it is.
         ahead: what the influence's own `ahead` gave.
         plain: the loss of the turn, before any influence; None where nobody tells it.
+        task: what the model is for, which may have a mark of its own for targets that are no labels.
     """
 
     module: nn.Module
@@ -40,6 +43,7 @@ class Moment:
     turn: str = "training"
     ahead: Any = None
     plain: Tensor | None = None
+    task: Task | None = None
 
     def is_plain(self, loss: Tensor) -> bool:
         """Whether no influence has made anything of the loss yet; so too where nobody tells.

@@ -142,7 +142,7 @@ class _Objective:
         with undisturbed(), taps(member, self.layers) as seen:
             outputs = member(*inputs)
         own = Answer(outputs, dict(seen))
-        hard = of_labels(self.task.loss(outputs, targets), outputs, targets)
+        hard = of_labels(self.task.loss(outputs, targets), outputs, targets, self.task)
         return outputs, self.pull(self.number, hard, targets, own, others)
 
     def _others(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Answer, ...]:

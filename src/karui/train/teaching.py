@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from karui.errors import NeedError, require, told
 from karui.measuring.inference import inference, tensors_of
-from karui.model import Model
+from karui.model import Model, Task
+from karui.model.task import labelled
 from karui.numerics.soft_targets import Rule, arithmetic, distillation_loss
 from karui.train.answers import Answers
 from karui.train.fingerprint import fingerprint
@@ -22,8 +23,6 @@ from karui.train.influence import Influence, Moment
 
 MEMORY = 2**28
 """Bytes of teachers' answers that are kept at most, where nobody says how many samples are to be."""
-UNLABELLED = -100
-"""The target of a sample that has no label: only the teachers speak for it."""
 DISK = 2**32
 """Bytes of answers that are kept beside checkpoints at most by themselves; they are read when they are asked for."""
 
@@ -249,25 +248,34 @@ class SoftTargets(Influence):
                 f"The student gives {told(outputs)} and the teacher logits of shape {tuple(answers.shape[1:])}.",
                 "A teacher must know the same classes.",
             )
-        weight = 1.0 if is_unlabelled(moment.targets) else self.weight
+        weight = 1.0 if is_unlabelled(moment.targets, moment.task) else self.weight
         targets = self.rule(answers, self.temperature)
         return distillation_loss(_wide(outputs), targets, loss, temperature=self.temperature, weight=weight)
 
 
-def of_labels(loss: Any, outputs: Any, targets: Any) -> Any:
+def of_labels(loss: Any, outputs: Any, targets: Any, task: Task | None = None) -> Any:
     """The loss; 0, with a gradient of zero, where it is the mean over the labels of a batch that has none: no number.
 
     Example:
-        >>> none, outputs = torch.tensor([UNLABELLED]), torch.ones(1, 2)
+        >>> none, outputs = torch.tensor([-100]), torch.ones(1, 2)
         >>> of_labels(torch.tensor(torch.nan), outputs, none).item(), of_labels(torch.tensor(2.0), outputs, none).item()
         (0.0, 2.0)
     """
-    if not (isinstance(loss, Tensor) and loss.ndim == 0 and bool(loss.isnan()) and is_unlabelled(targets)):
+    if not (isinstance(loss, Tensor) and loss.ndim == 0 and bool(loss.isnan()) and is_unlabelled(targets, task)):
         return loss
     silent = [output.float().sum() * 0 for output in tensors_of(outputs) if output.is_floating_point()]
     return torch.stack(silent).sum() if silent else loss
 
 
-def is_unlabelled(targets: Any) -> bool:
-    """Whether no sample of the batch has a label (the task's loss is then not a number)."""
-    return isinstance(targets, Tensor) and not targets.is_floating_point() and bool((targets == UNLABELLED).all())
+def is_unlabelled(targets: Any, task: Task | None = None) -> bool:
+    """Whether no sample of the batch has a label (the task's loss is then not a number).
+
+    Example:
+        >>> from karui.model import Classification
+        >>> void = torch.tensor([[255, 255]])
+        >>> is_unlabelled(void), is_unlabelled(void, Classification(ignore=255))
+        (False, True)
+    """
+    values = tensors_of(targets)
+    filled = any(value.numel() for value in values)  # pictures without objects have empty targets, and are labelled
+    return filled and not any(bool(labelled(value, task).any()) for value in values)

@@ -19,13 +19,14 @@ from karui.distill import KnowledgeDistillation, LogitRegression
 from karui.errors import told
 from karui.measuring.inference import inference
 from karui.model import Classification, Regression
+from karui.model.task import labelled
 from karui.train import Influence
-from karui.train.teaching import MEMORY, UNLABELLED, answer_bytes
+from karui.train.teaching import MEMORY, answer_bytes
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from karui.model import Model
+    from karui.model import Model, Task
     from karui.technique import Bench
 
 WEIGHT = 0.9
@@ -72,7 +73,7 @@ def lesson(dense: Model, bench: Bench) -> str | Untaught:
     if isinstance(dense.task, Regression):
         return NUMBERS
     name = type(dense.task).__name__
-    if not _are_classes(outputs, _targets(bench)):
+    if not _are_classes(outputs, _targets(bench), dense.task):
         return Untaught(
             f"targets of the task {name} are no numbers of classes, and how outputs are compared is its own"
         )
@@ -110,12 +111,12 @@ def _targets(bench: Bench) -> Any:
     return batches.fetch(torch.arange(min(LOOKED_AT, len(batches))))[1]
 
 
-def _are_classes(outputs: Tensor, targets: Any) -> bool:
+def _are_classes(outputs: Tensor, targets: Any, task: Task | None) -> bool:
     """Whether outputs are scores of classes [batch, classes, ...], and targets the numbers of these."""
     if not isinstance(targets, Tensor) or outputs.ndim < 2 or outputs.shape[1] < 2:
         return False
     whole = not targets.is_floating_point() and targets.dtype != torch.bool
     if not whole or targets.shape[1:] != outputs.shape[2:]:
         return False
-    counted = targets[targets != UNLABELLED]
+    counted = targets[labelled(targets, task)]
     return bool(((counted >= 0) & (counted < outputs.shape[1])).all())
