@@ -21,11 +21,12 @@ from karui.distill.born_again import (
     passes_of,
     permuted,
     weighted_cross_entropy,
+    weighted_loss,
 )
 from karui.distill.knowledge import KnowledgeDistillation
 from karui.errors import NeedError, SettingError, UsageError
 from karui.measuring import evaluate
-from karui.model import Classification, Model, Origin, Regression, averaged
+from karui.model import Classification, CustomTask, Model, Origin, Regression, averaged
 from karui.technique import Bench, lacking
 from karui.technique.redraw import redrawn
 from karui.train import SGD, Adam, Constant, Moment, Training
@@ -277,3 +278,38 @@ def test_generations_are_better_where_labels_are_few_and_some_are_wrong(digits: 
     assert sum(gains) / 4 >= 0.005, gains
     assert sum(ensembles) / 4 >= 0.005, ensembles
     assert sum(beside) / 4 >= -0.01, beside
+
+
+@pytest.mark.parametrize("positions", [(), (3,)], ids=["samples", "positions"])
+@pytest.mark.parametrize("ignore", [None, 2])
+def test_with_constant_confidence_labels_count_as_the_task_has_them(
+    positions: tuple[int, ...], ignore: int | None
+) -> None:
+    """Smoothing was left out, and the loss of a task of one's own replaced by cross-entropy."""
+    z, y = torch.randn(6, 4, *positions), torch.randint(0, 4, (6, *positions))
+    y[0] = -100
+    alike = torch.full((y.numel(), 4), 0.25)
+    task = Classification(label_smoothing=0.2, ignore=ignore)
+    torch.testing.assert_close(weighted_cross_entropy(z, y, alike, task), task.loss(z, y))
+    unsure = torch.rand(y.numel(), 4)
+    by_hand = confidence_weights(unsure, ((y != -100) & (y != (9 if ignore is None else ignore))).flatten())
+    wanted = (by_hand * task.terms(z, y).flatten()).sum()
+    torch.testing.assert_close(weighted_cross_entropy(z, y, unsure, task), wanted)
+
+
+def test_confidence_weighs_the_loss_of_a_task_of_ones_own(digits: Splits) -> None:
+    def margins(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.multi_margin_loss(outputs, targets)
+
+    task = CustomTask(loss=margins, scores=lambda z, y: (z.argmax(1) == y).float())
+    z, y = torch.randn(6, 4), torch.randint(0, 4, (6,))
+    torch.testing.assert_close(weighted_loss(task, z, y, torch.full((6, 4), 0.25)), margins(z, y))
+    silent = torch.cat([y, torch.tensor([-100])])
+    with_one = weighted_loss(task, torch.cat([z, z[:1]]), silent, torch.full((7, 4), 0.25))
+    torch.testing.assert_close(with_one, margins(z, y))
+    p = torch.rand(6, 4)
+    by_hand = (confidence_weights(p) * nn.functional.multi_margin_loss(z, y, reduction="none")).sum()
+    torch.testing.assert_close(weighted_loss(task, z, y, p), by_hand)
+    bench, start = bench_of(digits), mlp(12)
+    own, plain = (BornAgain(loss="cwtm", epochs=1).apply(replace(start, task=t), bench) for t in (task, start.task))
+    assert not same(own, plain)

@@ -35,19 +35,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, distributed
-from torch.nn import functional
+from torch.utils._pytree import tree_map
 
 from karui.distill._asking import SAME_CLASSES, require_classes
 from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teachers_of
 from karui.errors import NeedError, require, told
-from karui.model import Model, Note
+from karui.model import Classification, Model, Note, Task
 from karui.model.averaging import averaged
+from karui.model.task import labelled
 from karui.numerics.soft_targets import soft_cross_entropy
 from karui.technique import Card, technique
 from karui.technique.redraw import redrawn
 from karui.train import Influence, Moment
 from karui.train.randomness import seed_of
-from karui.train.teaching import Teachers
+from karui.train.teaching import Teachers, is_unlabelled
 
 if TYPE_CHECKING:
     from karui.technique import Bench
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 SLUG = "born_again_network"
 NUMBERS = "Numbers are learned by logit_regression, whose student may be of the same architecture."
 Loss = Literal["kd", "cwtm", "dkpp"]
+PLAIN = Classification()
 
 
 def confidence_weights(
@@ -100,14 +102,47 @@ def permuted(probabilities: Float[Tensor, "samples classes"]) -> Float[Tensor, "
 
 
 def weighted_cross_entropy(
-    logits: Float[Tensor, "samples classes"],
-    targets: Int[Tensor, "samples"],
+    logits: Float[Tensor, "batch classes *positions"],
+    targets: Int[Tensor, "batch *positions"],
     probabilities: Float[Tensor, "samples classes"],
-    ignore: int = -100,
+    task: Classification = PLAIN,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy against the labels, each sample by the teacher's confidence; those to ignore count for nothing."""
-    terms = functional.cross_entropy(logits, targets, ignore_index=ignore, reduction="none")
-    return (confidence_weights(probabilities, targets != ignore) * terms).sum()
+    """The task's cross-entropy, each sample (or position) by the teacher's confidence; 0 where there is no label.
+
+    Args:
+        logits: the student's.
+        targets: class numbers.
+        probabilities: the teacher's, each position as a sample of its own.
+        task: tells how labels are smoothed, and which of them count for nothing.
+    """
+    weights = confidence_weights(probabilities, labelled(targets, task).flatten())
+    return (weights * task.terms(logits, targets).flatten()).sum()
+
+
+def weighted_loss(
+    task: Task, outputs: Float[Tensor, "batch classes *positions"], targets: Any, probabilities: Tensor
+) -> Float[Tensor, ""]:
+    """The loss of a task of one's own, sample by sample, each by the teacher's confidence.
+
+    Such a loss is known as a mean over samples only: it is asked about each of them alone, and a sample of several
+    positions weighs what they weigh together.
+
+    Args:
+        task: whose loss.
+        outputs: the student's.
+        targets: as the task takes them.
+        probabilities: the teacher's, each position as a sample of its own.
+    """
+    terms, kept = [], []
+    for number in range(len(outputs)):
+        own = tree_map(lambda leaf, at=number: leaf[at : at + 1], targets)
+        kept.append(not is_unlabelled(own, task))
+        alone = outputs[number : number + 1]
+        terms.append(task.loss(alone, own) if kept[-1] else alone.sum() * 0)
+    each = len(probabilities) // len(outputs)
+    counted = torch.tensor(kept, device=outputs.device).repeat_interleave(each)
+    weights = confidence_weights(probabilities, counted).reshape(len(outputs), each).sum(1)
+    return (weights * torch.stack(terms)).sum()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -119,13 +154,11 @@ class Generation(Influence):
         loss: "kd", "cwtm" or "dkpp".
         labels: whether the labels' loss counts too ("cwtm" is a loss on labels anyway, and stands alone). Where it does
             not, and another influence has made something of the loss before, that is kept.
-        ignore: the target that counts for nothing.
     """
 
     teachers: Teachers
     loss: Loss = "kd"
     labels: bool = True
-    ignore: int = -100
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -149,11 +182,18 @@ class Generation(Influence):
         )
         logits, probabilities = _flat(outputs), _flat(answers).softmax(1)
         if self.loss == "cwtm":
-            own = weighted_cross_entropy(logits, moment.targets.flatten(), probabilities, self.ignore)
+            own = self._by_confidence(moment, probabilities)
         else:
             own = soft_cross_entropy(logits, permuted(probabilities) if self.loss == "dkpp" else probabilities, 1.0)
         plain = self.labels and self.loss != "cwtm"
         return own + loss if plain or not moment.is_plain(loss) else own
+
+    def _by_confidence(self, moment: Moment, probabilities: Tensor) -> Tensor:
+        """The labels' loss, as the task has it, weighted."""
+        task = PLAIN if moment.task is None else moment.task
+        if isinstance(task, Classification):
+            return weighted_cross_entropy(moment.outputs, moment.targets, probabilities, task)
+        return weighted_loss(task, moment.outputs, moment.targets, probabilities)
 
 
 def passes_of(model: Model) -> int | None:
@@ -197,8 +237,9 @@ class BornAgain:
             "file.py:factory" and more, of any architecture; None is the given model.
         generations: number of trainings. 0 returns the given model.
         labels: whether the labels' loss counts beside the teacher's (BAN+L in the paper); "cwtm" always uses labels.
-        loss: "kd", cross-entropy with the teacher's probabilities; or one of the paper's two controls: "cwtm", labels
-            weighted by the teacher's confidence, "dkpp", the teacher's probabilities with all but the largest shuffled.
+        loss: "kd", cross-entropy with the teacher's probabilities; or one of the paper's two controls: "cwtm", the
+            task's own loss, each sample weighted by the teacher's confidence, "dkpp", the teacher's probabilities with
+            all but the largest shuffled.
         ensemble: whether the result is the mean of all generations rather than the last one.
         epochs: passes of each training; None takes the training's. Give as many as the first network had.
 
@@ -277,13 +318,11 @@ class BornAgain:
         require_classes(SLUG, model, NUMBERS)
         made: list[Model] = []
         teacher = self._first(model, bench)
-        ignore = getattr(model.task, "ignore", None)
         for number in range(1, self.generations + 1):
             influence = Generation(
                 teachers=keeping((teacher,), bench).teachers((teacher,), classes=False),
                 loss=self.loss,
                 labels=self.labels,
-                ignore=-100 if ignore is None else ignore,
             )
             fresh = redrawn(model, seed_of(bench.seed, "generation", number))
             taught = bench.fit(fresh, epochs=self.epochs, influence=influence, label=f"generation {number}")
