@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from karui.data import Splits
 from karui.distill.specialists import (
@@ -101,6 +102,9 @@ def test_dustbin_undoes_the_oversampling() -> None:
     torch.testing.assert_close(shifted.softmax(0), true / true.sum())
     assert dustbin_shift(0.5) == 0.0
     assert relabel(torch.tensor([0, 9, 4]), [9, 4]).tolist() == [2, 0, 1]
+    # What has no label gets none: -100 wrapped round to the class of that place from the end.
+    assert relabel(torch.tensor([-100, 5, 150, -1]), [50, 51]).tolist() == [-100, 2, 2, -1]
+    assert relabel(torch.tensor([-100, -100]), [0, 1]).tolist() == [-100, -100]
 
 
 def generalist(bench: Bench) -> Model:
@@ -164,3 +168,23 @@ def test_the_mean_of_the_others_becomes_the_dustbin() -> None:
 def test_a_specialist_is_a_value() -> None:
     model = Model(nn.Linear(3, 3), example=(torch.zeros(1, 3),))
     assert Specialist(model=model, classes=(0, 1)).classes == (0, 1)
+
+
+@pytest.mark.parametrize("void", [-100, 0], ids=["no label", "an ignored class"])
+def test_samples_without_label_are_nobodys(void: int) -> None:
+    """They were drawn for the dustbin, and counted in the share that its bias is corrected by."""
+    x, y = torch.randn(60, 6, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 6
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Linear(6, 6)
+    task = Classification(ignore=0 if void == 0 else None, label_smoothing=0.1)
+    generalist = Model(net, example=(x[:2],), task=task)
+    silent = torch.where(y == 0, void, y)
+    training = Training(epochs=2, batch_size=16)
+    mixed, bare = (
+        train_specialist(generalist, (1, 2), Bench(train=data, validation=data, training=training))
+        for data in (TensorDataset(x, silent), TensorDataset(x[y != 0], y[y != 0]))
+    )
+    for one, other in zip(mixed.model.module.parameters(), bare.model.module.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert mixed.model.task == Classification(label_smoothing=0.1)

@@ -24,7 +24,8 @@ from torch.utils.data import TensorDataset
 from karui.data import Batches
 from karui.errors import SurgeryError, UsageError, require
 from karui.measuring.inference import inference
-from karui.model import Model, Note, layer_at, replace_layers
+from karui.model import Classification, Model, Note, layer_at, replace_layers
+from karui.model.task import labelled
 
 if TYPE_CHECKING:
     from karui.technique import Bench
@@ -179,13 +180,15 @@ def _asked(model: Model, inputs: tuple[Any, ...]) -> Float[Tensor, "samples clas
 def relabel(targets: Int[Tensor, "samples"], classes: Sequence[int]) -> Int[Tensor, "samples"]:
     """Class numbers as a specialist counts them: its own from 0, all others in the dustbin behind.
 
+    Numbers below 0 are no classes, such as the -100 of a sample without label, and stay.
+
     Example:
         >>> relabel(torch.tensor([7, 2, 5, 7]), [2, 7]).tolist()
         [1, 0, 2, 1]
     """
     places = torch.full((int(max(targets.max(), *classes)) + 1,), len(classes))
     places[list(classes)] = torch.arange(len(classes))
-    return places[targets]
+    return torch.where(targets < 0, targets, places[targets.clamp(min=0)])
 
 
 def dustbin_shift(share: float) -> float:
@@ -208,7 +211,8 @@ def train_specialist(
     Args:
         generalist: a classifier whose last layer is linear.
         classes: what it shall tell apart.
-        bench: its training data are resampled for this; other data than tensors are read once.
+        bench: its training data are resampled for this, those without label left out; other data than tensors are read
+            once.
         epochs: passes over the resampled data; None takes the training's.
         layer: path of the layer that gives the logits; None takes the last linear one.
 
@@ -218,21 +222,24 @@ def train_specialist(
     """
     members = tuple(sorted(set(classes)))
     inputs, targets = Batches(bench.train).fetch(torch.arange(len(bench.train)))
-    special = torch.isin(targets, torch.tensor(members))
+    known = labelled(targets, generalist.task)
+    special = torch.isin(targets, torch.tensor(members)) & known
     require(
-        len(members) > 1 and bool(special.any()) and not bool(special.all()),
+        len(members) > 1 and bool(special.any()) and bool((known & ~special).any()),
         f"A specialist of the classes {', '.join(map(str, members))} has nothing to tell apart in the training data.",
         "Give some, not all, of the classes, and two at least.",
         UsageError,
     )
     generator = torch.Generator().manual_seed(bench.seed)
-    mine, others = special.nonzero().flatten(), (~special).nonzero().flatten()
+    mine, others = special.nonzero().flatten(), (known & ~special).nonzero().flatten()
     drawn = torch.randint(len(others), (len(mine),), generator=generator)
     index = torch.cat([mine, others[drawn]])
     data = TensorDataset(*(value[index] for value in inputs), relabel(targets[index], members))
     started, path = _narrowed(generalist, members, layer)
+    if isinstance(started.task, Classification):  # its own class of that number is another one
+        started = replace(started, task=replace(started.task, ignore=None))
     trained = replace(bench, train=data).fit(started, epochs=epochs, label="specialist")
-    shift = dustbin_shift(float(special.double().mean()))
+    shift = dustbin_shift(float(special[known].double().mean()))
     with torch.no_grad():
         trained.module.get_parameter(f"{path}.bias")[-1] += shift
     note = Note(f"dustbin class corrected by {shift:.4g} for oversampling", {"classes": list(members)})
