@@ -376,3 +376,8 @@ def test_a_training_may_have_the_hints_of_two_teachers() -> None:
     assert not torch.equal(both.module.state_dict()["0.weight"], single.module.state_dict()["0.weight"])
     with pytest.raises(SettingError, match="has a '_hint_adaptation_.*' already"):
         bench.under(one).under(one).fit(student)
+
+
+def test_soft_classes_are_of_single_precision_at_least() -> None:
+    z, v = (torch.randn(8, 50, generator=torch.Generator().manual_seed(n)).bfloat16() for n in range(2))
+    assert torch.equal(weighted_soft_loss(z, v), weighted_soft_loss(z.float(), v.float()))

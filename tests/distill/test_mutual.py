@@ -227,3 +227,11 @@ def test_peers_are_less_sure_of_themselves_and_no_worse_than_networks_alone(digi
         gains.append(scores[0] - scores[1])
     assert sum(softer) / 4 > 1.005, softer
     assert sum(gains) / 4 > -0.01, gains
+
+
+@pytest.mark.parametrize("variant", ["mean", "ensemble"])
+def test_divergences_are_of_single_precision_at_least(variant: Any) -> None:
+    z = torch.randn(8, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    peers = torch.stack([z + 0.25, z * 1.125])
+    half = mutual_loss(z, peers, variant)
+    torch.testing.assert_close(half, mutual_loss(z.float(), peers.float(), variant), rtol=0, atol=0)

@@ -93,3 +93,12 @@ def test_positions_count_as_samples() -> None:
     torch.testing.assert_close(
         soft_cross_entropy(z, soften(v, 2.0), 2.0), soft_cross_entropy(rows[0], soften(rows[1], 2.0), 2.0)
     )
+
+
+def test_half_precision_costs_no_more_than_the_rounding_of_logits() -> None:
+    """Under bf16 probabilities and their differences were rounded on the way."""
+    z, v = draw(32, 100, seed=0).bfloat16(), draw(32, 100, seed=1).bfloat16()
+    for rule in (soften, lambda z, t: arithmetic(z[None], t), lambda z, t: geometric(z[None], t)):
+        torch.testing.assert_close(rule(v, 3.0), rule(v.float(), 3.0), rtol=0, atol=0)
+    half = soft_cross_entropy(z, soften(v, 3.0), 3.0)
+    torch.testing.assert_close(half, soft_cross_entropy(z.float(), soften(v.float(), 3.0), 3.0), rtol=0, atol=0)

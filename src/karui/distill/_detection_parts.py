@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from karui.errors import SettingError, require
 from karui.model.detection import mean_over
+from karui.numerics.soft_targets import log_soften, soften
 
 Resize = Literal["interpolate", "pad"]
 CONVOLUTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -36,10 +37,11 @@ def weighted_soft_loss(
         >>> round(float(weighted_soft_loss(z, z, background=1.0)), 4), round(float(weighted_soft_loss(z, z)), 4)
         (0.3653, 0.4212)
     """
-    weights = torch.ones(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    told, own = soften(teacher.detach(), 1.0), log_soften(logits)
+    weights = torch.ones(logits.shape[1], dtype=own.dtype, device=logits.device)
     weights[0] = background
     weights = weights.reshape(-1, *([1] * (logits.ndim - 2)))
-    terms = -(weights * teacher.detach().softmax(1) * logits.log_softmax(1)).sum(1)
+    terms = -(weights * told * own).sum(1)
     return terms.mean() if boxes is None else (terms * boxes).sum()
 
 

@@ -43,7 +43,7 @@ from karui.errors import NeedError, require, told
 from karui.model import Classification, Model, Note, Task
 from karui.model.averaging import averaged
 from karui.model.task import labelled
-from karui.numerics.soft_targets import soft_cross_entropy
+from karui.numerics.soft_targets import soft_cross_entropy, soften
 from karui.technique import Card, technique
 from karui.technique.redraw import redrawn
 from karui.train import Influence, Moment
@@ -180,7 +180,7 @@ class Generation(Influence):
             "It is for classification.",
             NeedError,
         )
-        logits, probabilities = _flat(outputs), _flat(answers).softmax(1)
+        logits, probabilities = _flat(outputs), soften(_flat(answers), 1.0)
         if self.loss == "cwtm":
             own = self._by_confidence(moment, probabilities)
         else:

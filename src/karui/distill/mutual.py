@@ -26,6 +26,7 @@ have not changed since the last: K(K-1) passes without gradient a step, the pric
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +39,7 @@ from karui.distill._teachers import Teacher, lacking_teachers, teachers_of
 from karui.errors import NeedError, require, told
 from karui.model import Model, Note
 from karui.model.averaging import averaged
+from karui.numerics.soft_targets import log_soften
 from karui.technique import Card, require_passes, technique
 from karui.technique.joint import fit_together
 from karui.technique.redraw import redrawn
@@ -64,7 +66,7 @@ def divergence(
         >>> divergence(z.log_softmax(1), z + 2.0).abs().item() < 1e-6
         True
     """
-    return (theirs.exp() * (theirs - logits.log_softmax(1))).sum(1).mean()
+    return (theirs.exp() * (theirs - log_soften(logits))).sum(1).mean()
 
 
 def mutual_loss(
@@ -84,9 +86,9 @@ def mutual_loss(
         >>> mutual_loss(z, torch.stack([z, z])).abs().item() < 1e-6
         True
     """
-    told_by = peers.detach().log_softmax(2)
+    told_by = torch.stack([log_soften(one) for one in peers.detach()])
     if variant == "ensemble":
-        mean = told_by.logsumexp(0) - torch.tensor(len(peers), dtype=peers.dtype, device=peers.device).log()
+        mean = told_by.logsumexp(0) - math.log(len(peers))
         return divergence(mean, logits)
     return torch.stack([divergence(one, logits) for one in told_by]).mean()
 

@@ -1,4 +1,7 @@
-"""Class probabilities softened by a temperature, of one network or several, and the cross-entropy between them."""
+"""Class probabilities softened by a temperature, of one network or several, and the cross-entropy between them.
+
+All are computed in single precision at least: they are small numbers, whose differences half precision loses.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,17 @@ Rule = Callable[[Float[Tensor, "teachers batch classes *positions"], float], Flo
 """How the logits of several networks become one distribution: `arithmetic` or `geometric`, or another function."""
 
 
+def widened(logits: Tensor) -> Tensor:
+    """In single precision at least, as soft targets need it.
+
+    Example:
+        >>> import torch
+        >>> widened(torch.zeros(2, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def soften(logits: Float[Tensor, "batch classes *positions"], temperature: float) -> Float[Tensor, "..."]:
     """softmax(z / T) over the classes: the higher T, the more the small probabilities tell.
 
@@ -21,18 +35,23 @@ def soften(logits: Float[Tensor, "batch classes *positions"], temperature: float
         >>> [f"{soften(logits, temperature)[0, 1].item():.2f}" for temperature in (1.0, 10.0)]
         ['0.12', '0.45']
     """
-    return (logits / temperature).softmax(1)
+    return (widened(logits) / temperature).softmax(1)
+
+
+def log_soften(logits: Float[Tensor, "batch classes *positions"], temperature: float = 1.0) -> Float[Tensor, "..."]:
+    """Its logarithm, exact also where a probability is 0 in rounding."""
+    return (widened(logits) / temperature).log_softmax(1)
 
 
 def arithmetic(logits: Float[Tensor, "teachers batch classes *positions"], temperature: float) -> Float[Tensor, "..."]:
     """The mean of the softened probabilities of several networks."""
-    softened = (logits / temperature).softmax(2)
+    softened = (widened(logits) / temperature).softmax(2)
     return softened[0] if len(softened) == 1 else softened.mean(0)
 
 
 def geometric(logits: Float[Tensor, "teachers batch classes *positions"], temperature: float) -> Float[Tensor, "..."]:
     """Their normalised geometric mean: the softmax of the mean of their softened logits."""
-    return (logits / temperature).mean(0).softmax(1)
+    return (widened(logits) / temperature).mean(0).softmax(1)
 
 
 def soft_cross_entropy(
@@ -52,7 +71,7 @@ def soft_cross_entropy(
         True
     """
     samples = logits.numel() / logits.shape[1]
-    return (targets * (logits / temperature).log_softmax(1)).sum() * -(temperature**2 / samples)
+    return (targets * log_soften(logits, temperature)).sum() * -(temperature**2 / samples)
 
 
 def distillation_loss(

@@ -15,7 +15,7 @@ from karui.errors import NeedError, require, told
 from karui.measuring.inference import inference, tensors_of
 from karui.model import Model, Task
 from karui.model.task import labelled
-from karui.numerics.soft_targets import Rule, arithmetic, distillation_loss
+from karui.numerics.soft_targets import Rule, arithmetic, distillation_loss, widened
 from karui.train.answers import Answers
 from karui.train.fingerprint import fingerprint
 from karui.train.frozen import Frozen
@@ -153,7 +153,7 @@ class Teachers:
                 "All teachers of an ensemble must know the same classes.",
                 NeedError,
             )
-        return torch.stack([_wide(answer) for answer in answers])
+        return torch.stack([widened(answer) for answer in answers])
 
 
 def answer_bytes(model: Model) -> int | None:
@@ -172,11 +172,6 @@ def answer_bytes(model: Model) -> int | None:
 def _answer(network: Frozen, inputs: tuple[Any, ...]) -> Any:
     with network.on(inputs) as module:
         return module(*inputs)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """In single precision at least: soft targets are small numbers, which half precision loses."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -250,7 +245,7 @@ class SoftTargets(Influence):
             )
         weight = 1.0 if is_unlabelled(moment.targets, moment.task) else self.weight
         targets = self.rule(answers, self.temperature)
-        return distillation_loss(_wide(outputs), targets, loss, temperature=self.temperature, weight=weight)
+        return distillation_loss(outputs, targets, loss, temperature=self.temperature, weight=weight)
 
 
 def of_labels(loss: Any, outputs: Any, targets: Any, task: Task | None = None) -> Any:
