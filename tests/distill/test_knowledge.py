@@ -222,6 +222,22 @@ def test_unlabelled_samples_teach_too(digits: Splits) -> None:
     assert scores[1] > scores[0] + 0.02, scores
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["targets at hand", "sample by sample"])
+def test_an_offset_is_not_made_up(digits: Splits, known: bool) -> None:
+    """What is held out of training data lacks the class as they do: then the offset is one of any number."""
+    seen = take(digits.train, (targets_of(digits.train) != 3).nonzero().flatten())
+    held = Bench(train=seen if known else list(seen), training=Training(epochs=1))
+    technique = KnowledgeDistillation(teacher=mlp(64, 16, 10, seed=1), epochs=1, missing=(3, 5))
+    for refused in (technique.fits, technique.apply):
+        with pytest.raises(
+            NeedError, match=r"missing names class 3, of which the validation data hold no sample\. Give"
+        ):
+            refused(mlp(64, 8, 10), held)
+    assert (
+        "lifted" in technique.apply(mlp(64, 8, 10), replace(held, validation=digits.validation)).lineage[-1].describe()
+    )
+
+
 @pytest.mark.effect
 @pytest.mark.slow
 def test_a_class_that_was_never_seen_is_learned_from_soft_targets_alone(digits: Splits) -> None:

@@ -26,7 +26,7 @@ without losing its sparsity; the paper's students are dense.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +34,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from karui.data import Batches
+from karui.data import Batches, targets_of
 from karui.distill._asking import SAME_CLASSES, require_classes
 from karui.distill._heads import head_of
 from karui.distill._teachers import Teacher, keeping, lacking_teachers, remark, teachers_of
-from karui.errors import SettingError, UsageError, require
+from karui.errors import NeedError, SettingError, UsageError, require
 from karui.measuring.inference import inference
 from karui.model import Model, Note, layer_at
 from karui.numerics.soft_targets import arithmetic, geometric
@@ -139,7 +139,8 @@ class KnowledgeDistillation:
             this one in a `Together` have added to it.
         epochs: passes over the training data.
         geometric: whether an ensemble's probabilities are averaged geometrically rather than arithmetically.
-        missing: classes that the training data lack; their biases are lifted as validation data tell.
+        missing: classes that the training data lack; their biases are lifted as validation data tell, which must hold
+            all of them: what is held out of the training data by default lacks them, too.
         remember: samples whose teacher outputs are kept, each once for each way it was augmented; with a folder for
             checkpoints they are kept there. They serve every student that is trained with the same seed and settings.
             None keeps all of them, but none under augmentation, or where they would take more than 256 MiB of memory
@@ -148,7 +149,8 @@ class KnowledgeDistillation:
 
     Raises:
         SettingError: a setting is out of range.
-        NeedError: there is no teacher, it does not know the same classes, or the model tells none apart (a regression).
+        NeedError: there is no teacher, it does not know the same classes, or the model tells none apart (a regression);
+            validation data lack a class that `missing` names.
 
     Relations: as an influence it joins any other training: `bench.under(KnowledgeDistillation(...).influence(model,
     bench))`, or `Together`, where it comes first: terms after it count in full, those before it by 1 - `weight`, as
@@ -189,6 +191,7 @@ class KnowledgeDistillation:
         """Ask a teacher that is named once, so that one that does not fit is told before anything is trained."""
         if self.epochs:
             self._require_classes(model)
+            self._require_missing(model, bench)
         if self.teacher is not None:
             self._teachers(model, bench)
 
@@ -218,6 +221,7 @@ class KnowledgeDistillation:
         """The student, taught."""
         if self.epochs == 0:
             return model
+        self._require_missing(model, bench)
         taught = bench.fit(model, epochs=self.epochs, influence=self.influence(model, bench), label="distil")
         return self._lifted(taught, bench) if self.missing else taught
 
@@ -225,19 +229,45 @@ class KnowledgeDistillation:
         if self.weight:
             require_classes("knowledge_distillation", model, NUMBERS)
 
+    def _require_missing(self, model: Model, bench: Bench) -> None:
+        """Refuse, before any training, classes whose offset no validation data could tell: it would be made up."""
+        if not self.missing:
+            return
+        with inference(model.module) as module:
+            classes = module(*model.example).shape[1]
+        require(
+            max(self.missing) < classes,
+            f"missing names class {max(self.missing)}, and the model has {classes}.",
+            "Classes count from 0.",
+            SettingError,
+        )
+        held = torch.cat([targets.flatten() for targets in _targets(bench.validation)]).unique().tolist()
+        lost = ", ".join(str(c) for c in self.missing if c not in held)
+        require(
+            not lost,
+            f"'knowledge_distillation': missing names class {lost}, of which the validation data hold no sample.",
+            "Give validation data that hold it, as training data do not: they tell by how much its bias is lifted.",
+            NeedError,
+        )
+
     def _teachers(self, model: Model, bench: Bench) -> tuple[Model, ...]:
         alike = SAME_CLASSES if self.weight else ""
         return teachers_of("knowledge_distillation", self.teacher, model, bench, alike=alike)
 
     def _lifted(self, taught: Model, bench: Bench) -> Model:
         logits, targets = _outputs(taught, bench.validation)
-        require(
-            max(self.missing) < logits.shape[1],
-            f"missing names class {max(self.missing)}, and the model has {logits.shape[1]}.",
-            "Classes count from 0.",
-            SettingError,
-        )
         return lift_classes(taught, self.missing, best_offset(logits, targets, self.missing))
+
+
+def _targets(dataset: Any) -> Iterator[Tensor]:
+    """All targets of a data set, in pieces; without reading inputs where that can be."""
+    known = targets_of(dataset)
+    if known is not None:
+        yield known
+        return
+    batches = Batches(dataset)
+    for index in torch.arange(len(batches)).split(256):
+        yield batches.fetch(index)[1]
 
 
 def _outputs(model: Model, dataset: Any) -> tuple[Tensor, Tensor]:
