@@ -247,7 +247,7 @@ def test_a_batch_without_labels_is_taught_by_the_teacher_alone(digits: Splits, s
 def test_pictures_without_boxes_told_are_taught_where_the_teacher_sees_objects(micro: Any) -> None:
     """Their anchors were held to be background all."""
     student, teacher = micro.detector(8, seed=0), micro.detector(8, seed=1)
-    silent = torch.full((2, 1, 5), torch.nan)
+    silent = torch.full((2, 1, 5), -torch.inf)
     pictures = torch.rand(2, *student.example[0].shape[1:])
     outputs, said = student.module(pictures), teacher.module.eval()(pictures)
     plain = student.task.loss(outputs, silent)

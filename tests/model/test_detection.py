@@ -105,7 +105,7 @@ def test_what_makes_no_sense_is_refused(bad: dict[str, object]):
 def test_a_picture_without_label_is_not_held_to_be_empty() -> None:
     task = Detection(anchors=grid_anchors((2, 2), 8, [(8, 8)]))
     boxes = torch.tensor([[[3.0, 0.0, 0.0, 8.0, 8.0]], [[0.0, 0.0, 0.0, 0.0, 0.0]]])
-    silent = torch.full((1, 1, 5), torch.nan)
+    silent = torch.full((1, 1, 5), -torch.inf)
     labels, wanted = task.matched(torch.cat([boxes, silent]))
     assert labels.tolist() == [[3, 0, 0, 0], [0, 0, 0, 0], [-1, -1, -1, -1]]
     assert bool(wanted.isfinite().all())

@@ -98,10 +98,10 @@ class Detection:
     ) -> tuple[Int[Tensor, "batch anchors"], Float[Tensor, "batch 4 anchors"]]:
         """The class of each anchor (0 is background, -1 counts as neither), and the offsets of the object on it.
 
-        No anchor counts in a picture without label, whose target is NaN: nobody says that it is empty.
+        No anchor counts in a picture without label, whose target is minus infinity: nobody says that it is empty.
         """
         boxes, known = self._boxes.to(targets), labelled(targets).flatten(1).all(1)
-        targets = targets.nan_to_num()
+        targets = targets.masked_fill(~known[:, None, None], 0)
         which = assigned(boxes, targets[..., 1:], targets[..., 0] > 0, self.positive, self.negative)
         row = torch.arange(len(targets), device=targets.device)[:, None]
         taken = targets[row, which.clamp(min=0)]

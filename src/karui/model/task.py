@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 UNLABELLED = -100
-"""The class number of a sample, or of a position, that has no label, whatever the task; of numbers it is NaN."""
+"""The class number of a sample, or of a position, that has no label, whatever the task."""
+NO_NUMBER = -math.inf
+"""The same where targets are numbers. It is not NaN, which faulty data have, and which stops a training."""
 
 
 @runtime_checkable
@@ -57,6 +60,7 @@ class Classification:
         ignore: a target value that counts for nothing (a void class, padding), or None. So does -100 in any case.
 
     Example:
+        >>> import torch
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
         >>> Classification().scores(logits, torch.tensor([0, 0])).tolist()
         [1.0, 0.0]
@@ -107,9 +111,10 @@ class Classification:
 class Regression:
     """A number (or several) for each sample: mean squared error, which is also the metric (lower is better).
 
-    A target that is NaN is none: the loss is the mean over the others.
+    A target of minus infinity is none: the loss is the mean over the others.
 
     Example:
+        >>> import torch
         >>> Regression().scores(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [4.0]])).tolist()
         [0.0, 4.0]
     """
@@ -149,15 +154,16 @@ class CustomTask:
 
 
 def labelled(targets: Tensor, task: Task | None = None) -> Bool[Tensor, "..."]:
-    """Where targets are labels: class numbers but -100 and the task's own `ignore`, numbers but NaN.
+    """Where targets are labels: class numbers but -100 and the task's own `ignore`, numbers but -inf.
 
     Example:
+        >>> import torch
         >>> labelled(torch.tensor([3, -100, 255]), Classification(ignore=255)).tolist()
         [True, False, False]
-        >>> labelled(torch.tensor([3.0, torch.nan])).tolist()
+        >>> labelled(torch.tensor([3.0, -torch.inf])).tolist()
         [True, False]
     """
-    known = ~targets.isnan() if targets.is_floating_point() else targets.long() != UNLABELLED
+    known = targets != NO_NUMBER if targets.is_floating_point() else targets.long() != UNLABELLED
     ignore = ignored_by(task)
     return known if ignore is None else known & (targets != ignore)
 

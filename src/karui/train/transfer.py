@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,15 @@ from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 from karui.data.batches import targets_of, tensors_of
 from karui.errors import DataError, require
 from karui.model import Task
-from karui.model.task import UNLABELLED, ignored_by, split_sample
+from karui.model.task import NO_NUMBER, UNLABELLED, ignored_by, split_sample
 
 
 def with_unlabelled(labelled: Dataset, unlabelled: Dataset, task: Task | None = None) -> Dataset:
     """One transfer set of both: samples without label count for the teachers' part of a loss only.
 
-    Their targets have the form of the labelled ones, and are the class that the task ignores, or -100; of numbers, NaN.
-    Where both hold tensors in memory so does the result, which is then read by one operation for each batch.
+    Their targets have the form of the labelled ones, and are the class that the task ignores, or -100; of numbers, they
+    are minus infinity. Where both hold tensors in memory so does the result, which is then read by one operation for
+    each batch.
 
     Args:
         labelled: (input, target) pairs, or several inputs and a target; of one input alone, no sample of the result has
@@ -79,7 +79,7 @@ def _mark(floating: bool, ignore: int | None) -> float:
     """What stands for no label."""
     if ignore is not None:
         return ignore
-    return math.nan if floating else UNLABELLED
+    return NO_NUMBER if floating else UNLABELLED
 
 
 class _WithoutLabels(Dataset):
