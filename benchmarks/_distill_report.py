@@ -76,7 +76,8 @@ alone and [30] are trained at several lengths; "at equal cost" is what lies betw
 seconds, at the cost of the way in that line, seed by seed. Nothing is known beyond the longest: there its own score is
 told, with how much dearer the way was, and the comparison is not one at equal cost.
 Mean and 95 % interval over the seeds, differences in pairs of seeds. All ways of a task have one learning rate, which
-suits none of them best."""
+suits none of them best. On a machine that does other work too, seconds of one way differ by a tenth to a third from
+seed to seed."""
 ELSEWHERE = """## What is measured where, and what the teacher cost
 
 CIFAR-10, half the channels, has [30], [33], [34], [37] and [39]; the whole student the same but for [34] by itself;

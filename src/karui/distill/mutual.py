@@ -11,8 +11,8 @@ Measured with two peers, six seeds in each setting (`results/deep_mutual_learnin
 Small convolutional networks with batch normalisation on 600 colour pictures gain 1.7 points (35.2 to 36.9 %), and
 weight noise raises their loss less; perceptrons on 300 to 400 digits gain nothing (0.0, -0.9, and 0.0 with a fifth of
 the labels at random) and are no flatter. A small network (10 units) gains nothing beside a large one (256, 256), which
-loses 0.8 points. On CIFAR-10 from the start, five passes at a rate of 0.1, a peer costs 14 points against the same
-network trained alone at equal cost (`results/distillation_table.md`): there is not time enough for two.
+loses 0.8 points. On CIFAR-10 from the start, five passes at a rate of 0.1, a peer costs 13 to 16 points against the
+same network trained alone at equal cost (`results/distillation_table.md`): there is not time enough for two.
 
 Paper -> here: Theta_1 -> the given model, Theta_2 ... Theta_K -> further peers, p_k -> softmax of a peer's outputs,
 D_KL(p_l || p_k) -> `divergence`, DML_e -> variant="ensemble".
