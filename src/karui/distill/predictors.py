@@ -18,6 +18,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -233,8 +234,10 @@ class _Function:
         self.given, self.networks = given, networks(given)
 
     def __call__(self, inputs: tuple[Any, ...]) -> Any:
-        first, given = tensors_of(inputs)[0], tree_map(lambda x: widened(x) if isinstance(x, Tensor) else x, inputs)
-        with evaluated(*self.networks), torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+        kind = tensors_of(inputs)[0].device.type
+        given = tree_map(lambda x: widened(x) if isinstance(x, Tensor) else x, inputs)
+        plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with evaluated(*self.networks), torch.no_grad(), plain:
             return self.given(*given)
 
 

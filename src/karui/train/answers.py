@@ -193,7 +193,8 @@ def _digests(tensors: list[Tensor]) -> list[bytes]:
 def _narrowed(tensors: list[Tensor]) -> str:
     """The precision that a training computes in where that is not the tensors' own: answers are rounded by it."""
     kind = tensors[0].device.type
-    return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
+    narrow = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return str(torch.get_autocast_dtype(kind)) if narrow else ""
 
 
 @functools.lru_cache(maxsize=64)
