@@ -76,8 +76,7 @@ alone and [30] are trained at several lengths; "at equal cost" is what lies betw
 seconds, at the cost of the way in that line, seed by seed. Nothing is known beyond the longest: there its own score is
 told, with how much dearer the way was, and the comparison is not one at equal cost.
 Mean and 95 % interval over the seeds, differences in pairs of seeds. All ways of a task have one learning rate, which
-suits none of them best. On a machine that does other work too, seconds of one way differ by a tenth to a third from
-seed to seed."""
+suits none of them best."""
 ELSEWHERE = """## What is measured where, and what the teacher cost
 
 CIFAR-10, half the channels, has [30], [33], [34], [37] and [39]; the whole student the same but for [34] by itself;
@@ -139,7 +138,9 @@ def _task(task: dict[str, Any]) -> str:
     ]
     about = f"{task['about'][0].upper()}{task['about'][1:]}. The teacher: {told(task['teacher'])}."
     missing = f"\n\nNot all seeds yet: {', '.join(task['missing'])}." if task["missing"] else ""
-    return f"{about}\n\n{table(head, body)}{missing}"
+    ratios = [max(seen) / min(seen) for row in task["rows"] if len(seen := row["seconds"]["values"]) > 1]
+    apart = f"\n\nSeconds of one way differ by up to {max(ratios):.1f} times from seed to seed." if ratios else ""
+    return f"{about}\n\n{table(head, body)}{missing}{apart}"
 
 
 def _reached(task: dict[str, Any], row: dict[str, Any], name: str, base: str) -> str:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from karui.distill.predictors import Gives, Predictor, Scores, digest_of, widened
+from karui.distill.predictors import Gives, Predictor, Scores, digest_of
 from karui.errors import KaruiError, NeedError, require
 from karui.measuring.engines import onnx_session
+from karui.numerics.soft_targets import widened
 
 _KINDS = {
     "tensor(float)": np.float32,

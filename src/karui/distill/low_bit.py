@@ -123,7 +123,7 @@ class Stage:
         pays="Bytes: a weight takes 2 to 4 bits on disk and in the ONNX file, at nearly the accuracy of 32.",
         costs="No time is saved, rather lost: engines have no kernels for so few bits. The guide costs a second "
         "training and gains nothing beyond chance over training directly or under soft targets [30]; in few passes the "
-        "steps on the way lose up to a point.",
+        "steps on the way lose about a point.",
     )
 )
 @dataclass(frozen=True, kw_only=True)

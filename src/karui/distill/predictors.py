@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map
 from karui.errors import NeedError, require, told
 from karui.measuring.inference import evaluated, tensors_of
 from karui.model.reach import networks
+from karui.numerics.soft_targets import widened
 from karui.train.fingerprint import fingerprint
 
 FLOOR = 1e-4
@@ -217,11 +218,6 @@ def predictor(given: Any, *, gives: Gives | None = None, floor: float | None = N
         NeedError,
     )
     return Predictor(_Function(given), name, fingerprint(given), gives or "logits", floor)
-
-
-def widened(x: Tensor) -> Tensor:
-    """Numbers of 16 bits, which numpy knows in part, in single precision; others as they are."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class _Function:

@@ -16,14 +16,14 @@ Rule = Callable[[Float[Tensor, "teachers batch classes *positions"], float], Flo
 
 
 def widened(logits: Tensor) -> Tensor:
-    """In single precision at least, as soft targets need it.
+    """Floating-point numbers in single precision at least, as soft targets need it; others as they are.
 
     Example:
         >>> import torch
         >>> widened(torch.zeros(2, dtype=torch.bfloat16)).dtype
         torch.float32
     """
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) if logits.is_floating_point() else logits
 
 
 def soften(logits: Float[Tensor, "batch classes *positions"], temperature: float) -> Float[Tensor, "..."]:

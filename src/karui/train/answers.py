@@ -100,17 +100,17 @@ class Answers:
         if self._others:
             self._others.difference_update(keys)
         places = [self._places.get(key) for key in keys]
-        new = [row for row, place in enumerate(places) if place is None]
+        known = {row: place for row, place in enumerate(places) if place is not None}
+        new = [row for row in range(len(keys)) if row not in known]
         if not new:
-            return self._gathered(places).to(tensors[0].device)
-        if len(new) == len(keys):
+            return self._gathered(list(known.values())).to(tensors[0].device)
+        if not known:
             return self._asked(keys, inputs, ask)
-        known = [row for row, place in enumerate(places) if place is not None]
-        kept = self._gathered([places[row] for row in known])
+        kept = self._gathered(list(known.values()))
         part = pytree.tree_map(lambda leaf: leaf[new] if isinstance(leaf, Tensor) else leaf, inputs)
         fresh = self._asked([keys[row] for row in new], part, ask)
         whole = fresh.new_empty(len(fresh), len(keys), *fresh.shape[2:])
-        whole[:, new], whole[:, known] = fresh, kept.to(fresh)
+        whole[:, new], whole[:, list(known)] = fresh, kept.to(fresh)
         return whole
 
     def _asked(self, keys: list[bytes], inputs: tuple[Any, ...], ask: Callable[[tuple[Any, ...]], Tensor]) -> Tensor:
@@ -122,7 +122,7 @@ class Answers:
             self._keep(keys, answers.detach().cpu())
         return answers
 
-    def _gathered(self, places: list[Any]) -> Float[Tensor, "teachers batch classes *positions"]:
+    def _gathered(self, places: list[int]) -> Float[Tensor, "teachers batch classes *positions"]:
         """The answers at these places: one operation for each pile, and nearly always there is one."""
         offsets = np.array(places)
         if len(self._piles) == 1:
