@@ -82,7 +82,8 @@ def predictions(dense: Model, bench: Bench, folder: Path, precision: str, shares
     like = Form(name=precision, told=told, time=1.0, bytes=1.0)
     whole = forms.file(dense, like)
     seconds = watch.whole(dense, plain).value * watch.ratio(dense, whole, plain).value
-    offers = menu(dense, bench, Stopwatch(cache=watch.cache, progress=True, narrow=precision == "int8"))
+    layers = Stopwatch(cache=watch.cache, progress=True, narrow=precision == "int8")
+    offers = menu(dense, bench, layers, seconds=seconds)
     found = []
     for share in shares:
         chosen, light = _made(offers, (share - 1) * seconds)

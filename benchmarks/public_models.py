@@ -11,7 +11,10 @@ normalisation across channels mixes are cut too, and told apart ("up to normalis
 that is exact throughout is run once more as a user would, masked and cut, on an input that the proof did not see: a
 relative difference above 0.001 counts as wrong. Needs torchvision and timm (the extra `vision`); nothing is downloaded.
 
-    python benchmarks/public_models.py [--only NAME] [--jobs 2] [--resume]
+    python benchmarks/public_models.py [--only NAME] [--jobs 2] [--resume] [--longer SECONDS]
+
+Models that ran out of time stay so in the counts; `--longer` runs those again with another limit, and tells in their
+rows what came of it.
 """
 
 from __future__ import annotations
@@ -43,8 +46,8 @@ SMALLER, EQUAL = 0.85, 1e-3
 OUTCOMES = ("proved", "refused", "crashed", "out of time", "wrong")
 
 
-def one(listed: dict[str, Any]) -> dict[str, Any]:
-    """Cut one model, in this process."""
+def one(listed: dict[str, Any], seconds: int) -> dict[str, Any]:
+    """Cut one model, in this process, within so many seconds."""
     import torch
 
     from karui.model import Model, coupled_groups, remove_units, resolve
@@ -58,7 +61,7 @@ def one(listed: dict[str, Any]) -> dict[str, Any]:
     model = Model(net, (torch.randn(1, *size),))
     row: dict[str, Any] = {"library": listed["library"], "model": listed["model"], "before": model.parameters}
     started = time.process_time()
-    limit_time(started + CPU_SECONDS)
+    limit_time(started + seconds)
     try:
         analysis = coupled_groups(model)
         removed, inexact = {}, 0
@@ -130,10 +133,10 @@ def state() -> str:
     return f"{versions}, code {code.hexdigest()[:12]}"
 
 
-def limited(listed: dict[str, Any], server: ForkServerContext) -> dict[str, Any]:
+def limited(listed: dict[str, Any], server: ForkServerContext, seconds: int = CPU_SECONDS) -> dict[str, Any]:
     """The row of one model, from a process with limits."""
     receiver, sender = server.Pipe(duplex=False)
-    process = server.Process(target=apart, args=(listed, sender))
+    process = server.Process(target=apart, args=(listed, seconds, sender))
     process.start()
     sender.close()
     try:
@@ -144,17 +147,17 @@ def limited(listed: dict[str, Any], server: ForkServerContext) -> dict[str, Any]
     if row is not None:
         return row
     out_of_time = process.exitcode == -signal.SIGXCPU
-    reason = f"no result within {CPU_SECONDS} s of processor time" if out_of_time else f"exit code {process.exitcode}"
+    reason = f"no result within {seconds} s of processor time" if out_of_time else f"exit code {process.exitcode}"
     told_by = {"library": listed["library"], "model": listed["model"], "before": listed["parameters"]}
     return told_by | {"outcome": "out of time" if out_of_time else "crashed", "reason": reason}
 
 
-def apart(listed: dict[str, Any], sender: Connection) -> None:
+def apart(listed: dict[str, Any], seconds: int, sender: Connection) -> None:
     """Cut one model within the limits, and send its row; whatever is raised is told as a crash."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
     try:
-        row = one(listed)
+        row = one(listed, seconds)
     except Exception as error:  # noqa: BLE001  (a row tells of it)
         told_by = {"library": listed["library"], "model": listed["model"], "before": listed["parameters"]}
         row = told_by | {"outcome": "crashed", "reason": f"{type(error).__name__}: {error}"}
@@ -200,10 +203,37 @@ def report(rows: list[dict[str, Any]], listed: int) -> str:
         left = f"{row['after'] / row['before']:.0%}" if "after" in row else ""
         inexact = f"{row['up to normalisation']} of {row['groups']}" if row.get("up to normalisation") else ""
         form = "yes" if row.get("graph form") else ""
-        reason = str(row.get("reason", "")).replace("|", "/").replace("\n", " ")[:200]
+        reason = "; ".join(filter(None, [row.get("reason", ""), _longer(row.get("longer"))]))
+        reason = reason.replace("|", "/").replace("\n", " ")[:200]
         cells = [row["library"], row["model"], row["outcome"], left, inexact, form, row.get("seconds", "")]
         lines.append("| " + " | ".join(map(str, [*cells, states[row["state"]], reason])) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _longer(row: dict[str, Any] | None) -> str:
+    """What came of a model with more time."""
+    if row is None:
+        return ""
+    if "after" not in row:
+        return f"with more time {row['outcome']}: {row['reason']}"
+    inexact = f", {row['up to normalisation']} of {row['groups']} groups up to normalisation"
+    left = f"{row['after'] / row['before']:.0%} of the parameters left"
+    return (
+        f"with more time {row['outcome']}, {left}{inexact if row['up to normalisation'] else ''}, in "
+        f"{row['seconds']:.0f} s"
+    )
+
+
+def again(listed: list[dict[str, Any]], server: ForkServerContext, seconds: int) -> None:
+    """Run what ran out of time with another limit, and keep what came of it."""
+    file = RESULTS / "public_models.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    for row in (row for row in rows if row["outcome"] == "out of time"):
+        [found] = [each for each in listed if (each["library"], each["model"]) == (row["library"], row["model"])]
+        row["longer"] = limited(found, server, seconds) | {"state": state()}
+        print(json.dumps(row), flush=True)
+        file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        (RESULTS / "public_models.md").write_text(report(rows, len(listed)), encoding="utf-8")
 
 
 def kept(now: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -219,17 +249,23 @@ def main() -> None:
     options.add_argument("--only", nargs="+", metavar="NAME", help="models of these names; keeps nothing")
     options.add_argument("--jobs", type=int, default=1, help="models at a time")
     options.add_argument("--resume", action="store_true", help="keep the rows that this state of the code has made")
+    options.add_argument(
+        "--longer", type=int, metavar="SECONDS", help="run what ran out of time again, with this limit"
+    )
     asked = options.parse_args()
     if any(importlib.util.find_spec(package) is None for package in ("torchvision", "timm")):
         print('skipped: torchvision and timm are not installed; pip install ".[vision]"')
         return
     listed = json.loads((HERE / "public_models.json").read_text(encoding="utf-8"))
+    server = multiprocessing.get_context("forkserver")  # that imports once what each process needs
+    server.set_forkserver_preload(["torch", "torchvision", "timm", "karui.model"])
+    if asked.longer:
+        again(listed, server, asked.longer)
+        return
     now = state()
     rows = kept(now) if asked.resume else {}
     chosen = [row for row in listed if asked.only is None or row["model"] in asked.only]
     waiting = [row for row in chosen if asked.only or (row["library"], row["model"]) not in rows]
-    server = multiprocessing.get_context("forkserver")  # that imports once what each process needs
-    server.set_forkserver_preload(["torch", "torchvision", "timm", "karui.model"])
     with ThreadPoolExecutor(asked.jobs) as pool:
         for done in as_completed([pool.submit(limited, row, server) for row in waiting]):
             row = done.result() | {"state": now}

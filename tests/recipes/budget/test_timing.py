@@ -18,7 +18,7 @@ from karui.recipes.budget.blocks import Block, blocks_of, structure
 from karui.recipes.budget.cache import Measured, TimingCache, added, less, typical
 from karui.recipes.budget.front import Form, Point
 from karui.recipes.budget.recorder import ROUNDS, head_to_head, recorded
-from karui.recipes.budget.tables import Coster
+from karui.recipes.budget.tables import EXPECTED, Coster
 from karui.recipes.budget.timing import Stopwatch
 from karui.sparsify import L1Filters
 from karui.technique import Candidate
@@ -165,6 +165,25 @@ def test_seconds_of_the_menu_hold_no_noise(model: Model, monkeypatch: pytest.Mon
     [first, second] = coster.tables({"units of 0": offers})
     assert np.count_nonzero(first.amounts["time"]) == np.count_nonzero(second.amounts["time"]) == 0
     assert (first.amounts["bytes"][1:] < 0).all()
+
+
+@pytest.mark.parametrize("busy", [1.0, 1.6])
+def test_layers_take_no_longer_together_than_their_network(model: Model, monkeypatch: pytest.MonkeyPatch, busy: float):
+    """Where a busy machine makes layers slower than the network, a setting saves its share of the network's time."""
+    machine = Noisy(0, 0.0)
+    monkeypatch.setattr(timing, "profiled", machine.profiled)
+    monkeypatch.setattr(timing, "head_to_head", machine.head_to_head)
+    watch = Stopwatch(cache=TimingCache())
+    every = [block for blocks in blocks_of(model, 1).blocks.values() for block in blocks]
+    alone = sum(each.value for each in watch.blocks(every))
+    offers, found = [cut(16), swapped(chain(8), "rank 8")], []
+    for seconds in (None, alone / busy):
+        coster = Coster(model, coupled_groups(model), watch, seconds)
+        singles = [cost.seconds.value for cost in coster.alone(offers)]
+        tables = coster.tables({"units of 0": offers[:1]})
+        found.append([*singles, *(table.amounts[EXPECTED][-1] for table in tables)])
+    assert max(found[0]) < 0
+    assert np.allclose(np.array(found[0]) / busy, found[1])
 
 
 def test_a_limit_is_not_missed_by_noise():

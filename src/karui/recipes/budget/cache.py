@@ -74,6 +74,11 @@ def less(one: Measured, two: Measured) -> Measured:
     return Measured(one.value - two.value, math.hypot(one.error, two.error))
 
 
+def times(one: Measured, factor: float) -> Measured:
+    """A multiple."""
+    return Measured(factor * one.value, abs(factor) * one.error)
+
+
 def cache_folder() -> Path:
     """The folder of the timing cache: `$KARUI_CACHE`, else karui's folder among the user's caches."""
     if given := os.environ.get(CACHE):

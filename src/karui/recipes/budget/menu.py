@@ -169,7 +169,13 @@ def collect(model: Model, bench: Bench, multiple: int) -> tuple[list[Candidate],
     return found, tuple(notes)
 
 
-def menu(model: Model, bench: Bench, watch: Stopwatch, known: dict[str, float] | None = None) -> Menu:
+def menu(
+    model: Model,
+    bench: Bench,
+    watch: Stopwatch,
+    known: dict[str, float] | None = None,
+    seconds: float | None = None,
+) -> Menu:
     """Everything that can be done to the model, measured.
 
     Args:
@@ -177,6 +183,7 @@ def menu(model: Model, bench: Bench, watch: Stopwatch, known: dict[str, float] |
         bench: calibration data, seed.
         watch: times layers.
         known: harms that were measured before, of the same model; those that are measured now are added.
+        seconds: what the whole model takes in the form that `watch` times layers in; its layers together take no more.
 
     Raises:
         NeedError: there is no calibration data.
@@ -189,7 +196,7 @@ def menu(model: Model, bench: Bench, watch: Stopwatch, known: dict[str, float] |
     candidates, notes = collect(model, bench, watch.multiple())
     if not any(candidate.cut for candidate in candidates):
         notes = (_nothing_to_cut(analysis), *notes)
-    coster = Coster(model, analysis, watch)
+    coster = Coster(model, analysis, watch, seconds)
     costs = coster.alone(candidates)
     kept = [k for k, cost in enumerate(costs) if not cost.slower]
     harm = _harms(model, [candidates[k] for k in kept], analysis, bench, {} if known is None else known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from karui.measuring.bar import bar
 from karui.model import Analysis, Group, Model, remove_units, replace_layers
 from karui.recipes.budget.apart import exclusions, one_at_most, reached
 from karui.recipes.budget.blocks import LAYERS, Block, Shape, blocks_of, resized
-from karui.recipes.budget.cache import SURE, Measured, added, less
+from karui.recipes.budget.cache import SURE, Measured, added, less, times
 from karui.recipes.budget.choice import Table
 from karui.recipes.budget.exchange import exchanged, told_layer
 
@@ -75,10 +76,11 @@ class Coster:
         model: what they are offered for.
         analysis: its coupled groups; None where it has none.
         watch: times what is not known yet.
+        seconds: what the whole model takes, in the form that blocks are timed in; None where that is not known.
     """
 
-    def __init__(self, model: Model, analysis: Analysis | None, watch: Stopwatch) -> None:
-        self.model, self.analysis, self.watch = model, analysis, watch
+    def __init__(self, model: Model, analysis: Analysis | None, watch: Stopwatch, seconds: float | None = None) -> None:
+        self.model, self.analysis, self.watch, self.seconds = model, analysis, watch, seconds
         self.graph = blocks_of(model, watch.batch)
         modules = dict(model.module.named_modules())
         self.layers = {p: modules[p] for p in self.graph.blocks if p in modules and type(modules[p]) in LAYERS}
@@ -102,6 +104,16 @@ class Coster:
         self.singles = {id(c): cost for c, cost in zip(candidates, costs, strict=True)}
         return costs
 
+    @cached_property
+    def fit(self) -> float:
+        """What a block takes in the network as a share of what it takes alone: below 1 where all blocks together would
+        take longer than the network that they make up, as on a machine that is busy with something else.
+        """
+        if self.seconds is None:
+            return 1.0
+        alone = added(self.watch.blocks([block for blocks in self.graph.blocks.values() for block in blocks]))
+        return min(1.0, self.seconds / alone.value) if alone.value > 0 else 1.0
+
     def _wanted(self, candidates: Sequence[Candidate]) -> list[tuple[str, dict[int, int]]]:
         wanted: list[tuple[str, dict[int, int]]] = [(path, {}) for path in self.layers]
         for candidate in candidates:
@@ -118,7 +130,7 @@ class Coster:
         else:
             return self._whole(candidate)
         return Cost(
-            seconds=added([new.change for _, new in pairs]),
+            seconds=times(added([new.change for _, new in pairs]), self.fit),
             bytes=sum(new.bytes - self._cell(path, {}).bytes for path, new in pairs),
         )
 
@@ -347,7 +359,8 @@ class Coster:
                 for held in amounts.values():
                     held[index] = math.inf
             elif not exclusive:
-                amounts["time"][index], amounts[EXPECTED][index] = found.change.settled, found.change.value
+                change = times(found.change, self.fit)
+                amounts["time"][index], amounts[EXPECTED][index] = change.settled, change.value
                 amounts["bytes"][index] = found.bytes - whole.bytes
         return Table(tuple(places), amounts)
 

@@ -266,7 +266,8 @@ class Visitor:
             if self._harms[0] != parent.number:
                 self._harms = (parent.number, {})
             watch = replace(self.watch, narrow=parent.form.told == NARROW)
-            made = menu(self.model_of(parent), self.bench, watch, self._harms[1])
+            seconds = Scale.of(parent, self.seconds, self.bytes).now["time"]
+            made = menu(self.model_of(parent), self.bench, watch, self._harms[1], seconds)
             self._menu = (parent.number, made)
             self.notes += [note for note in made.notes if note not in self.notes]
             count = sum(map(len, made.offers.values()))
