@@ -136,6 +136,22 @@ class Upscale(nn.Module):
         return self.c(self.grouped(functional.relu(self.t(x))))
 
 
+class Twins(nn.Module):
+    """One tower for two inputs, which are then compared: equal ones tell nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3)
+        self.far = nn.Linear(8, 2)
+
+    def tower(self, x: Tensor) -> Tensor:
+        return self.b(functional.relu(self.a(x))).mean((2, 3))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        apart = self.tower(x) - self.tower(y)
+        return self.far(apart.abs()), apart.square().sum(1)
+
+
 IMAGE = torch.randn(1, 3, 6, 6)
 CASES = {
     "padded shortcut": (PaddedShortcut(), (IMAGE,), {"stem": 4, "one": 6, "two": 4}),
@@ -144,6 +160,7 @@ CASES = {
     "shuffle": (Shuffle(), (IMAGE,), {"a": 4, "a#2": 2, "g": 4, "b": 6}),
     "frozen shuffle": (Shuffle(frozen=True), (IMAGE,), {"a": 4, "a#2": 2, "g": 4, "b": 6}),
     "squeeze and excite": (Squeeze(), (IMAGE,), {"a": 8, "down": 4}),
+    "twins": (Twins(), (IMAGE, torch.zeros(1, 3, 6, 6)), {"a": 6, "b": 8}),
     "upscaling": (Upscale(), (IMAGE,), {"a": 4, "b": 4, "wise": 2, "t": 3, "t#2": 2, "grouped": 2}),
 }
 

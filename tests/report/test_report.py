@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from karui.artifact import save
 from karui.artifact.files import sealed
 from karui.errors import ArtifactError, UsageError
 from karui.measuring import Comparison, Counts, LayerCount, Measurement, Ratio, Score, Timing
+from karui.model import Model
 from karui.report import read_run, view, write_report
 from karui.report.front import front_plot, point_rows
 from karui.report.plots import accuracy_against_time
@@ -186,6 +190,19 @@ def test_a_changed_figure_of_a_record_is_noticed(tmp_path: Path) -> None:
         (tmp_path / "run.json").write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
         with pytest.raises(ArtifactError, match=r"run\.json is damaged"):
             read_run(tmp_path)
+
+
+def test_a_damaged_file_of_the_model_is_told_and_the_page_left_alone(tmp_path: Path) -> None:
+    save(Model(nn.Linear(2, 2), example=(torch.zeros(1, 2),)), tmp_path)
+    write(tmp_path, record())
+    (tmp_path / "report.html").write_text("before", encoding="utf-8")
+    for name in ("model.onnx", "model.safetensors", "model.json"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:-1])
+        with pytest.raises(ArtifactError, match=f"{name} is damaged"):
+            write_report(tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == "before"
 
 
 PROBE = """<script>

@@ -250,8 +250,9 @@ def jittered(module: nn.Module) -> Iterator[None]:
 
 
 def second_input(candidate: Candidate) -> tuple[Any, ...]:
-    """The random input of a proof."""
-    return tree_map(lambda t: random_like(t, torch.Generator().manual_seed(0)), candidate.analysis.trace.example)
+    """The random input of a proof. Two inputs of one shape differ: a network that compares them would show nothing."""
+    generator = torch.Generator().manual_seed(0)
+    return tree_map(lambda t: random_like(t, generator), candidate.analysis.trace.example)
 
 
 def prove(

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import karui
-from karui.artifact.files import read, unsealed
+from karui.artifact.files import JSON, read, unsealed
+from karui.artifact.load import read_artifact
 from karui.errors import ArtifactError, KaruiError, UsageError
 from karui.measuring import Comparison
 from karui.measuring.values import bytes_text
@@ -40,9 +41,11 @@ def write_report(folder: Path) -> Path:
 
     Raises:
         UsageError: there is no record in the folder.
-        ArtifactError: the record is damaged.
+        ArtifactError: the record, or a file of the model that the page tells how to deploy, is damaged.
     """
     run = read_run(folder)
+    if (folder / JSON).exists():
+        read_artifact(folder)
     try:
         page = page_of(run, folder)
     except KaruiError as error:
