@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from karui.deployment.int8 import Int8Form, Precision
 from karui.errors import UsageError, require
 from karui.measuring import Clock, OnnxForm, Ratio, Timings, known_engine, time_ratio
-from karui.measuring.filed import Filed
+from karui.measuring.filed import Filed, shared
 
 ENGINES = ("onnxruntime", "openvino")
 
@@ -66,14 +66,14 @@ def deployments(
         engines: names of the engines; one that is not installed is left out.
     """
     usable = [engine for engine in engines if not known_engine(engine).missing()]
-    made = [Deployment(name=f"{name}, fp32, {e}", engine=e, precision="fp32", data=form.data) for e in usable]
+    made = [Deployment(name=f"{name}, fp32, {e}", engine=e, precision="fp32", data=shared(form)) for e in usable]
     if int8 is not None and (int8.quantised or int8.stored):
         made += [
             Deployment(
                 name=f"{name}, {int8.precision}, {e}",
                 engine=e,
                 precision=int8.precision,
-                data=int8.data,
+                data=shared(int8.form),
                 fp32_layers=tuple(int8.fp32),
             )
             for e in usable

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from karui.errors import SettingError, UsageError, did_you_mean
 from karui.measuring import OnnxForm
+from karui.measuring.filed import write
 
 if TYPE_CHECKING:
     import onnx
@@ -70,12 +73,14 @@ def parsed(form: OnnxForm) -> onnx.ModelProto:
     import onnx
 
     try:
-        proto = onnx.load_model_from_string(form.data)
-        onnx.checker.check_model(proto)
+        with tempfile.TemporaryDirectory(prefix="karui-") as folder:
+            file = Path(folder) / "model.onnx"
+            write(form, file)
+            onnx.checker.check_model(file)  # before it is read: of a parsed graph the checker makes two more copies
+        return onnx.load_model_from_string(form.data)
     except Exception as error:  # the parser has errors of its own, of several kinds
         line = str(error).strip().partition("\n")[0]
         raise UsageError(f"The form is no whole ONNX file: {line}", "Export the model again.") from error
-    return proto
 
 
 def layers_of(form: OnnxForm, proto: onnx.ModelProto) -> Layers:

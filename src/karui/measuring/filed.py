@@ -8,7 +8,7 @@ import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, overload
+from typing import IO, Any, Protocol, cast, overload
 
 SMALL = 2**16
 """Bytes up to which they stay in memory."""
@@ -26,7 +26,8 @@ class File(Protocol):
 class Filed:
     """A field of a dataclass that holds bytes: in an unnamed file, and read from it each time they are asked for.
 
-    The file goes with its owner, also where the process is killed. Whoever holds what was read holds it in memory.
+    The file goes with the last of its owners, also where the process is killed: given an owner in the place of bytes,
+    another one shares its file, and nothing is read. Whoever holds what was read holds it in memory.
 
     Example:
         >>> from dataclasses import dataclass
@@ -36,14 +37,17 @@ class Filed:
         >>> form = Form(bytes(100_000))
         >>> len(form.data), Filed.size(form), form == Form(bytes(100_000))
         (100000, 100000, True)
+        >>> Form(form) == form
+        True
     """
 
-    def __set__(self, owner: Any, data: bytes) -> None:
-        held: bytes | IO[bytes] = data
-        if len(data) > SMALL:
-            held = tempfile.TemporaryFile(prefix="karui-")  # noqa: SIM115  (closed when its owner goes)
-            weakref.finalize(owner, held.close)
-            held.write(data)
+    def __set__(self, owner: Any, data: bytes | File) -> None:
+        if not isinstance(data, bytes):
+            if "_filed" in vars(data):
+                vars(owner)["_filed"] = vars(data)["_filed"]
+                return
+            data = data.data
+        held = data if len(data) <= SMALL else _OnDisk(data)
         vars(owner)["_filed"] = (held, len(data), hashlib.sha256(data).hexdigest())
 
     @overload
@@ -56,8 +60,8 @@ class Filed:
         held, size, _ = vars(owner)["_filed"]
         if isinstance(held, bytes):
             return held
-        held.seek(0)
-        return held.read(size)
+        held.file.seek(0)
+        return held.file.read(size)
 
     @staticmethod
     def size(owner: Any) -> int:
@@ -70,11 +74,25 @@ class Filed:
         return vars(owner)["_filed"][2]
 
 
+class _OnDisk:
+    """An unnamed file, which is closed when nobody has it any more."""
+
+    def __init__(self, data: bytes) -> None:
+        self.file: IO[bytes] = tempfile.TemporaryFile(prefix="karui-")  # noqa: SIM115  (closed as told above)
+        weakref.finalize(self, self.file.close)
+        self.file.write(data)
+
+
 @dataclass(frozen=True)
 class Waiting:
     """Bytes that wait in a file until they are used."""
 
     data: bytes = Filed()  # pyright: ignore[reportAssignmentType]  (reads and takes bytes)
+
+
+def shared(owner: File) -> bytes:
+    """What is put into another owner's field where it is to have the same file: the owner, which a field takes, too."""
+    return cast("bytes", owner)
 
 
 def write(file: File, path: Path) -> None:
@@ -83,6 +101,6 @@ def write(file: File, path: Path) -> None:
     if isinstance(held, bytes):
         path.write_bytes(file.data)
         return
-    held.seek(0)
+    held.file.seek(0)
     with path.open("wb") as target:
-        shutil.copyfileobj(held, target)
+        shutil.copyfileobj(held.file, target)

@@ -8,10 +8,12 @@ import inspect
 import io
 import logging
 import re
+import tempfile
 import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from karui.errors import CaptureError
-from karui.measuring.filed import Filed
+from karui.measuring.filed import Filed, write
 from karui.measuring.inference import batch_of, inference
 from karui.model import Model
 
@@ -106,7 +108,10 @@ def _export(model: Model) -> OnnxForm:
             value.const_value = None
     layers = _strip(proto, {path for path, _ in model.module.named_modules()})
     _check(proto)
-    return OnnxForm(data=proto.SerializeToString(deterministic=True), layers=layers)
+    form = OnnxForm(data=proto.SerializeToString(deterministic=True), layers=layers)
+    del proto, exported, program  # the checker reads the file, and makes copies of its own
+    _check_file(form)
+    return form
 
 
 def _constants(exported: torch.onnx.ONNXProgram) -> list[Any]:
@@ -230,8 +235,17 @@ def _check(proto: onnx.ModelProto) -> None:
             f"The model cannot be exported to ONNX: operator '{unknown[0]}' is no standard one.",
             "Replace the layer that uses it, or measure in torch only (engines=(Torch(),)).",
         )
+
+
+def _check_file(form: OnnxForm) -> None:
+    """The whole file must be valid, with shapes that go together."""
+    import onnx
+
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        with tempfile.TemporaryDirectory(prefix="karui-") as folder:
+            file = Path(folder) / "model.onnx"
+            write(form, file)
+            onnx.checker.check_model(file, full_check=True)
     except Exception as error:
         line = str(error).strip().partition("\n")[0]
         raise CaptureError(f"The exported ONNX graph is not valid: {line}", "Update torch and onnxscript.") from error

@@ -30,6 +30,7 @@ from karui.deployment import deployments as forms_in
 from karui.errors import KaruiError, UsageError
 from karui.measuring import OnnxForm, Score, evaluate, known_engine, onnx_form
 from karui.measuring.engines import OnnxRuntime
+from karui.measuring.filed import shared
 from karui.model import Model
 from karui.recipes.budget.front import Form, Point
 
@@ -62,7 +63,7 @@ def _renamed(each: Deployment) -> Deployment:
         name=f"{each.precision}, {each.engine}",
         engine=each.engine,
         precision=each.precision,
-        data=each.data,
+        data=shared(each),
         fp32_layers=each.fp32_layers,
     )
 
