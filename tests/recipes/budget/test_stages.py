@@ -29,17 +29,17 @@ class Law:
         return self.points[0]
 
     def lighten(self, parent: Point, target: Mapping[str, float], epochs: int) -> Point:
-        return self._visited(at(len(self.points), target["time"], 0.0, parent.epochs + epochs), epochs)
+        return self._visited(parent, target["time"], epochs, {"a layer": "narrower"})
 
     def polish(self, parent: Point, epochs: int) -> Point:
-        return self._visited(replace(parent, number=len(self.points), epochs=parent.epochs + epochs), epochs)
+        return self._visited(parent, parent.form.time, epochs, {})
 
-    def _visited(self, point: Point, epochs: int) -> Point:
+    def _visited(self, parent: Point, time: float, epochs: int, chosen: dict[str, str]) -> Point:
         self.spent += epochs
-        time = point.form.time
-        point = at(point.number, time, self.loses(time, point.epochs), point.epochs)
-        self.points.append(point)
-        return point
+        passes = parent.epochs + epochs
+        point = at(len(self.points), time, self.loses(time, passes), passes)
+        self.points.append(replace(point, parent=parent.number, chosen=chosen))
+        return self.points[-1]
 
 
 FAR = Plan(goal={"time": 0.2}, stated=False, max_drop=1.0, epochs=16)
@@ -151,6 +151,44 @@ def test_a_point_that_training_would_bring_far_below_the_floor_is_made_lighter()
     assert not FAR.holds(visits.points[2])
     assert FAR.holds(point)
     assert point.form.time < 0.8 * visits.points[1].form.time
+
+
+@dataclass
+class Doubtful(Law):
+    """The dense network's menu ends a little above the goal, as a clock has it that knows little; the next one does
+    not.
+    """
+
+    def lighten(self, parent: Point, target: Mapping[str, float], epochs: int) -> Point:
+        point = super().lighten(parent, target, epochs)
+        time = max(target["time"], 0.7 if parent.number == 0 else 0)
+        self.points[-1] = replace(point, forms=(replace(point.form, time=time, error=0.03),))
+        return self.points[-1]
+
+
+def test_a_point_that_is_above_the_goal_within_the_error_is_no_end_of_the_way():
+    visits = Doubtful(loses=recovering(0.5))
+    plan = Plan(goal={"time": 0.66}, stated=True, max_drop=3.0, epochs=6)
+    point = travel(visits, visits.dense(), plan)
+    assert plan.met(point)
+    assert point.form.time <= 0.66
+
+
+@dataclass
+class Coarse(Law):
+    """A menu with one choice for a parent; what is chosen once more is trained on, as visits do."""
+
+    def lighten(self, parent: Point, target: Mapping[str, float], epochs: int) -> Point:
+        twin = next((p for p in self.points if p.chosen and p.parent == parent.number), None)
+        return super().lighten(parent, {"time": 0.5}, epochs) if twin is None else self.polish(twin, epochs)
+
+
+def test_a_bisection_that_comes_upon_its_broken_end_again_is_over():
+    """Nothing lies between: it is trained on once, not at each bisection, and once more with all that is left."""
+    visits = Coarse(loses=lambda time, epochs: 0.0 if time == 1 else 40 / max(epochs, 1) ** 0.3)
+    travel(visits, visits.dense(), Plan(goal={"time": 0.5}, stated=True, max_drop=1.0, epochs=40))
+    assert len([point for point in visits.points if point.number and not point.chosen]) == 2
+    assert visits.points[-1].epochs > 30
 
 
 @pytest.mark.parametrize("goal", [{"bytes": 1.0}, {"time": 1 - 1e-12}, {}])

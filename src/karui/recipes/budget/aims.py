@@ -11,8 +11,10 @@ from karui.recipes.budget.deployments import NARROW
 if TYPE_CHECKING:
     from karui.recipes.budget.front import Form, Point
 
-NEAR = 0.01
-"""How far above its target a point may be measured: what the clock cannot tell apart."""
+MARGIN = {"time": 0.01, "bytes": 0.0}
+"""How far below its target a choice is to be measured, so that another race confirms it. Bytes are exact."""
+EXACT = 1e-9
+"""Of the arithmetic by which a measurement is held against an aim."""
 SPARE = 0.06
 """How far below it may be before a choice that does less is tried."""
 
@@ -49,47 +51,57 @@ class Scale:
 
 @dataclass
 class Aims:
-    """Aims at a target: where a prediction was off, the next aim is off by as much the other way.
+    """Aims a little below a target: where a prediction was off, the next aim is off by as much the other way.
 
     A prediction may jump, as choices do; so what is corrected is its ratio to what was measured, and not what is left
     to the target: a choice that went too far by itself would be taken for a wrong prediction.
 
     Settings:
         wanted: the target, by quantity.
+        off: times its prediction that the last choice was measured at.
+        seen: what each choice was measured at, as a share of what was aimed at.
 
     Example:
         >>> aims = Aims({"time": 0.5})
         >>> aims.see({"time": 0.5}, {"time": 0.55})
         >>> round(aims.next["time"], 3), aims.met
-        (0.455, False)
-        >>> aims.see({"time": 0.45}, {"time": 0.495})
+        (0.45, False)
+        >>> aims.see({"time": 0.445}, {"time": 0.489})
         >>> aims.met, aims.nearest
         (True, 1)
     """
 
     wanted: Mapping[str, float]
-    next: dict[str, float] = field(init=False)
+    off: dict[str, float] = field(init=False)
     seen: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.next = dict(self.wanted)
+        self.off = dict.fromkeys(self.wanted, 1.0)
+
+    @property
+    def aim(self) -> dict[str, float]:
+        """What is to be measured."""
+        return {q: share * (1 - MARGIN[q]) for q, share in self.wanted.items()}
+
+    @property
+    def next(self) -> dict[str, float]:
+        """What is to be predicted of the next choice."""
+        return {q: share / self.off[q] for q, share in self.aim.items()}
 
     def see(self, predicted: Mapping[str, float], measured: Mapping[str, float]) -> None:
         """What became of a choice: each quantity as a share of the dense model's."""
-        # Bytes are exact: there nothing above the target is near enough.
-        near = {q: measured[q] / share * (1 + NEAR if q == "bytes" else 1) for q, share in self.wanted.items()}
-        self.seen.append(max(near.values(), default=1.0))
-        self.next = {q: share * predicted[q] / measured[q] for q, share in self.wanted.items()}
+        self.seen.append(max((measured[q] / share for q, share in self.aim.items()), default=1.0))
+        self.off = {q: measured[q] / predicted[q] for q in self.wanted}
 
     @property
     def met(self) -> bool:
-        """Whether the last choice is at the target: not above it, and not far below."""
-        return 1 - SPARE <= self.seen[-1] <= 1 + NEAR
+        """Whether the last choice is where it was aimed at: not above, and not far below."""
+        return 1 - SPARE <= self.seen[-1] <= 1 + EXACT
 
     @property
     def nearest(self) -> int:
-        """The choice that is nearest to the target from below; where none is below, the lightest."""
-        below = [k for k, share in enumerate(self.seen) if share <= 1 + NEAR]
+        """The choice that is nearest to the aim from below; where none is below, the lightest."""
+        below = [k for k, share in enumerate(self.seen) if share <= 1 + EXACT]
         return (
             max(below, key=lambda k: self.seen[k]) if below else min(range(len(self.seen)), key=lambda k: self.seen[k])
         )

@@ -12,9 +12,7 @@ from karui.recipes.budget.cache import SURE
 
 SAME = 1e-9
 TOLERATED = 1.02
-"""Times a limit that still count as kept: what the clock cannot tell apart."""
-DOUBTED = 0.1
-"""The share of a time up to which its error counts for it."""
+"""Times a limit that still count as kept: what the clock cannot tell apart at its best, and no more on a worse one."""
 EXACT = 1 + 1e-9
 """Of the arithmetic by which bytes are held against a limit."""
 
@@ -86,12 +84,29 @@ class Point:
         return self.form.time if quantity == "time" else self.form.bytes
 
     def beyond(self, limits: Mapping[str, float]) -> list[str]:
-        """The quantities that are above their limits (shares of the dense model): bytes by anything, time by more than
-        the clock's noise. A clock that knows little is not believed to the budget's favour.
+        """The quantities that it was measured above its limits in. The error counts for nothing here: who is unsure
+        has not kept a limit.
         """
-        noise = min(SURE * self.form.error, DOUBTED * self.form.time)
-        least = {"time": (self.form.time - noise) / TOLERATED, "bytes": self.form.bytes / EXACT}
-        return [quantity for quantity, limit in limits.items() if least[quantity] > limit]
+        return exceeded({quantity: self.share(quantity) for quantity in limits}, limits)
+
+    def unsure(self, limits: Mapping[str, float]) -> bool:
+        """Whether its time is above the limit by no more than the clock's error."""
+        least = self.form.time - SURE * self.form.error
+        return "time" in self.beyond(limits) and least <= limits["time"]
+
+
+def exceeded(shares: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
+    """The quantities above their limits, both as shares of the dense model: bytes by anything, time by more than a
+    small fixed share.
+    """
+    most = {"time": TOLERATED, "bytes": EXACT}
+    return [quantity for quantity, limit in limits.items() if shares[quantity] > limit * most[quantity]]
+
+
+def latest(points: Sequence[Point]) -> list[Point]:
+    """The points without those that were trained on: what is said of such a network is said of its last training."""
+    trained = {point.parent for point in points if point.number and not point.chosen}
+    return [point for point in points if point.number not in trained]
 
 
 def front(points: Sequence[Point]) -> list[Point]:

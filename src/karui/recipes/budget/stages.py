@@ -97,7 +97,7 @@ class Plan:
         return self.max_drop is None or point.form.lost <= self.max_drop + 1e-9
 
     def met(self, point: Point) -> bool:
-        """Whether it keeps the floor and every limit, as far as the clock can tell."""
+        """Whether it was measured to keep the floor and every limit."""
         return self.holds(point) and not point.beyond(self.goal)
 
     def order(self, point: Point) -> tuple[int, float]:
@@ -185,8 +185,8 @@ class _Way:
             if min(plan.goal.values()) ** (low - high) < CLOSE or spent or (self.purse.explored and good.number):
                 break
             point = self.lighten(good, plan.target(low + (high - low) * self._where(good, broken)))
-            if point is None:
-                break
+            if point is None or not point.chosen:
+                break  # nothing lies between: the menu's next choice is a point that is there, which was trained on
             holds = self.hopeful(point)
             part = plan.part(point) if holds else plan.tried(point)
             if part <= low:
