@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ from karui.deployment import Deployment, as_model
 from karui.errors import NeedError, UsageError
 from karui.measuring.values import from_json
 from karui.model import Classification, CustomTask, Model, Regression
-from karui.recipes.budget import visits
+from karui.recipes.budget import run, visits
 from karui.recipes.budget.front import Form, Point
 from karui.recipes.budget.lesson import NUMBERS, SOFT
 from karui.recipes.budget.run import Settings, _seen
+from karui.recipes.budget.stages import Plan
 from karui.recipes.budget.timing import Stopwatch
+from karui.recipes.keeping import quiet
 from karui.technique import Bench
 from karui.train import SGD, Training
 
@@ -324,6 +327,59 @@ def test_a_choice_that_comes_again_is_trained_on(tmp_path: Path):
     other = visitor.lighten(start, {"bytes": 0.4}, 2)
     assert other is not None
     assert (other.parent, other.epochs) == (0, 2)
+
+
+@pytest.mark.usefixtures("steady")
+def test_how_far_a_menu_goes_is_kept_with_whose_it_is(tmp_path: Path):
+    """Also where a run goes on from what it kept: what is said of it in the end is the same."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 96), nn.ReLU(), nn.Linear(96, 4)).eval()
+    dense = Model(net, example=(torch.zeros(2, 16),), task=Regression())
+    data = TensorDataset(torch.randn(64, 16), torch.zeros(64, 4))
+    found = []
+    for _ in range(2):
+        visitor = visits.Visitor(
+            dense=dense, bench=Bench(train=data, validation=data, test=data, training=TRAINING), out=tmp_path,
+            watch=Stopwatch(), mark="", int8=False, max_drop=None, wanted=("bytes",), find_rate=False, tell=quiet,
+        )  # fmt: skip
+        start = visitor.start()
+        assert visitor.lighten(start, {"bytes": 0.7}, 0) is not None
+        assert visitor.reach == []
+        visitor.lighten(start, {"bytes": 0.01}, 0)
+        found.append(visitor.reach)
+    (reach,) = found[0]
+    assert (reach.parent, reach.target) == (0, {"bytes": 0.01})
+    assert 0.01 < reach.shares["bytes"] < 0.7
+    assert found[0] == found[1]
+
+
+def test_a_result_that_the_last_race_takes_back_gives_way_to_one_that_it_confirms(monkeypatch: pytest.MonkeyPatch):
+    def point(number: int, time: float, lost: float) -> Point:
+        return Point(number=number, forms=(Form(name="", told="", time=time, bytes=1.0, lost=lost),))
+
+    points = [point(0, 1.0, 0.0), point(1, 0.6, 1.0), point(2, 0.55, 2.0), point(3, 0.5, 2.5), point(4, 0.4, 9.0)]
+    plan = Plan(goal={"time": 0.6}, stated=True, max_drop=3.0, epochs=1)
+    raced = []
+
+    def race(times: dict[int, float]) -> Any:
+        def timed(_: Any, p: Point) -> run._Raced:
+            raced.append(p.number)
+            return run._Raced(
+                dataclasses.replace(p, forms=(dataclasses.replace(p.form, time=times[p.number]),)), [], {}
+            )
+
+        return timed
+
+    visitor: Any = SimpleNamespace(points=points, tell=quiet)
+    for times, result, tried in (
+        ({1: 0.6}, 1, [1]),
+        ({1: 0.64, 2: 0.56}, 2, [1, 2]),
+        ({1: 0.64, 2: 0.62, 3: 0.63}, 1, [1, 2, 3]),
+    ):
+        raced.clear()
+        monkeypatch.setattr(run, "_race", race(times))
+        assert run._confirmed(visitor, points[1], plan).point.number == result
+        assert raced == tried
 
 
 @pytest.mark.slow

@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from karui.measuring import OnnxRuntime, layer_times
-from karui.measuring.values import bytes_text, seconds_text
+from karui.measuring.values import bytes_text
+from karui.recipes.budget.cache import SURE
+from karui.recipes.budget.front import cost, exceeded, latest
+from karui.recipes.budget.stages import STUCK
 
 if TYPE_CHECKING:
     from karui.model import Model
     from karui.recipes.budget.front import Form, Point
     from karui.recipes.budget.stages import Plan
     from karui.recipes.budget.timing import Stopwatch
-    from karui.recipes.budget.visits import Visitor
+    from karui.recipes.budget.visits import Reach, Visitor
 
 SHOWN = 3
 """Layers that are named."""
@@ -36,16 +39,25 @@ def told(point: Point, plan: Plan, visitor: Visitor, light: Model) -> str:
             f"No budget was stated, so the network was made lighter as far as the floor allows: {shares(point)}, "
             f"{_loss(point)} of at most {plan.max_drop:g}. {_broken(points, plan)}"
         ).strip()
-    return (
-        f"Neither a budget nor a floor was stated. Of {len(points)} points visited, this one is the knee of the front: "
-        f"{shares(point)}, {_loss(point)}. Lighter points lose more for each step, heavier ones gain little."
-    )
+    return f"Neither a budget nor a floor was stated. {_knee(point, points)}"
+
+
+def _knee(point: Point, points: Sequence[Point]) -> str:
+    """Why the front's knee was taken, by the points that there are to either side of it."""
+    if len(points) == 1:
+        return f"No other point was visited than the dense network: {shares(point)}, {_loss(point)}."
+    lighter = any(cost(p) < cost(point) for p in points)
+    heavier = any(cost(p) > cost(point) for p in points)
+    sides = [text for text, there in (("lighter points lose more for each step", lighter),
+                                      ("heavier ones gain little", heavier)) if there]  # fmt: skip
+    why = f" {', '.join(sides).capitalize()}." if sides else ""
+    return f"Of {len(points)} points visited, this one is the knee of the front: {shares(point)}, {_loss(point)}.{why}"
 
 
 def deployed(forms: Sequence[Mapping[str, Any]], dense_bytes: int) -> str:
     """A sentence on the file to deploy; empty where it is the plain form, which all other sentences are about."""
     form = next(form for form in forms if form["chosen"])
-    if form["chosen"] and form is forms[0]:
+    if form is forms[0]:
         return ""
     ratio, score = form["ratio"], form["test"]
     judged = ""
@@ -55,13 +67,19 @@ def deployed(forms: Sequence[Mapping[str, Any]], dense_bytes: int) -> str:
     return (
         f"model.onnx is the form in {form['precision']} for {form['engine']}: {ratio['value']:.2f}x the speed of the "
         f"dense model in fp32 ({ratio['low']:.2f} to {ratio['high']:.2f}), {bytes_text(form['bytes'])} instead of "
-        f"{bytes_text(dense_bytes)}{judged}. All else that follows is about the network in fp32."
+        f"{bytes_text(dense_bytes)}{judged}. The sentences after this one are not about that file, but about the same "
+        "network in fp32 (model.safetensors)."
     )
 
 
 def _met(point: Point, plan: Plan) -> str:
     asked = " and ".join(f"{quantity} {share:.3g}" for quantity, share in plan.goal.items())
-    return f"The budget ({asked} of the dense model) is met: {shares(point)}, {_loss(point)}."
+    told = f"{shares(point)}, {_loss(point)}"
+    if not point.number:
+        return f"The dense model already meets the budget ({asked} of its own in fp32), nothing was cut: {told}."
+    above = any(point.share(quantity) > share for quantity, share in plan.goal.items())
+    note = " What is above it is less than the clock can tell." if above else ""
+    return f"The budget ({asked} of the dense model) is met: {told}.{note}"
 
 
 def shares(point: Point) -> str:
@@ -79,7 +97,7 @@ def _loss(point: Point) -> str:
 
 
 def _broken(points: Sequence[Point], plan: Plan) -> str:
-    beyond = [p for p in points if not plan.holds(p)]
+    beyond = [p for p in latest(points) if not plan.holds(p)]
     if not beyond:
         return ""
     nearest = min(beyond, key=lambda p: p.form.lost)
@@ -88,36 +106,92 @@ def _broken(points: Sequence[Point], plan: Plan) -> str:
 
 def _in_the_way(point: Point, plan: Plan, visitor: Visitor, light: Model) -> str:
     """Which limit is missed, which layers hold what is left, and what would have to give."""
-    points, reach = visitor.points, visitor.reach
     missed = point.beyond(plan.goal)
     gap = " and ".join(f"{q} {point.share(q):.2f} instead of {plan.goal[q]:.3g}" for q in missed)
-    broken = [p for p in points if not plan.holds(p)]
     sentences = [f"The budget is not met: the best that was found takes {gap or 'what was asked'}, {_loss(point)}."]
-    sentences.append(_heaviest(light, missed, visitor.watch))
-    if broken:
-        best = min(broken, key=lambda p: max(p.share(q) / share for q, share in plan.goal.items()))
+    if point.unsure(plan.goal):
         sentences.append(
-            f"What stops it is the floor: point {best.number} ({shares(best)}) loses {best.form.lost:.2f} where "
-            f"{plan.max_drop:g} is allowed. Allow more, or give more epochs to recover in (they were {plan.epochs})."
+            f"The clock is sure of that time to {SURE * point.form.error:.2f} only, so it may be within the limit, "
+            "which nobody can say here. Measure on a quieter machine, or ask for a little more time."
         )
-    elif (narrow := _too_narrow(point, plan, points, missed)) is not None:
+    sentences += [_heaviest(light, missed, visitor.watch), _cause(point, plan, visitor)]
+    return " ".join(filter(None, sentences))
+
+
+def _cause(point: Point, plan: Plan, visitor: Visitor) -> str:
+    """What stops the way to the budget, as far as the run has seen it: the floor, or the end of the menu."""
+    points, missed = visitor.points, point.beyond(plan.goal)
+
+    def short(p: Point) -> float:
+        return max(p.share(q) / share for q, share in plan.goal.items())
+
+    advice = f"Allow more, or give more epochs to recover in (they were {plan.epochs})."
+    broken = [p for p in latest(points) if not plan.holds(p) and short(p) < short(point)]
+    if broken:
+        best = min(broken, key=short)
+        stops = (
+            f"What stops it is the floor: point {best.number} ({shares(best)}) loses {best.form.lost:.2f} where "
+            f"{plan.max_drop:g} is allowed. {advice}"
+        )
+        made = _end_of_menu(_reach_to(best, visitor), best.beyond(plan.goal), plan)
+        ends = made or _end_of_menu(_reach_of(best, visitor), best.beyond(plan.goal), plan)
+        return f"{stops} That alone may not be enough: {ends}" if ends else stops
+    if (narrow := _too_narrow(point, plan, points, missed)) is not None:
         tried, form = narrow
-        sentences.append(
+        return (
             f"What stops it is the floor: point {tried.number} in the form {form.told} (time {form.time:.2f} and bytes "
             f"{form.bytes:.2f} of the dense model) loses {form.lost:.2f} where {plan.max_drop:g} is allowed, and with "
-            f"more bits it weighs more. Allow more, or give more epochs to recover in (they were {plan.epochs})."
+            f"more bits it weighs more. {advice}"
         )
-    elif reach:
-        ends = " and ".join(
-            f"{seconds_text(v)} of time" if q == "time" else f"{bytes_text(v)} of file" for q, v in reach.items()
-        )
-        sentences.append(
-            f"What stops it is the menu: with everything that can be done from the last point, whatever the harm, "
-            f"{ends} would be left. Ask for more than that, or for a lighter architecture."
-        )
-    else:
-        sentences.append("Nothing more on the menu makes the network lighter. Ask for less.")
-    return " ".join(filter(None, sentences))
+    reach = _reach_of(point, visitor) or (_reach_to(point, visitor) if _stuck(point, points, missed) else None)
+    if ends := _end_of_menu(reach, missed, plan):
+        return f"What stops it is the menu: {ends}"
+    return (
+        f"Nothing lighter was found from point {point.number} in the stages of this run. Ask for less, or compress the "
+        "result once more."
+    )
+
+
+def _first(point: Point, points: Sequence[Point]) -> Point:
+    """The point that its network was made as, before it was trained on."""
+    known = {p.number: p for p in points}
+    while point.number and not point.chosen and point.parent in known:
+        point = known[point.parent]
+    return point
+
+
+def _reach_of(point: Point, visitor: Visitor) -> Reach | None:
+    """How far the menu of a point's own network goes, if it was asked for more than it has."""
+    known = {p.number: _first(p, visitor.points).number for p in visitor.points}
+    mine = _first(point, visitor.points).number
+    return next((reach for reach in reversed(visitor.reach) if known.get(reach.parent) == mine), None)
+
+
+def _reach_to(point: Point, visitor: Visitor) -> Reach | None:
+    """How far the menu went that a point was made from, if the point is what came of its end."""
+    first = _first(point, visitor.points)
+    step = (first.parent, first.target)
+    return next((reach for reach in visitor.reach if first.number and (reach.parent, reach.target) == step), None)
+
+
+def _stuck(point: Point, points: Sequence[Point], missed: Sequence[str]) -> bool:
+    """Whether the step to it made hardly anything of what is missed lighter, so that one more would not, either."""
+    first = _first(point, points)
+    parent = next((p for p in points if p.number == first.parent), first)
+    return all(first.share(q) > STUCK * parent.share(q) for q in missed)
+
+
+def _end_of_menu(reach: Reach | None, missed: Sequence[str], plan: Plan) -> str:
+    """What a menu would leave, whatever the harm; empty where that is no reason for what is missed."""
+    if reach is None or not missed:
+        return ""
+    above = exceeded(reach.shares, {q: plan.goal[q] for q in missed})
+    if not above and len(reach.shares) == 1:
+        return ""
+    ends = " and ".join(f"{q} {reach.shares[q]:.2f}" for q in above or reach.shares)
+    told = f"with everything that can be done from point {reach.parent}, whatever the harm, {ends} would be left"
+    told = told if above else f"{told}, each by itself, and no choice leaves all at once"
+    return f"{told}. Ask for more than that, or for a lighter architecture."
 
 
 def _too_narrow(point: Point, plan: Plan, points: Sequence[Point], missed: Sequence[str]) -> tuple[Point, Form] | None:
@@ -128,7 +202,7 @@ def _too_narrow(point: Point, plan: Plan, points: Sequence[Point], missed: Seque
     def lighter(form: Form) -> bool:
         return all((form.time if q == "time" else form.bytes) < point.share(q) for q in missed)
 
-    found = [(p, f) for p in points for f in p.forms if missed and f.lost > plan.max_drop and lighter(f)]
+    found = [(p, f) for p in latest(points) for f in p.forms if missed and f.lost > plan.max_drop and lighter(f)]
     return min(found, key=lambda pair: pair[1].lost, default=None)
 
 

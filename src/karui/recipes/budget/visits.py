@@ -46,6 +46,22 @@ class _Choice:
         return self.light.pop()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """How far a menu goes, noted where it did not go to a target.
+
+    Settings:
+        parent: the point whose menu it is.
+        target: the shares that were aimed at.
+        shares: the least that would be left of each quantity, whatever the harm, as shares of the dense model: as
+            predicted, and corrected by what was measured of the choices before.
+    """
+
+    parent: int
+    target: dict[str, float]
+    shares: dict[str, float]
+
+
 @dataclass(kw_only=True)
 class Visitor:
     """Makes points, and knows those that were made before.
@@ -63,7 +79,7 @@ class Visitor:
         tell: is given a line at each stage.
         points: all points so far.
         notes: what could not be done, and why.
-        reach: the least seconds and bytes that the menu offered, where it could not reach a target.
+        reach: how far menus went that could not reach a target.
         count: visits so far; the number of the next point.
         rate: the learning rate that was found; None before the first recovery.
     """
@@ -80,7 +96,7 @@ class Visitor:
     tell: Tell
     points: list[Point] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    reach: dict[str, float] = field(default_factory=dict)
+    reach: list[Reach] = field(default_factory=list)
     count: int = 0
     rate: float | None = None
     _held: tuple[int, Model] | None = None
@@ -156,7 +172,8 @@ class Visitor:
         kept = read_record(folder / POINT) or read_record(folder.with_suffix(".json"))
         if kept is not None and kept.get("mark") == self.mark:
             self.notes += [note for note in kept["notes"] if note not in self.notes]
-            self.reach, self.rate = kept["reach"], kept["rate"]
+            self.reach = [from_json(Reach, each) for each in kept.get("reaches", [])]  # earlier versions kept no such
+            self.rate = kept["rate"]
             if kept["point"] is None:
                 return None
             point = from_json(Point, kept["point"])
@@ -168,7 +185,7 @@ class Visitor:
                 "mark": self.mark,
                 "point": to_json(point),
                 "notes": self.notes,
-                "reach": self.reach,
+                "reaches": to_json(self.reach),
                 "rate": self.rate,
             }
             if point is None:
@@ -288,7 +305,9 @@ class Visitor:
             chosen = self._choice(offers.problem(limits))
             exhausted = chosen is None
             if chosen is None:
-                chosen = self._farthest(offers, limits, scale.now)
+                chosen, ends = self._farthest(offers, limits)
+                least = {q: (scale.now[q] + end) / scale.whole[q] * aims.off[q] for q, end in ends.items()}
+                self._note_reach(parent, target, {q: share * scale.factors[q] for q, share in least.items()})
             problem = offers.problem(limits)
             counted = {q: (scale.now[q] + problem.total(chosen, q)) / scale.whole[q] for q in scale.whole}
             seconds = scale.now["time"] + problem.total(chosen, EXPECTED)
@@ -322,10 +341,18 @@ class Visitor:
         spared = [quantity for quantity in ("bytes", "time") if quantity not in problem.limits]
         return frugal(problem, spared[0]) if spared else choose(problem)
 
-    def _farthest(self, offers: Menu, limits: Mapping[str, float], now: Mapping[str, float]) -> dict[str, int]:
-        """Where no choice keeps all limits: the one nearest to them, along the way that is possible."""
+    def _note_reach(self, parent: Point, target: Mapping[str, float], shares: Mapping[str, float]) -> None:
+        """Note how far a menu goes; what was noted of the same aim before, by an earlier choice, was less sure."""
+        found = Reach(parent=parent.number, target=dict(target), shares=dict(shares))
+        others = [r for r in self.reach if (r.parent, r.target) != (found.parent, found.target)]
+        self.reach = [*others, found]
+
+    @staticmethod
+    def _farthest(offers: Menu, limits: Mapping[str, float]) -> tuple[dict[str, int], dict[str, float]]:
+        """Where no choice keeps all limits: the one nearest to them, along the way that is possible; and how far the
+        menu goes in each quantity by itself.
+        """
         ends = {q: offers.problem({}).total(cheapest(offers.problem({}), q), q) for q in limits}
-        self.reach = {q: now[q] + ends[q] for q in ends}
         low, high, found = 0.0, 1.0, dict.fromkeys(offers.offers, 0)
         for _ in range(6):
             middle = (low + high) / 2
@@ -334,7 +361,7 @@ class Visitor:
                 high = middle
             else:
                 low, found = middle, tried
-        return found
+        return found, ends
 
 
 def _told(target: Mapping[str, float]) -> str:
