@@ -111,8 +111,8 @@ def _in_the_way(point: Point, plan: Plan, visitor: Visitor, light: Model) -> str
     sentences = [f"The budget is not met: the best that was found takes {gap or 'what was asked'}, {_loss(point)}."]
     if point.unsure(plan.goal):
         sentences.append(
-            f"The clock is sure of that time to {SURE * point.form.error:.2f} only, so it may be within the limit, "
-            "which nobody can say here. Measure on a quieter machine, or ask for a little more time."
+            f"The clock is sure of that time to {SURE * point.form.error:.2f} only, so that it may or may not be "
+            "within the limit. Measure on a quieter machine, or ask for a little more time."
         )
     sentences += [_heaviest(light, missed, visitor.watch), _cause(point, plan, visitor)]
     return " ".join(filter(None, sentences))
@@ -120,6 +120,22 @@ def _in_the_way(point: Point, plan: Plan, visitor: Visitor, light: Model) -> str
 
 def _cause(point: Point, plan: Plan, visitor: Visitor) -> str:
     """What stops the way to the budget, as far as the run has seen it: the floor, or the end of the menu."""
+    points, missed = visitor.points, point.beyond(plan.goal)
+    if floor := _floor(point, plan, visitor):
+        return floor
+    reach = _reach_of(point, visitor) or (_reach_to(point, visitor) if _stuck(point, points, missed) else None)
+    if ends := _end_of_menu(reach, missed, plan):
+        return f"What stops it is the menu: {ends}"
+    return (
+        f"Nothing lighter was found from point {point.number} in the stages of this run. Ask for less, or compress the "
+        "result once more."
+    )
+
+
+def _floor(point: Point, plan: Plan, visitor: Visitor) -> str:
+    """That lighter points, or lighter forms, broke the floor; and whether the menu would have ended above the goal
+    all the same. Empty where none did.
+    """
     points, missed = visitor.points, point.beyond(plan.goal)
 
     def short(p: Point) -> float:
@@ -129,26 +145,20 @@ def _cause(point: Point, plan: Plan, visitor: Visitor) -> str:
     broken = [p for p in latest(points) if not plan.holds(p) and short(p) < short(point)]
     if broken:
         best = min(broken, key=short)
+        reaches = (_reach_to(best, visitor), _reach_of(best, visitor))
+        ends = next(filter(None, (_end_of_menu(reach, best.beyond(plan.goal), plan) for reach in reaches)), "")
         stops = (
             f"What stops it is the floor: point {best.number} ({shares(best)}) loses {best.form.lost:.2f} where "
             f"{plan.max_drop:g} is allowed. {advice}"
         )
-        made = _end_of_menu(_reach_to(best, visitor), best.beyond(plan.goal), plan)
-        ends = made or _end_of_menu(_reach_of(best, visitor), best.beyond(plan.goal), plan)
         return f"{stops} That alone may not be enough: {ends}" if ends else stops
-    if (narrow := _too_narrow(point, plan, points, missed)) is not None:
-        tried, form = narrow
-        return (
-            f"What stops it is the floor: point {tried.number} in the form {form.told} (time {form.time:.2f} and bytes "
-            f"{form.bytes:.2f} of the dense model) loses {form.lost:.2f} where {plan.max_drop:g} is allowed, and with "
-            f"more bits it weighs more. {advice}"
-        )
-    reach = _reach_of(point, visitor) or (_reach_to(point, visitor) if _stuck(point, points, missed) else None)
-    if ends := _end_of_menu(reach, missed, plan):
-        return f"What stops it is the menu: {ends}"
+    if (narrow := _too_narrow(point, plan, points, missed)) is None:
+        return ""
+    tried, form = narrow
     return (
-        f"Nothing lighter was found from point {point.number} in the stages of this run. Ask for less, or compress the "
-        "result once more."
+        f"What stops it is the floor: point {tried.number} in the form {form.told} (time {form.time:.2f} and bytes "
+        f"{form.bytes:.2f} of the dense model) loses {form.lost:.2f} where {plan.max_drop:g} is allowed, and with "
+        f"more bits it weighs more. {advice}"
     )
 
 
