@@ -108,12 +108,79 @@ def test_data_that_does_not_match_the_model() -> None:
 
 
 def test_a_void_class_counts_for_nothing() -> None:
-    maps = TensorDataset(torch.zeros(4, 3, 5, 5), torch.full((4, 5, 5), 11))
+    targets = torch.full((4, 5, 5), 11)
+    targets[3, 0] = 1
+    maps = TensorDataset(torch.zeros(4, 3, 5, 5), targets)
     splits = Splits(train=maps, validation=maps, test=maps)
     net = Model(nn.Conv2d(3, 2, 1), example=(torch.zeros(1, 3, 5, 5),), task=Classification(ignore=11))
     check(splits, net)
     with pytest.raises(DataError, match="is class 11; the model has 2 classes"):
         check(splits, replace(net, task=Classification()))
+
+
+def same(data: TensorDataset) -> Splits:
+    return Splits(train=data, validation=data, test=data, name="mine")
+
+
+def test_class_minus_100_is_no_label() -> None:
+    words, tags = torch.zeros(4, 3, 5), torch.tensor([[0, 1, -100, -100, -100]] * 4)
+    net = Model(nn.Conv1d(3, 2, 1), example=(torch.zeros(1, 3, 5),), task=Classification())
+    check(same(TensorDataset(words, tags)), net)
+    with pytest.raises(DataError, match="is class -1; the model has 2 classes"):
+        check(same(TensorDataset(words, tags.clamp(min=-1))), net)
+    few = TensorDataset(torch.zeros(4, 3), torch.tensor([0, -100, 1, -100]))
+    for classes in ((), ("a", "b")):
+        check(replace(same(few), classes=classes))
+        check(replace(same(few), classes=classes), model())
+    check(replace(same(TensorDataset(torch.zeros(3, 3), torch.tensor([0, 9, 1]))), classes=("a", "b")), void_9())
+    with pytest.raises(DataError, match=r"All training samples of 'mine' are of one class \(1\)"):
+        check(same(TensorDataset(torch.zeros(3, 3), torch.tensor([1, -100, 1]))))
+
+
+def void_9() -> Model:
+    return replace(model(), task=Classification(ignore=9))
+
+
+@pytest.mark.parametrize(
+    ("net", "targets"),
+    [
+        (model(), torch.tensor([-100, -100])),
+        (void_9(), torch.tensor([9, -100])),
+        (replace(model(), task=Regression()), torch.full((2, 2), -torch.inf)),
+    ],
+)
+def test_a_split_without_any_label_is_refused(net: Model, targets: Tensor) -> None:
+    some = torch.tensor([0, 1]) if targets.ndim == 1 else torch.zeros(2, 2)
+    good, silent = (TensorDataset(torch.zeros(2, 3), y) for y in (some, targets))
+    check(same(good), net)
+    with pytest.raises(DataError, match="'mine', validation split: no sample has a label") as caught:
+        check(replace(same(good), validation=silent), net)
+    assert "\n" not in str(caught.value)
+
+
+def test_minus_infinity_is_no_number_where_the_task_leaves_it_out() -> None:
+    targets = torch.zeros(6, 2)
+    targets[0], targets[4, 1] = -torch.inf, -torch.inf
+    splits = same(TensorDataset(torch.zeros(6, 3), targets))
+    check(splits)
+    check(splits, replace(model(), task=Regression()))
+
+    def distance(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).abs().mean()
+
+    def patient(outputs: Tensor, targets: Tensor) -> Tensor:
+        return distance(outputs[targets > -torch.inf], targets[targets > -torch.inf])
+
+    def scores(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).abs().mean(1)
+
+    check(splits, replace(model(), task=CustomTask(loss=patient, scores=scores)))
+    with pytest.raises(DataError, match="train split: the target of sample 0 holds minus infinity, and the task's"):
+        check(splits, replace(model(), task=CustomTask(loss=distance, scores=scores)))
+    for bad in (torch.nan, torch.inf):
+        targets[5, 0] = bad
+        with pytest.raises(DataError, match="the target of sample 5 holds values that are not finite"):
+            check(splits, replace(model(), task=Regression()))
 
 
 class Named(nn.Module):

@@ -86,6 +86,23 @@ def test_regression_is_judged_by_squared_error():
     assert (score.value, score.higher_is_better) == (2.5, False)
 
 
+def test_samples_without_label_are_not_counted(digits_like):
+    inputs, targets = digits_like
+    silent = targets.clone()
+    silent[::2] = -100
+    score = evaluate(classifier(), TensorDataset(inputs, silent), batch_size=7)
+    assert score == evaluate(classifier(), TensorDataset(inputs[1::2], targets[1::2]))
+    assert score.count == 25
+    numbers = inputs[:, :3].clone()
+    numbers[::5] = -math.inf
+    regression = Model(classifier().module, example=(torch.zeros(1, 6),), task=Regression())
+    score = evaluate(regression, TensorDataset(inputs, numbers))
+    assert score.count == 40
+    assert math.isfinite(score.value)
+    with pytest.raises(DataError, match="No sample of the data set has a label"):
+        evaluate(classifier(), TensorDataset(inputs, torch.full((50,), -100)))
+
+
 def test_several_inputs_and_a_task_of_ones_own():
     class Sum(nn.Module):
         def forward(self, a, b):

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from karui.model import Classification, Regression
-from karui.model.task import labelled
+from karui.model.task import judged, labelled
 
 
 def test_an_ignored_class_and_minus_100_count_for_nothing_side_by_side() -> None:
@@ -38,3 +38,16 @@ def test_numbers_that_are_none_are_left_out_of_the_mean() -> None:
     loss.backward()
     torch.testing.assert_close(loss.detach(), torch.tensor(17 / 2))
     torch.testing.assert_close(x.grad, torch.tensor([[-1.0, 0.0], [0.0, -4.0]]))
+
+
+def test_squared_error_is_of_the_numbers_that_are_there() -> None:
+    y = torch.tensor([[1.0, -torch.inf], [3.0, 1.0], [-torch.inf, -torch.inf]])
+    assert Regression().scores(torch.zeros(3, 2), y).tolist() == [1.0, 5.0, 0.0]
+    assert judged(y, 3).tolist() == [True, True, False]
+
+
+def test_a_sample_is_judged_where_any_part_of_its_target_is_a_label() -> None:
+    tags, numbers = torch.tensor([[9, -100], [-100, -100], [1, 9]]), torch.tensor([-torch.inf, -torch.inf, -torch.inf])
+    assert judged({"tags": tags, "numbers": numbers}, 3, Classification(ignore=9)).tolist() == [False, False, True]
+    assert judged((tags, torch.ones(3)), 3).all()
+    assert judged(torch.zeros(2, 0, 5), 2).all()  # pictures in which there is nothing

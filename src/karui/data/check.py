@@ -15,8 +15,8 @@ from torch.utils.data import Subset
 from karui.data.batches import Batches, targets_of, tensors_of
 from karui.data.splits import Splits
 from karui.errors import DataError, KaruiError, require
-from karui.model import Classification, Model, Task
-from karui.model.task import split_sample
+from karui.model import Classification, Model, Regression, Task
+from karui.model.task import NO_NUMBER, judged, labelled, split_sample
 
 CHUNK = 1024
 
@@ -30,14 +30,15 @@ def check(splits: Splits, model: Model | None = None, *, progress: bool = False)
         progress: whether bars are shown while data that do not lie in memory are read.
 
     Raises:
-        DataError: a split is empty; a sample cannot be read, has another shape or values that are not finite; there is
-            one class only; a class number is out of range; or the model cannot take the data.
+        DataError: a split is empty; a sample cannot be read, has another shape or values that are not finite (but for
+            minus infinity in targets, which is no number); there is one class only; a class number is out of range
+            (-100, and what the task ignores, are none); or the model cannot take the data.
 
     Example:
         >>> from karui.data import load_data
         >>> check(load_data("digits"))
     """
-    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    parts = dict(_parts(splits))
     for name, part in parts.items():
         require(
             part is not None and len(part) > 0,
@@ -45,7 +46,8 @@ def check(splits: Splits, model: Model | None = None, *, progress: bool = False)
             "Give it some samples.",
             DataError,
         )
-    forms = {name: _check_part(name, part, splits, progress) for name, part in parts.items()}
+    task = None if model is None else model.task
+    forms = {name: _check_part(name, part, splits, task, progress) for name, part in parts.items()}
     for name, form in forms.items():
         require(
             form == forms["train"],
@@ -58,7 +60,9 @@ def check(splits: Splits, model: Model | None = None, *, progress: bool = False)
         check_fit(splits, model)
 
 
-def _check_part(name: str, part: Any, splits: Splits, progress: bool) -> list[tuple[tuple[int, ...], str]]:
+def _check_part(
+    name: str, part: Any, splits: Splits, task: Task | None, progress: bool
+) -> list[tuple[tuple[int, ...], str]]:
     """Check one split; the shape and type of its inputs."""
     first: list[tuple[tuple[int, ...], str]] | None = None
     seen: set[int] = set()
@@ -77,7 +81,10 @@ def _check_part(name: str, part: Any, splits: Splits, progress: bool) -> list[tu
             DataError,
         )
         for value, what in [*((x, "input") for x in inputs), *((t, "target") for t in tree_leaves(targets))]:
-            _check_finite(value, f"{where}: the {what} of sample", lambda place, start=start: own(start + place))
+            # Whether a task takes minus infinity for "without label" is known where it is: in `check_fit`.
+            allowed = NO_NUMBER if what == "target" else None
+            told = f"{where}: the {what} of sample"
+            _check_finite(value, told, lambda place, start=start: own(start + place), allowed)
         require(
             targets is not None,
             f"{where}: sample {own(start)} has no target.",
@@ -85,7 +92,7 @@ def _check_part(name: str, part: Any, splits: Splits, progress: bool) -> list[tu
             DataError,
         )
         if isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point():
-            seen |= set(targets.unique().tolist())
+            seen |= set(targets[labelled(targets, task)].unique().tolist())
     _check_classes(name, seen, splits)
     assert first is not None  # noqa: S101  (no split is empty)
     return first
@@ -152,10 +159,11 @@ def _own_number(part: Any, number: int) -> int:
     return number
 
 
-def _check_finite(value: Any, what: str, own: Callable[[int], int]) -> None:
+def _check_finite(value: Any, what: str, own: Callable[[int], int], allowed: float | None = None) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return
-    bad = (~value.isfinite()).flatten(1).any(1) if value.ndim > 1 else ~value.isfinite()
+    fine = value.isfinite() if allowed is None else value.isfinite() | (value == allowed)
+    bad = (~fine).flatten(1).any(1) if value.ndim > 1 else ~fine
     require(
         not bool(bad.any()),
         f"{what} {own(int(bad.nonzero()[0]) if bool(bad.any()) else 0)} holds values that are not finite.",
@@ -189,8 +197,8 @@ def check_fit(splits: Splits, model: Model) -> None:
         model: the model that shall be trained on it, or judged by it; its task decides what targets may be.
 
     Raises:
-        DataError: the model does not take the inputs or computes no numbers from them, or the task cannot compare its
-            outputs with the targets.
+        DataError: the model does not take the inputs or computes no numbers from them; the task cannot compare its
+            outputs with the targets, or does not leave out those that are minus infinity; or a split has no label.
     """
     inputs, targets = Batches(splits.train).fetch(torch.arange(min(2, len(splits.train))))
     outputs = _outputs(splits, model, inputs)
@@ -204,6 +212,10 @@ def check_fit(splits: Splits, model: Model) -> None:
         _check_labels(splits, model.task, outputs)
     elif model.task is not None:
         _check_comparable(splits, model.task, outputs, targets, len(tree_leaves(inputs)[0]))
+    if model.task is not None:
+        labelled_at = _check_labelled(splits, model.task)
+        if not isinstance(model.task, Classification | Regression):
+            _check_holes(splits, model, model.task, labelled_at)
 
 
 def _outputs(splits: Splits, model: Model, inputs: tuple[Any, ...]) -> Any:
@@ -275,7 +287,7 @@ def _check_labels(splits: Splits, task: Classification, outputs: Any) -> None:
         DataError,
     )
     classes, positions = outputs.shape[1], tuple(outputs.shape[2:])
-    for name, part in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
+    for name, part in _parts(splits):
         for start, targets in _targets(name, part, splits.name):
             where = f"'{splits.name}', {name} split"
             require(
@@ -299,7 +311,7 @@ def _check_labels(splits: Splits, task: Classification, outputs: Any) -> None:
                 else "Give one class number for each sample, or for each position of the output.",
                 DataError,
             )
-            counted = targets if task.ignore is None else targets[targets != task.ignore]
+            counted = targets[labelled(targets, task)]
             bad = counted[(counted < 0) | (counted >= classes)]
             require(
                 len(bad) == 0,
@@ -308,6 +320,64 @@ def _check_labels(splits: Splits, task: Classification, outputs: Any) -> None:
                 f"Number the classes from 0 to {classes - 1}, or give a model with more outputs.",
                 DataError,
             )
+
+
+def _parts(splits: Splits) -> list[tuple[str, Any]]:
+    return [("train", splits.train), ("validation", splits.validation), ("test", splits.test)]
+
+
+def _check_labelled(splits: Splits, task: Task) -> dict[str, int]:
+    """Refuse a split without any label; the number of the first sample with one, for each split."""
+    found: dict[str, int] = {}
+    for name, part in _parts(splits):
+        for start, targets in _targets(name, part, splits.name):
+            known = judged(targets, _count(targets), task)
+            if bool(known.any()):
+                found[name] = start + int(known.nonzero()[0])
+                break
+        require(
+            name in found,
+            f"'{splits.name}', {name} split: no sample has a label; all targets are values that stand for none.",
+            "Give it some samples with labels.",
+            DataError,
+        )
+    return found
+
+
+def _check_holes(splits: Splits, model: Model, task: Task, labelled_at: dict[str, int]) -> None:
+    """Refuse minus infinity among targets where the task does not leave it out: its loss then is no number."""
+    for name, part in _parts(splits):
+        number = _first_hole(name, part, splits.name)
+        if number is None:
+            continue
+        # Beside a sample with a label, as the mean over none is no number in any task.
+        batch = sorted({number, labelled_at[name]})
+        inputs, targets = Batches(part).fetch(torch.tensor(batch))
+        with torch.no_grad():
+            loss = torch.as_tensor(task.loss(_outputs(splits, model, inputs), targets))
+        require(
+            bool(loss.isfinite().all()),
+            f"'{splits.name}', {name} split: the target of sample {_own_number(part, number)} holds minus infinity, "
+            "and the task's loss does not leave it out.",
+            "Repair or leave out such samples, or have the loss skip what is minus infinity.",
+            DataError,
+        )
+
+
+def _first_hole(name: str, part: Any, source: str) -> int | None:
+    """The number of the first sample with minus infinity in its target."""
+    if not any(x.is_floating_point() for x in tree_leaves(next(_targets(name, part, source))[1])):
+        return None  # so that data which do not lie in memory are not read again for nothing
+    for start, targets in _targets(name, part, source):
+        for leaf in tree_leaves(targets):
+            holes = (leaf == NO_NUMBER).reshape(len(leaf), -1).any(1) if leaf.numel() else leaf.new_zeros(0)
+            if bool(holes.any()):
+                return start + int(holes.nonzero()[0])
+    return None
+
+
+def _count(targets: Any) -> int:
+    return len(tree_leaves(targets)[0])
 
 
 def _targets(name: str, part: Any, source: str) -> Iterator[tuple[int, Any]]:

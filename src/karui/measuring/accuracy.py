@@ -18,7 +18,7 @@ from karui.measuring import values
 from karui.measuring.bar import bar
 from karui.measuring.inference import inference, tensors_of
 from karui.model import Model
-from karui.model.task import split_sample
+from karui.model.task import judged, split_sample
 
 Z95 = 1.959963984540054
 """The normal quantile of a two-sided 95 % interval."""
@@ -29,9 +29,9 @@ class Score:
     """A metric over a data set.
 
     Settings:
-        value: the mean over the samples.
+        value: the mean over the samples that have a label.
         low, high: its 95 % interval: Wilson's where each sample is right or wrong, else the normal one.
-        count: number of samples.
+        count: number of these samples.
         metric: the metric's name.
         higher_is_better: whether a larger value is a better model.
     """
@@ -58,7 +58,7 @@ def evaluate(model: Model, dataset: Any, batch_size: int = 256, *, progress: boo
 
     Raises:
         NeedError: the model has no task, or there is no data.
-        DataError: the data set is empty, or its samples do not fit the model.
+        DataError: the data set is empty or has no label, or its samples do not fit the model.
     """
     scores = sample_scores(model, dataset, batch_size, progress=progress)
     assert model.task is not None  # noqa: S101  (sample_scores refused it)
@@ -76,11 +76,11 @@ def evaluate(model: Model, dataset: Any, batch_size: int = 256, *, progress: boo
 def sample_scores(
     model: Model, dataset: Any, batch_size: int = 256, *, progress: bool = False
 ) -> Float[Tensor, "samples"]:
-    """The metric of each sample, in the order of the data set.
+    """The metric of each sample that has a label, in the order of the data set.
 
     Raises:
         NeedError: the model has no task, or there is no data.
-        DataError: the data set is empty, or its samples do not fit the model.
+        DataError: the data set is empty or has no label, or its samples do not fit the model.
     """
     task = model.task
     if task is None:
@@ -93,15 +93,18 @@ def sample_scores(
         for pair in _batches(dataset, batch_size):
             inputs, targets = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, pair)
             try:
-                found.append(task.scores(module(*inputs), targets).detach().double().cpu())
+                scores = task.scores(module(*inputs), targets).detach().double().cpu()
+                found.append(scores[judged(targets, len(scores), task).cpu()])
             except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
                 line = str(error).strip().partition("\n")[0]
                 raise DataError(
                     f"The model cannot be evaluated on inputs {_shapes(inputs)}, targets {_shapes(targets)}: {line}",
                     f"Its example inputs are {_shapes(model.example)}; give data of that form.",
                 ) from error
-            advance(len(found[-1]))
-    return torch.cat(found)
+            advance(len(scores))
+    told = torch.cat(found)
+    require(len(told) > 0, "No sample of the data set has a label.", "Give labelled ones to judge by.", DataError)
+    return told
 
 
 def _shapes(values: Any) -> str:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from karui.errors import require
 
@@ -132,8 +134,12 @@ class Regression:
     def scores(
         self, outputs: Float[Tensor, "batch ..."], targets: Float[Tensor, "batch ..."]
     ) -> Float[Tensor, "batch"]:
-        """Mean squared error of each sample."""
-        return (outputs - targets).square().flatten(1).mean(1)
+        """Mean squared error of each sample, over the numbers that it has; 0 where it has none."""
+        known, gaps = labelled(targets, self), outputs - targets
+        if bool(known.all()):
+            return gaps.square().flatten(1).mean(1)
+        gaps = gaps.masked_fill(~known, 0)
+        return gaps.square().flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +172,25 @@ def labelled(targets: Tensor, task: Task | None = None) -> Bool[Tensor, "..."]:
     known = targets != NO_NUMBER if targets.is_floating_point() else targets.long() != UNLABELLED
     ignore = ignored_by(task)
     return known if ignore is None else known & (targets != ignore)
+
+
+def judged(targets: Any, samples: int, task: Task | None = None) -> Bool[Tensor, "batch"]:
+    """Which samples of a batch have a label at all: the others say nothing of a model, and no metric counts them.
+
+    Args:
+        targets: of the batch: a tensor, or a dict and the like of such.
+        samples: how many there are.
+        task: whose `ignore` is no label.
+
+    Example:
+        >>> import torch
+        >>> judged(torch.tensor([[3, -100], [-100, -100]]), 2).tolist()
+        [True, False]
+    """
+    parts = [x for x in tree_leaves(targets) if isinstance(x, Tensor) and x.ndim > 0 and len(x) == samples]
+    # A picture without objects has an empty target, and that is a label.
+    known = [labelled(x, task).reshape(samples, -1).any(1) for x in parts if x.numel() > 0]
+    return torch.stack(known).any(0) if known else torch.ones(samples, dtype=torch.bool)
 
 
 def ignored_by(task: Task | None) -> int | None:
