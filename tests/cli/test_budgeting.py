@@ -49,6 +49,34 @@ def test_bad_budgets_are_refused_at_once(
     assert not (folder / "light").exists()
 
 
+WIDE = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).double()
+
+
+def data():
+    x = torch.randn(40, 1, 8, 8, dtype=torch.float64)
+    return TensorDataset(x[:30], torch.arange(30) % 2), TensorDataset(x[30:], torch.arange(10) % 2)
+"""
+
+
+def test_a_model_in_64_bits_is_refused_at_once_and_the_plan_says_so(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "wide.py").write_text(WIDE)
+    wide = ["wide.py:net", "--data", "wide.py:data"]
+    assert run(["compress", *wide, "--out", "light", "--budget", "time=0.7", "--epochs", "1"]) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert "float64" in error
+    assert "Give model.float(), and data as float32." in hint
+    assert not (folder / "light").exists()
+    assert run(["plan", *wide]) == 0
+    assert "its weights are float64: a budget" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_budget_that_cannot_be_met_is_exit_code_1_with_a_paragraph(folder: Path, capsys: pytest.CaptureFixture[str]):
     assert run([*COMPRESS, "--budget", "time=0.01", "--epochs", "0", "--no-int8", "--json"]) == 1

@@ -52,6 +52,14 @@ def test_an_onnx_file_runs_by_itself_and_a_damaged_one_is_told(engine, model):
         engine.prepare(data[: len(data) // 2], 1)
 
 
+def test_an_operator_without_a_kernel_in_its_precision_is_named(model):
+    wide = Model(model.copy().module.double(), example=(torch.randn(1, 2, 6, 6).double(),))
+    with pytest.raises(UsageError, match="no kernel for the operator Conv in the precision") as refused:
+        OnnxRuntime().prepare(wide, 1)
+    assert "model.float()" in refused.value.hint
+    assert "\n" not in str(refused.value)
+
+
 def test_a_missing_package_is_told(monkeypatch):
     monkeypatch.setattr(engines_module.importlib.util, "find_spec", lambda _: None)
     assert "not installed" in OnnxRuntime().missing()

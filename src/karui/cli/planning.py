@@ -47,6 +47,8 @@ def show_plan(found: Preflight, limit: int | None) -> None:
     told = found.to_json()
     if found.uncaptured:
         screen.out(f"The network cannot be captured as a graph, so no channels can be cut: {found.uncaptured}\n")
+    if found.unmeasured:
+        screen.out(f"note: {found.unmeasured}\n")
     groups, locked = told.get("groups", []), told.get("locked", [])
     if groups:
         made = screen.table("can be cut", "units", "tensors", "exact", right=("units", "tensors"), wrap=("exact",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -133,8 +134,20 @@ def onnx_session(data: bytes | File, threads: int, *, profile: str | None = None
             file.write_bytes(data) if isinstance(data, bytes) else write(data, file)
             return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        line = str(error).strip().partition("\n")[0]
-        raise UsageError(f"ONNX Runtime cannot open the model: {line}", "Export it again.") from error
+        raise UsageError(*_not_opened(error)) from error
+
+
+def _not_opened(error: Exception) -> tuple[str, str]:
+    """Why ONNX Runtime refuses a file, and the remedy."""
+    line = str(error).strip().partition("\n")[0]
+    lacking = re.search(r"NOT_IMPLEMENTED.*Could not find an implementation for (\w+)\(", line)
+    if lacking is None:
+        return f"ONNX Runtime cannot open the model: {line}", "Export it again."
+    return (
+        f"ONNX Runtime cannot open the model: it has no kernel for the operator {lacking[1]} in the precision that the "
+        "model uses it in.",
+        "Use 32 bits: model.float(), and data as float32; or replace the layer that uses this operator.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from karui.errors import CaptureError, KaruiError, NeedError
 from karui.measuring import count
+from karui.measuring.precision import other_than_float32
 from karui.model import Analysis, Note, coupled_groups, plan_surgery
 from karui.recipes.recipe import Recipe, slug_of
 from karui.technique import card_of, lacking
@@ -51,6 +52,7 @@ class Preflight:
         surgery: what can be cut, and what cannot and why; None where the model cannot be captured.
         uncaptured: why it cannot; empty where it can.
         formed: the groups whose cut makes the model take its graph form.
+        unmeasured: why it cannot be worked on under a budget; empty where it can.
     """
 
     parameters: int
@@ -59,6 +61,7 @@ class Preflight:
     surgery: Analysis | None = None
     uncaptured: str = ""
     formed: tuple[str, ...] = ()
+    unmeasured: str = ""
 
     @property
     def refusals(self) -> tuple[tuple[str, str], ...]:
@@ -88,7 +91,7 @@ class Preflight:
             "parameters": self.parameters,
             "macs": self.macs,
             "steps": [dataclasses.asdict(step) for step in self.steps],
-            "remarks": [*([self.uncaptured] if self.uncaptured else []), *remarks],
+            "remarks": [*filter(None, (self.uncaptured, self.unmeasured)), *remarks],
         }
 
 
@@ -140,7 +143,13 @@ def plan_recipe(model: Model, recipe: Recipe | None, bench: Bench) -> Preflight:
         surgery=surgery,
         uncaptured=uncaptured,
         formed=formed,
+        unmeasured=_unmeasured(model),
     )
+
+
+def _unmeasured(model: Model) -> str:
+    precision = other_than_float32(model)
+    return precision and f"its weights are {precision}: a budget, measured in ONNX Runtime, takes float32 only"
 
 
 def _look(step: Technique, model: Model, bench: Bench, uncaptured: str, *, known: bool) -> tuple[StepPlan, Model]:

@@ -430,6 +430,18 @@ def test_a_model_that_has_seen_the_validation_data_is_told():
     assert told(Bench(train=known, validation=known, test=known)) == ""
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.float16, torch.bfloat16])
+def test_another_precision_than_float32_is_refused_before_any_work(
+    model: Model, bench: Bench, tmp_path: Path, precision: torch.dtype
+):
+    other = dataclasses.replace(model, module=model.copy().module.to(precision))
+    name = str(precision).removeprefix("torch.")
+    with pytest.raises(UsageError, match=f"weights are {name}, and a budget is measured") as refused:
+        karui.compress(other, bench, budget="time=0.5", out=tmp_path / "light")
+    assert "model.float()" in refused.value.hint
+    assert not (tmp_path / "light").exists()
+
+
 def test_what_is_lacking_is_refused_before_any_work(model: Model, tmp_path: Path):
     with pytest.raises(NeedError, match="needs data to calibrate on"):
         karui.compress(model, Bench(), budget="time=0.5", out=tmp_path / "light")

@@ -73,7 +73,7 @@ def compress(
         tell: is given a line at each stage.
 
     Raises:
-        UsageError: the budget is impossible, or `out` holds something else.
+        UsageError: the budget is impossible, `out` holds something else, or the model's weights are not float32.
         NeedError: there is no data.
         CaptureError: the model cannot be exported to ONNX.
 

@@ -17,6 +17,7 @@ from karui.artifact import save, stored_bytes
 from karui.errors import NeedError, UsageError, require
 from karui.measuring import Clock, OnnxRuntime, Torch, compare, known_engine, onnx_form, this_machine, time_ratio
 from karui.measuring.machine import threads_here
+from karui.measuring.precision import other_than_float32
 from karui.measuring.values import to_json
 from karui.recipes.budget.cache import SURE, TimingCache
 from karui.recipes.budget.deployments import score_of
@@ -125,7 +126,7 @@ def run_budget(
         The run; `record["budget"]["met"]` says whether the budget was met.
 
     Raises:
-        UsageError: `out` holds something else than a run.
+        UsageError: `out` holds something else than a run, or the model's weights are in another precision than float32.
         NeedError: there is no calibration data, or a floor and nothing to judge by.
         CaptureError: the model has no ONNX form, so that no time can be measured.
     """
@@ -195,6 +196,9 @@ def run_budget(
 
 
 def _check(model: Model, asked: Settings, bench: Bench) -> None:
+    precision = other_than_float32(model)
+    message = f"The model's weights are {precision}, and a budget is measured in ONNX Runtime in 32 bits."
+    require(not precision, message, "Give model.float(), and data as float32.", UsageError)
     hint = "Give --data, or Bench(train=..., test=...)."
     require(bench.train is not None, "A budget needs data to calibrate on.", hint, NeedError)
     judged = bench.validation is not None and model.task is not None
