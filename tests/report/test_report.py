@@ -277,8 +277,7 @@ def budget() -> dict[str, Any]:
             "lost": 100 * (0.97 - value),
             "score": score,
         }
-        folder = f"points/{number:02d}" if number else ""
-        return {"number": number, "forms": [form], "best": 0, "epochs": number, "folder": folder}
+        return {"number": number, "forms": [form], "best": 0, "epochs": number, "folder": f"points/{number:02d}"}
 
     return {
         "points": [point(0, 1.0, 0.97), point(1, 0.5, 0.96), point(2, 0.6, 0.95)],
@@ -298,6 +297,9 @@ def test_the_points_of_a_budget_are_a_plot():
     assert on_front["x"] == [1.0, 0.5]
     assert beaten["y"] == [95.0]
     assert "points/02, points/02/model.onnx" in beaten["hovertext"][0]
+    dense = on_front["hovertext"][0]
+    assert "point 0, the dense model" in dense
+    assert "points/00/model.onnx" in dense
     lines = sorted(shape.get("y0", 0) for shape in drawn["layout"]["shapes"])
     assert lines[-1] == pytest.approx(95.0)  # the floor: 2 points under dense
     assert "point 1 the result" in plot.caption
@@ -306,6 +308,7 @@ def test_the_points_of_a_budget_are_a_plot():
 
 def test_each_point_of_a_budget_is_a_row_with_its_folder():
     rows = point_rows(budget())
-    assert [row["folder"] for row in rows] == ["points/01", "points/02"]
-    assert (rows[0]["time"], rows[0]["lost"]) == ("0.50", "1.00")
+    assert [row["folder"] for row in rows] == ["points/00", "points/01", "points/02"]
+    assert rows[0]["number"] == "0 (dense)"
+    assert (rows[1]["time"], rows[1]["lost"]) == ("0.50", "1.00")
     assert point_rows(None) == []

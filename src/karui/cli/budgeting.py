@@ -98,7 +98,7 @@ def show_points(record: dict[str, Any]) -> None:
         mark = " *" if point["number"] == told["point"] else ""
         lost = "" if form["score"] is None else f"{form['lost']:.2f}"
         cells = (f"{form['time']:.2f}", f"{form['bytes']:.2f}", lost, str(point["epochs"]), form["told"])
-        made.add_row(f"{point['number']}{mark}", *cells, point["folder"] or "(dense)")
+        made.add_row(f"{point['number']}{mark}", *cells, point["folder"] + ("" if point["number"] else " (dense)"))
     screen.out("The front of the points visited (time and bytes of dense; validation data):")
     screen.show(made)
     for form in told["forms"]:

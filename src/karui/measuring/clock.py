@@ -274,7 +274,7 @@ class Clock:
                 call = _bound(engine.prepare(contestant, threads), inputs)
                 for _ in range(self.warmup):
                     call()
-            except (KaruiError, RuntimeError, ValueError, TypeError) as error:
+            except Exception as error:  # engines raise classes of their own, without a common one
                 notes.append(f"{engine.name} not measured for {name}: {str(error).partition(chr(10))[0]}")
                 continue
             calls[name] = call

@@ -51,33 +51,31 @@ def front_plot(budget: Mapping[str, Any] | None) -> Plot | None:
 
 def _told(point: Mapping[str, Any], form: Mapping[str, Any]) -> str:
     """What is shown when the pointer is over a point."""
-    where = f"{point['folder']}, {point['folder']}/model.onnx" if point["folder"] else "the dense model"
     lines = [
-        f"point {point['number']}: {form['told']}",
+        f"point {point['number']}{'' if point['number'] else ', the dense model'}: {form['told']}",
         f"time {form['time']:.2f}, bytes {form['bytes']:.2f} of dense, lost {form['lost']:.2f}",
         f"{point['epochs']} epochs of recovery",
-        where,
+        f"{point['folder']}, {point['folder']}/model.onnx",
     ]
     return "<br>".join(lines)
 
 
 def point_rows(budget: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """The points that were made, each with the folder that its model lies in, relative to the page."""
+    """The points, the dense model first, each with the folder that its model lies in, relative to the page."""
     rows = []
     for point in [] if budget is None else budget["points"]:
         form = point["forms"][point["best"]]
-        if point["folder"]:
-            rows.append(
-                {
-                    "number": str(point["number"]),
-                    "folder": point["folder"],
-                    "form": form["told"],
-                    "time": f"{form['time']:.2f}",
-                    "bytes": f"{form['bytes']:.2f}",
-                    "lost": "not judged" if form["score"] is None else f"{form['lost']:.2f}",
-                    "epochs": str(point["epochs"]),
-                }
-            )
+        rows.append(
+            {
+                "number": str(point["number"]) if point["number"] else "0 (dense)",
+                "folder": point["folder"],
+                "form": form["told"],
+                "time": f"{form['time']:.2f}",
+                "bytes": f"{form['bytes']:.2f}",
+                "lost": "not judged" if form["score"] is None else f"{form['lost']:.2f}",
+                "epochs": str(point["epochs"]),
+            }
+        )
     return rows
 
 

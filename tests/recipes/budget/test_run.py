@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,15 +66,14 @@ def test_a_budget_of_bytes_is_met(model: Model, bench: Bench, tmp_path: Path):
     assert (tmp_path / "light" / "model.onnx").stat().st_size <= 0.51 * told["dense_bytes"]
     assert done.record["light"]["counts"]["parameters"] == done.model.parameters < model.parameters
     for point in (from_json(Point, saved) for saved in told["points"]):
-        if point.folder:
-            assert point.fp32.score is not None
-            again = load(tmp_path / "light" / point.folder, base=model)
-            assert bench.evaluate(again).value == pytest.approx(point.fp32.score["value"])
-            file = tmp_path / "light" / point.folder / "model.onnx"
-            assert file.stat().st_size / told["dense_bytes"] == pytest.approx(point.form.bytes)
-            form = Deployment(name="", engine="onnxruntime", precision="fp32", data=file.read_bytes())
-            assert point.form.score is not None
-            assert bench.evaluate(as_model(form, again)).value == pytest.approx(point.form.score["value"])
+        assert point.fp32.score is not None
+        again = load(tmp_path / "light" / point.folder, base=model)
+        assert bench.evaluate(again).value == pytest.approx(point.fp32.score["value"])
+        file = tmp_path / "light" / point.folder / "model.onnx"
+        assert file.stat().st_size / told["dense_bytes"] == pytest.approx(point.form.bytes)
+        form = Deployment(name="", engine="onnxruntime", precision="fp32", data=file.read_bytes())
+        assert point.form.score is not None
+        assert bench.evaluate(as_model(form, again)).value == pytest.approx(point.form.score["value"])
     assert set(told["front"]) <= {p["number"] for p in told["points"]}
 
 
@@ -380,6 +380,55 @@ def test_a_result_that_the_last_race_takes_back_gives_way_to_one_that_it_confirm
         monkeypatch.setattr(run, "_race", race(times))
         assert run._confirmed(visitor, points[1], plan).point.number == result
         assert raced == tried
+
+
+@pytest.mark.usefixtures("steady")
+def test_the_dense_model_is_a_point_like_others_in_its_best_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its file follows the form that counts, also where the budget makes that another one; killed and resumed, too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4)).eval()
+    dense = Model(net, example=(torch.zeros(2, 64),), task=Regression())
+    x = torch.randn(192, 64)
+    with torch.no_grad():
+        data = TensorDataset(x, dense.module(x))
+    bench = Bench(train=data, validation=data, test=data, training=TRAINING)
+
+    def visiting() -> visits.Visitor:
+        return visits.Visitor(
+            dense=dense, bench=bench, out=tmp_path, watch=Stopwatch(), mark="", int8=True, max_drop=100,
+            wanted=("time",), find_rate=False, tell=lambda _: None,
+        )  # fmt: skip
+
+    def precision(visitor: visits.Visitor) -> str:
+        """Of the file in the folder, which is of the size that the point tells."""
+        (point,) = visitor.points
+        file = tmp_path / point.folder / "model.onnx"
+        assert file.stat().st_size / visitor.bytes == pytest.approx(point.form.bytes)
+        assert json.loads((tmp_path / "points/00/model.json").read_text())["deployment"]["name"] == point.form.name
+        return point.form.told
+
+    picks = {"then": "fp32 in onnxruntime"}
+
+    def best(_: Any, forms: Any) -> int:
+        return next(k for k, form in enumerate(forms) if form.told == picks["then"])
+
+    monkeypatch.setattr(visits.Forms, "best", best)
+    visitor = visiting()
+    start = visitor.start()
+    assert start.folder == "points/00"
+    assert precision(visitor) == "fp32 in onnxruntime"
+    assert visitor.model_of(start) is dense
+    again = load(tmp_path / start.folder, base=dense)
+    assert torch.equal(again.module(x), dense.module(x))
+    picks["then"] = "int8 in onnxruntime"
+    heeded = visitor.heed({"bytes": 0.5})
+    assert precision(visitor) == "int8 in onnxruntime"
+    assert visitor.model_of(heeded) is dense
+    monkeypatch.setattr(visits, "save", None)  # nothing is made again
+    resumed = visiting()
+    assert resumed.start() == heeded
+    assert resumed.heed({"bytes": 0.5}) == heeded
+    assert precision(resumed) == "int8 in onnxruntime"
 
 
 @pytest.mark.slow

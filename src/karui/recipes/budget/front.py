@@ -55,7 +55,7 @@ class Point:
         best: which of them counts.
         epochs: passes of recovery on the way to it, all stages together.
         chosen: what was done at which place since its parent.
-        folder: where its model lies, relative to the run's folder; empty for the dense model.
+        folder: where its model lies, and the file of its best form, relative to the run's folder.
     """
 
     number: int

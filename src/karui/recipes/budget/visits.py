@@ -121,12 +121,19 @@ class Visitor:
     def heed(self, goal: Mapping[str, float]) -> Point:
         """From now on a form within these limits goes before others; the dense model in the form that then counts."""
         self.forms.goal = goal
-        self.points[0] = replace(self.points[0], best=self.forms.best(self.points[0].forms))
+        was = self.points[0]
+        best = self.forms.best(was.forms)
+        if best != was.best:
+            self.points[0] = replace(was, best=best)
+            self._save(self.dense, self.points[0])
+            # Only now: a process that is killed in between finds the old form in the record, and comes here again.
+            file = self.out / was.folder / POINT
+            write_record(file, {**(read_record(file) or {}), "point": to_json(self.points[0])})
         return self.points[0]
 
     def model_of(self, point: Point) -> Model:
-        """The model of a point, read from its folder where it is not the last one made."""
-        if not point.folder:
+        """The model of a point, read from its folder where it is neither the dense one nor the last one made."""
+        if not point.number:
             return self.dense
         if self._held is None or self._held[0] != point.number:
             self._held = None  # reading one takes the room of another
@@ -198,11 +205,9 @@ class Visitor:
     def _finished(self, model: Model, point: Point) -> Point:
         """Measure a model in all its forms, and keep it."""
         forms, best = self.forms.of(model, self.points[0].fp32.score if self.points else None)
-        point = replace(point, forms=forms, best=best)
+        point = replace(point, forms=forms, best=best, folder=str(Path(POINTS) / f"{point.number:02d}"))
+        self._save(model, point)
         if point.number:
-            folder = Path(POINTS) / f"{point.number:02d}"
-            point = replace(point, folder=str(folder))
-            self._save(model, point)
             self._held = (point.number, model)
         form = point.form
         score = "" if form.score is None else f", {form.score['metric']} {form.score['value']:.4g} on validation data"
@@ -210,7 +215,9 @@ class Visitor:
         return point
 
     def _save(self, model: Model, point: Point) -> None:
-        """Keep the model, with the file of its best form: whoever takes another point than ours can deploy it."""
+        """Keep the model, with the file of its best form: whoever takes another point than ours can deploy it. So the
+        dense one is kept, too, whose best form may be in 8 bits.
+        """
         chosen = self.forms.made(model, point.forms)[point.best]
         try:
             save(model, self.out / point.folder, deployment=chosen)
