@@ -154,6 +154,21 @@ def three():
 def sentences():
     tokens = torch.randint(20, (400, 6), generator=torch.Generator().manual_seed(0))
     return halves(tokens, tokens % 4)
+
+
+def padded():
+    tokens = torch.randint(20, (400, 6), generator=torch.Generator().manual_seed(0))
+    tags = (tokens % 4).masked_fill(torch.arange(6) >= torch.arange(400)[:, None] % 5 + 2, -100)
+    tags[::10] = -100
+    return halves(tokens, tags)
+
+
+def holes():
+    (x, y), (more, others) = (part.tensors for part in numbers(3))
+    x, y = torch.cat([x, more]), torch.cat([y, others])
+    y[::4, 1] = -torch.inf
+    y[::10] = -torch.inf
+    return halves(x, y)
 """
 
 
@@ -165,6 +180,8 @@ def sentences():
         ("Two", "own.parts:task", "five", "error"),
         ("regressor", "regression", "three", "squared error"),
         ("Tagger", "classification", "sentences", "accuracy"),
+        ("regressor", "regression", "holes", "squared error"),
+        ("Tagger", "classification", "padded", "accuracy"),
     ],
 )
 def test_other_tasks_with_data_from_a_package(  # noqa: PLR0917  (the case)
@@ -184,6 +201,8 @@ def test_other_tasks_with_data_from_a_package(  # noqa: PLR0917  (the case)
     assert form["bytes"] <= 0.51
     assert form["score"]["metric"] == told["light"]["score"]["metric"] == metric
     assert form["score"]["higher_is_better"] is (metric == "accuracy")
+    # Of the 100 samples to test with, ten have no label in the last two cases.
+    assert told["light"]["score"]["count"] == (90 if data in ("holes", "padded") else 100)
     assert (folder / "light" / "model.onnx").is_file()
 
 

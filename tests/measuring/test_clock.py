@@ -113,6 +113,14 @@ def test_a_contestant_that_an_engine_cannot_run_is_left_out_with_a_note():
     )
 
 
+def test_an_engine_that_fails_with_a_class_of_its_own_is_left_out_with_a_note():
+    recurrent = Model(torch.nn.LSTM(3, 4).double(), example=(torch.zeros(5, 2, 3).double(),))
+    timings = quick(engines=(Torch(), OnnxRuntime())).time({"net": recurrent})
+    assert {t.engine for t in timings.times} == {"torch"}
+    (note,) = timings.notes  # ONNX Runtime opens the file, and finds only then that it does not know the precision
+    assert note.startswith("onnxruntime not measured for net: ")
+
+
 def test_the_budget_ends_the_rounds_early_but_never_below_five():
     model = Model(Sleeper(0.01), example=(torch.zeros(1, 1),))
     start = time.perf_counter()

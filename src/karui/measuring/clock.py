@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from karui.errors import KaruiError, UsageError, require
+from karui.errors import UsageError, require
 from karui.measuring import values
 from karui.measuring.bar import bar
 from karui.measuring.engines import Engine, OnnxRuntime, Run, Torch
@@ -274,7 +274,7 @@ class Clock:
                 call = _bound(engine.prepare(contestant, threads), inputs)
                 for _ in range(self.warmup):
                     call()
-            except Exception as error:  # engines raise classes of their own, without a common one
+            except Exception as error:  # noqa: BLE001  (engines raise classes of their own, without a common one)
                 notes.append(f"{engine.name} not measured for {name}: {str(error).partition(chr(10))[0]}")
                 continue
             calls[name] = call

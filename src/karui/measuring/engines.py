@@ -143,11 +143,9 @@ def _not_opened(error: Exception) -> tuple[str, str]:
     lacking = re.search(r"NOT_IMPLEMENTED.*Could not find an implementation for (\w+)\(", line)
     if lacking is None:
         return f"ONNX Runtime cannot open the model: {line}", "Export it again."
-    return (
-        f"ONNX Runtime cannot open the model: it has no kernel for the operator {lacking[1]} in the precision that the "
-        "model uses it in.",
-        "Use 32 bits: model.float(), and data as float32; or replace the layer that uses this operator.",
-    )
+    why = f"it has no kernel for the operator {lacking[1]} in the precision that the model uses it in."
+    remedy = "Use 32 bits: model.float(), and data as float32; or replace the layer that uses this operator."
+    return f"ONNX Runtime cannot open the model: {why}", remedy
 
 
 @dataclass(frozen=True, kw_only=True)

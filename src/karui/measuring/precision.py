@@ -10,8 +10,8 @@ from karui.model import Model
 def other_than_float32(model: Model) -> str:
     """The precision of the first floating-point parameters that are not in 32 bits, such as "float64"; else "".
 
-    ONNX Runtime has kernels of all layers in 32 bits only. In float64 it lacks those of convolutions, in bfloat16 nearly
-    all; in float16 it computes between the layers in 32 bits, which parts of a file cannot be timed like.
+    ONNX Runtime has kernels of all layers in 32 bits only. In float64 it lacks those of convolutions, in bfloat16
+    nearly all; in float16 it computes in 32 bits, and parts of such a file cannot be timed by themselves.
 
     Example:
         >>> net = torch.nn.Linear(2, 1)
