@@ -113,6 +113,75 @@ def test_seconds_and_bytes_of_real_sizes_are_kept_apart():
     assert choose(Problem(harms={"a": [0, 1, 2]}, tables=[time, size], limits={"time": -6e-6})) is None
 
 
+def of_bytes(*amounts: float, limit: float) -> Problem:
+    """One place, whose second setting saves far more than the first and does more harm."""
+    table = Table(("a",), {"bytes": np.array([0.0, *amounts])})
+    return Problem(harms={"a": [0, 0.1, 0.5]}, tables=[table], limits={"bytes": limit})
+
+
+def test_a_limit_is_kept_to_the_byte():
+    """A millionth of a setting that saves a megabyte is a byte, and as good as nothing to the solver."""
+    assert choose(of_bytes(-1004.0, -1_200_000.0, limit=-1005.0)) == {"a": 2}
+    assert choose(of_bytes(-1004.0, -1_200_000.0, limit=-1004.0)) == {"a": 1}, "what it takes exactly is enough"
+    assert choose(of_bytes(-1004.0, -1_200_000.0, limit=-1_200_001.0)) is None
+
+
+def test_a_limit_is_kept_where_there_is_no_end_of_settings_to_forbid(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(choice, "CUTS", 0)
+    assert choose(of_bytes(-1004.0, -1_200_000.0, limit=-1005.0)) == {"a": 2}
+
+
+@st.composite
+def real_sizes(draw: Any) -> Problem:
+    """Two or three places with three settings: bytes up to ten million, microseconds to milliseconds, harms with ties.
+
+    Limits are what some choice takes, or a byte or a millionth less.
+    """
+    places = ("one", "two", "three")[: draw(st.integers(2, 3))]
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    levels = np.array([0.0, *10 ** random.uniform(-4, 1, 3)])
+    harms = {place: [0.0, *random.choice(levels, 2).tolist()] for place in places}
+    tables = []
+    for pair in [(place,) for place in places] + list(itertools.combinations(places, 2)):
+        shape = (3,) * len(pair)
+        sizes = np.round(10 ** random.uniform(0, 7, shape) * random.choice([-1.0, -1.0, 1.0], shape))
+        seconds = 10 ** random.uniform(-6, -2, shape) * random.choice([-1.0, -1.0, 1.0], shape)
+        sizes[(0,) * len(pair)] = seconds[(0,) * len(pair)] = 0.0
+        if len(pair) > 1 and random.random() < 0.3:
+            sizes[1, 2] = seconds[1, 2] = np.inf
+        tables.append(Table(pair, {"time": seconds, "bytes": sizes}))
+    free = Problem(harms=harms, tables=tables)
+    every = [dict(zip(places, cells, strict=True)) for cells in itertools.product(range(3), repeat=len(places))]
+    some = [c for c in every if np.isfinite(free.total(c, "time"))]
+    taken = some[random.integers(len(some))]
+    limits = {"bytes": free.total(taken, "bytes") - draw(st.sampled_from([0.0, 1.0, 2.0]))}
+    if draw(st.booleans()):
+        limits["time"] = free.total(taken, "time") * (1 - draw(st.sampled_from([0.0, 1e-6])))
+    return replace(free, limits=limits)
+
+
+def kept(problem: Problem, chosen: dict[str, int]) -> bool:
+    """Whether the limits are kept, but for the arithmetic."""
+    return all(problem.total(chosen, q) <= limit + 1e-9 * abs(limit) for q, limit in problem.limits.items())
+
+
+@settings(max_examples=100, deadline=None)
+@given(real_sizes())
+def test_the_choice_equals_brute_force_at_real_sizes(problem: Problem):
+    cells = itertools.product(*(range(len(told)) for told in problem.harms.values()))
+    fit = [c for c in (dict(zip(problem.harms, cell, strict=True)) for cell in cells) if kept(problem, c)]
+    chosen = choose(problem)
+    if not fit:
+        assert chosen is None
+        return
+    assert chosen is not None
+    assert kept(problem, chosen)
+    assert problem.harm(chosen) == pytest.approx(min(map(problem.harm, fit)))
+    spared = frugal(problem, "time")
+    assert spared is not None
+    assert kept(problem, spared)
+
+
 def test_what_the_solver_prints_stays_out_of_the_output(capfd: pytest.CaptureFixture[str], monkeypatch: Any):
     def chatty(*given: Any, **named: Any) -> Any:
         os.write(1, b"remark of the solver")

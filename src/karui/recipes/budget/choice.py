@@ -4,6 +4,10 @@ What a layer costs depends on the settings of several places: cutting a group ch
 layer that is replaced lies between two groups. So costs come in tables over the settings of a few places; in the
 integer program a table's cells have weights of their own whose margins are the places' settings. Since those are whole,
 so are the weights: the cost of the pair that is chosen, not a sum of two.
+
+To the solver a variable is whole that is so but for a millionth, and a millionth of a setting that saves megabytes is
+worth bytes. So what it chooses is held against the limits by the tables themselves; settings that break one are
+forbidden, and it solves again.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -21,6 +26,13 @@ from scipy.sparse import coo_matrix
 
 SECONDS = 60.0
 """Most that the solver may take; what it then has is taken, and is a valid choice, if perhaps not the best."""
+
+ROUNDING = 1e-10
+"""Of the arithmetic by which a sum is held against a limit: a share of the limit, or of the largest amount."""
+CUTS = 16
+"""How often settings are forbidden that keep a limit only by the solver's tolerances, and
+TOLERANCE: the share of a row by which its limit is drawn in where that was not enough: twice what they can hide."""
+TOLERANCE = 2e-6
 
 SHARP = 1e3
 """Times the best choice's harm up to which a candidate's may be, for the solver to see what it must."""
@@ -122,6 +134,35 @@ def cheapest(problem: Problem, quantity: str) -> dict[str, int]:
     return found if found is not None else dict.fromkeys(problem.harms, 0)
 
 
+HARM = "harm"
+"""What the bound on harms is called among the limits of a program."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """A limit as the tables tell whether it is kept."""
+
+    quantity: str
+    tables: Sequence[Table]
+    limit: float
+
+    def broken(self, fixed: Mapping[str, int]) -> bool:
+        """Whether these settings are beyond the limit, whatever the other places do."""
+        return self._least(fixed) > self.limit + ROUNDING * max(abs(self.limit), self._largest)
+
+    @cached_property
+    def _largest(self) -> float:
+        amounts = [np.abs(table.amounts[self.quantity]) for table in self.tables]
+        return max((float(array[np.isfinite(array)].max(initial=0.0)) for array in amounts), default=0.0)
+
+    def _least(self, fixed: Mapping[str, int]) -> float:
+        """The least that the sum can be with some settings fixed; the sum itself where all are."""
+        return sum(
+            float(np.min(table.amounts[self.quantity][tuple(fixed.get(p, slice(None)) for p in table.places)]))
+            for table in self.tables
+        )
+
+
 class _Program:
     """The integer program: a binary variable for each setting, a weight for each cell of each table."""
 
@@ -139,8 +180,10 @@ class _Program:
             self.rows.append(({self.start[place] + k: 1.0 for k in range(len(harms))}, 1.0, 1.0))
         for table in problem.tables:
             self._add(table, aim)
+        self.held: list[_Held] = []
+        self.limited: list[int] = []
         for quantity, limit in problem.limits.items():
-            self.rows.append((self.spent[quantity], -np.inf, limit))
+            self._hold(quantity, [t for t in problem.tables if quantity in t.amounts], self.spent[quantity], limit)
         if np.isfinite(harm):
             self._bound(harm)
 
@@ -174,6 +217,11 @@ class _Program:
                 for setting, margin in enumerate(margins[axis]):
                     self.rows.append(({**margin, self.start[place] + setting: -1.0}, 0.0, 0.0))
 
+    def _hold(self, quantity: str, tables: Sequence[Table], spent: dict[int, float], limit: float) -> None:
+        self.held.append(_Held(quantity, tables, limit))
+        self.limited.append(len(self.rows))
+        self.rows.append((spent, -np.inf, limit))
+
     def _bound(self, most: float) -> None:
         """Settings that do more harm than that alone are out, and do not blur the solver's view of the others' sum."""
         harms = {self.start[p] + k: float(h) for p, told in self.problem.harms.items() for k, h in enumerate(told)}
@@ -181,12 +229,44 @@ class _Program:
             self.rows.append(({column: 1.0}, 0.0, 0.0))
             self.costs[column] = 0.0
             del harms[column]
-        self.rows.append((harms, -np.inf, most))
+        told = [Table((place,), {HARM: np.array(each, dtype=float)}) for place, each in self.problem.harms.items()]
+        self._hold(HARM, told, harms, most)
 
     def solve(self) -> dict[str, int] | None:
-        """The chosen setting of each place."""
+        """The chosen setting of each place; None where no choice keeps the limits."""
         if not self.whole:
             return {} if all(limit >= 0 for limit in self.problem.limits.values()) else None
+        for _ in range(CUTS):
+            found = self._solved()
+            broken = None if found is None else self._broken(found)
+            if found is None or broken is None:
+                return found
+            self._forbid(found, broken)
+        # A choice that keeps a limit to the last byte may be lost so: only where there was no end of cuts.
+        self._draw_in()
+        found = self._solved()
+        return None if found is None or self._broken(found) is not None else found
+
+    def _broken(self, chosen: Mapping[str, int]) -> _Held | None:
+        return next((held for held in self.held if held.broken(chosen)), None)
+
+    def _forbid(self, chosen: Mapping[str, int], held: _Held) -> None:
+        """Never again all of these settings: as few of them as break the limit whatever the other places do."""
+        few = dict(chosen)
+        for place in chosen:
+            fewer = {other: setting for other, setting in few.items() if other != place}
+            if held.broken(fewer):
+                few = fewer
+        self.rows.append(({self.start[p] + setting: 1.0 for p, setting in few.items()}, -np.inf, len(few) - 1.0))
+
+    def _draw_in(self) -> None:
+        """Each limit by more than the solver's tolerances can hide."""
+        for row in self.limited:
+            cells, low, high = self.rows[row]
+            self.rows[row] = (cells, low, high - TOLERANCE * sum(map(abs, cells.values())))
+
+    def _solved(self) -> dict[str, int] | None:
+        """What the solver takes for the best choice."""
         places = [
             (row, column, value) for row, (cells, _, _) in enumerate(self.rows) for column, value in cells.items()
         ]
