@@ -2,8 +2,8 @@
 
 8 bits are tried at every point, so that they compose with all that was done to the network: static ones, and dynamic
 ones where linear layers and embeddings weigh most. A form counts only where it is measured faster than the one in 32
-bits (or smaller, if bytes were asked for), and where the floor holds. Where static 8 bits alone break the floor, the
-layers that they harm most are given back their 32 bits.
+bits in ONNX Runtime, also where bytes were asked for, and where the floor holds. Where static 8 bits alone break the
+floor, the layers that they harm most are given back their 32 bits.
 """
 
 from __future__ import annotations
@@ -115,15 +115,29 @@ class Forms:
         return tuple(found), self.best(found)
 
     def best(self, forms: Sequence[Form]) -> int:
-        """The lightest form that pays and keeps the floor; without a floor, of those that lose little more."""
-        # Where the floor is broken in 32 bits too, a lower precision is not at fault: the point may yet be trained on.
-        plain = forms[0]
-        allowed = self._allowed(plain)
-        allowed = allowed if plain.lost <= allowed else plain.lost + max(SLACK, plain.lost / 10)
-        within = [k for k, form in enumerate(forms) if form.lost <= allowed and (k == 0 or self._pays(form, plain))]
+        """The lightest of the forms that are faster than the first and keep the floor, and of the first itself; without
+        a floor, of those that lose little more.
+        """
+        plain, allowed = forms[0], self._bearable(forms[0])
+        within = [k for k, form in enumerate(forms) if form.lost <= allowed and (k == 0 or faster(form, plain))]
         fit = [k for k in within if not Point(number=0, forms=tuple(forms), best=k).beyond(self.goal)]
         within = fit or within
         return min(within, key=lambda k: (_weight(forms[k], self.wanted), k))
+
+    def passed_over(self, point: Point) -> str:
+        """A note on the smallest form that keeps the floor, where it was left because it is not faster; else empty.
+
+        Only for those who asked for bytes: to them it may be worth its time.
+        """
+        plain, allowed = point.fp32, self._bearable(point.fp32)
+        slow = [form for form in point.forms[1:] if form.lost <= allowed and not faster(form, plain)]
+        small = min(slow, key=lambda form: form.bytes, default=point.form)
+        if "bytes" not in self.wanted or small.bytes >= point.form.bytes:
+            return ""
+        return (
+            f"{small.told} was left, as it is not measured faster than {plain.told}: it would weigh {small.bytes:.2f} "
+            f"of the dense model instead of {point.form.bytes:.2f}, and takes {small.time / plain.time:.2f} times as long"
+        )
 
     def made(self, model: Model, forms: Sequence[Form]) -> list[Deployment]:
         """The files of a point's forms, made anew."""
@@ -152,10 +166,12 @@ class Forms:
     def _allowed(self, plain: Form) -> float:
         return ROUNDING + (self.max_drop if self.max_drop is not None else plain.lost + SLACK)
 
-    def _pays(self, form: Form, plain: Form) -> bool:
-        """Whether it is faster than the plain form; for bytes, no slower than that or the dense one is enough."""
-        most = plain.time if "time" in self.wanted else max(plain.time, 1.0)
-        return form.time * SLOWER < plain.time or ("bytes" in self.wanted and form.time < most * SLOWER)
+    def _bearable(self, plain: Form) -> float:
+        """What a form may lose. Where the floor is broken in 32 bits too, a lower precision is not at fault: the point
+        may yet be trained on.
+        """
+        allowed = self._allowed(plain)
+        return allowed if plain.lost <= allowed else plain.lost + max(SLACK, plain.lost / 10)
 
     def _score(self, model: Model) -> Score | None:
         judged = self.bench.validation is not None and model.task is not None
@@ -221,7 +237,7 @@ class Forms:
             return []
         found = self._judged(model, calibrated.form, int8, first)
         allowed = self._allowed(plain)
-        broken = [f for f in found if f.lost > allowed and self._pays(f, plain)]
+        broken = [f for f in found if f.lost > allowed and faster(f, plain)]
         if not broken or plain.lost > allowed:
             return found
         narrow = next(d for d in named(calibrated.form, int8) if d.name == broken[0].name)
@@ -261,6 +277,11 @@ class Forms:
         judge = self.bench.validation is not None and model.task is not None
         scores = [score_of(d, model, self.bench.validation) if judge else None for d in made]
         return [self._timed(d, score, first, left) for d, score in zip(made, scores, strict=True)]
+
+
+def faster(form: Form, plain: Form) -> bool:
+    """Whether a form is faster than the one in 32 bits in ONNX Runtime, beyond what the clock cannot tell."""
+    return form.time * SLOWER < plain.time
 
 
 def _weight(form: Form, wanted: Sequence[str]) -> float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from karui.measuring import OnnxRuntime, layer_times
 from karui.measuring.values import bytes_text
 from karui.recipes.budget.cache import SURE
+from karui.recipes.budget.deployments import faster
 from karui.recipes.budget.front import cost, exceeded, latest
 from karui.recipes.budget.stages import STUCK
 
@@ -205,14 +206,19 @@ def _end_of_menu(reach: Reach | None, missed: Sequence[str], plan: Plan) -> str:
 
 
 def _too_narrow(point: Point, plan: Plan, points: Sequence[Point], missed: Sequence[str]) -> tuple[Point, Form] | None:
-    """Of the forms that broke the floor and were lighter in what is missed, the one that broke it least."""
+    """Of the forms that broke the floor alone and were lighter in what is missed, the one that broke it least."""
     if plan.max_drop is None:
         return None
 
     def lighter(form: Form) -> bool:
         return all((form.time if q == "time" else form.bytes) < point.share(q) for q in missed)
 
-    found = [(p, f) for p in latest(points) for f in p.forms if missed and f.lost > plan.max_drop and lighter(f)]
+    found = [
+        (p, f)
+        for p in latest(points)
+        for f in p.forms
+        if missed and f.lost > plan.max_drop and lighter(f) and faster(f, p.fp32)
+    ]
     return min(found, key=lambda pair: pair[1].lost, default=None)
 
 

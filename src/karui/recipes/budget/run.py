@@ -170,6 +170,9 @@ def run_budget(
         visitor.notes.append(untold)
     start = visitor.heed(plan.goal) if plan.stated else start
     point = travel(visitor, start, plan)
+    if smaller := visitor.forms.passed_over(point):
+        tell(f"note: {smaller}")
+        visitor.notes.append(smaller)
     tell(f"point {point.number} is the result; measuring dense against light, in turns")
     record = {
         "format": FORMAT,
