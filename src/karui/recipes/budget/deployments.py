@@ -135,8 +135,9 @@ class Forms:
         if "bytes" not in self.wanted or small.bytes >= point.form.bytes:
             return ""
         return (
-            f"{small.told} was left, as it is not measured faster than {plain.told}: it would weigh {small.bytes:.2f} "
-            f"of the dense model instead of {point.form.bytes:.2f}, and takes {small.time / plain.time:.2f} times as long"
+            f"{small.told} was left, as it is not measured faster than {plain.told}: "
+            f"it would weigh {small.bytes:.2f} of the dense model instead of {point.form.bytes:.2f}, "
+            f"and takes {small.time / plain.time:.2f} times as long"
         )
 
     def made(self, model: Model, forms: Sequence[Form]) -> list[Deployment]:

@@ -11,7 +11,7 @@ import onnx
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
-from karui.errors import KaruiError
+from karui.errors import CaptureError
 from karui.measuring import onnx_form
 from karui.model import Model, describe_layer
 from karui.recipes.budget.blocks import Block, Shape
@@ -32,11 +32,12 @@ class Part:
 
 
 def told_layer(layer: nn.Module) -> str:
-    """A layer's class and settings, which decide its time; empty where they cannot be told."""
-    try:
-        return json.dumps(describe_layer(layer), sort_keys=True)
-    except KaruiError:
-        return ""
+    """A layer's class and settings, which decide its time.
+
+    Raises:
+        SurgeryError: they cannot be told; nor could the layer be put into a network, then.
+    """
+    return json.dumps(describe_layer(layer), sort_keys=True)
 
 
 def exchanged(block: Block, layer: nn.Module, given: Shape, batch: int) -> Block:
@@ -134,7 +135,11 @@ def _exported(layer: nn.Module, given: Shape) -> Part:
     """Any other layer, as the exporter writes it."""
     import torch
 
-    graph = onnx.load_model_from_string(onnx_form(Model(layer, example=(torch.zeros(2, *given[1:]),))).data).graph
+    try:
+        form = onnx_form(Model(layer, example=(torch.zeros(2, *given[1:]),)))
+    except CaptureError as error:  # to the exporter the layer is the model; whoever reads of one thinks of their own
+        raise CaptureError(error.message.replace("The model", f"The new {type(layer).__name__}", 1)) from error
+    graph = onnx.load_model_from_string(form.data).graph
     names = {node.output[0]: f"new {node.output[0]}" for node in graph.node}
     names |= {tensor.name: f"new {tensor.name}" for tensor in graph.initializer}
     names |= {graph.input[0].name: INPUT, graph.output[0].name: OUTPUT}

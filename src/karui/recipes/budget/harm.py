@@ -26,6 +26,7 @@ from karui.errors import NeedError, require
 from karui.measuring.bar import bar
 from karui.measuring.inference import inference, tensors_of
 from karui.model import Analysis, Classification, Model
+from karui.recipes.budget.refusals import Refusals
 from karui.technique.pruning.masking import silenced
 
 if TYPE_CHECKING:
@@ -36,7 +37,13 @@ FAR = 0.05
 """Harm from which on normalisations are seen anew: what moves the output less is told well enough without."""
 
 
-def harms(model: Model, candidates: Sequence[Candidate], analysis: Analysis | None, bench: Bench) -> list[float]:
+def harms(
+    model: Model,
+    candidates: Sequence[Candidate],
+    analysis: Analysis | None,
+    bench: Bench,
+    refusals: Refusals | None = None,
+) -> list[float]:
     """The harm of each candidate; infinite where the output stops being finite.
 
     Args:
@@ -44,10 +51,12 @@ def harms(model: Model, candidates: Sequence[Candidate], analysis: Analysis | No
         candidates: what is tried.
         analysis: the coupled groups that cuts name; None where none of them cuts.
         bench: calibration data (its training inputs, a seeded subset).
+        refusals: learns which candidates fail when they are tried; what is told of their harm means nothing.
 
     Raises:
         NeedError: there is no calibration data.
     """
+    refusals = Refusals() if refusals is None else refusals
     require(bench.train is not None, "A budget needs calibration data.", "Give --data, or Bench(train=...).", NeedError)
     working = model.copy()
     totals, samples = [0.0] * len(candidates), 0
@@ -58,7 +67,7 @@ def harms(model: Model, candidates: Sequence[Candidate], analysis: Analysis | No
             samples += count
             with bar("harm of candidates", len(candidates), bench.progress) as step:
                 for number, candidate in enumerate(candidates):
-                    with tried(module, candidate, analysis):
+                    with refusals.trying(candidate), tried(module, candidate, analysis):
                         totals[number] += count * _moved(module, inputs, before, model.task)
                     step()
     return [total / samples for total in totals]
@@ -108,9 +117,9 @@ def _swapped(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Non
         old = module.get_submodule(path)
         for parent in module.modules():
             places += [(parent, name, old, layer) for name, held in parent.named_children() if held is old]
-    for parent, name, _, layer in places:
-        setattr(parent, name, layer.eval())
     try:
+        for parent, name, _, layer in places:
+            setattr(parent, name, layer.eval())
         yield
     finally:
         for parent, name, old, _ in places:

@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from karui.errors import CaptureError, KaruiError, SurgeryError
-from karui.index import techniques
+from karui.errors import CaptureError, KaruiError, SurgeryError, require, told
+from karui.index import Entry, techniques
 from karui.model import Analysis, Model, Note, coupled_groups, remove_units, replace_layers
 from karui.recipes.budget.choice import Problem, Table
 from karui.recipes.budget.harm import harms
+from karui.recipes.budget.refusals import Refusals, reason, slug_of
 from karui.recipes.budget.skips import skips
 from karui.recipes.budget.tables import Coster
-from karui.technique import Candidate, Offers, card_of
+from karui.technique import Candidate, Offers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -141,9 +142,7 @@ def _notes(taken: Mapping[str, Offer]) -> list[Note]:
     """What each technique did, for the lineage."""
     by: dict[str, dict[str, str]] = {}
     for offer in taken.values():
-        card = card_of(offer.candidate.technique)
-        slug = card.slug if card is not None else type(offer.candidate.technique).__name__
-        by.setdefault(slug, {})[offer.candidate.place] = offer.candidate.text
+        by.setdefault(slug_of(offer.candidate.technique), {})[offer.candidate.place] = offer.candidate.text
     return [
         Note(f"{slug}: {len(places)} places chosen under a budget", {"places": places}) for slug, places in by.items()
     ]
@@ -155,18 +154,29 @@ def place_of(candidate: Candidate) -> str:
 
 
 def collect(model: Model, bench: Bench, multiple: int) -> tuple[list[Candidate], tuple[str, ...]]:
-    """Parts to leave out, what every technique of the catalogue offers, and why some offer nothing."""
+    """Parts to leave out, what every technique of the catalogue offers, and why some offer nothing, or no more."""
     found = list(skips(model))
     notes = []
     for entry in techniques():
-        if entry.card["kind"] in KINDS:
-            made = entry.load()()
-            if isinstance(made, Offers):
-                try:
-                    found += made.candidates(model, bench, multiple=multiple)
-                except KaruiError as error:
-                    notes.append(f"{entry.slug} offers nothing: {error.message}")
+        if entry.card["kind"] not in KINDS:
+            continue
+        before = len(found)
+        try:
+            found.extend(map(_sound, _offered(entry, model, bench, multiple)))
+        except Exception as error:  # noqa: BLE001  (somebody's code: a mistake in it is no reason to end a run)
+            why = error.message if isinstance(error, KaruiError) else reason(error)
+            notes.append(f"{entry.slug} offers {'no more' if len(found) > before else 'nothing'}: {why}")
     return found, tuple(notes)
+
+
+def _offered(entry: Entry, model: Model, bench: Bench, multiple: int) -> Iterable[Candidate]:
+    kind = entry.load()
+    return kind().candidates(model, bench, multiple=multiple) if issubclass(kind, Offers) else ()
+
+
+def _sound(candidate: Candidate) -> Candidate:
+    require(isinstance(candidate, Candidate), f"it gave {told(candidate)} where a Candidate is due")
+    return candidate
 
 
 def menu(
@@ -196,14 +206,18 @@ def menu(
     candidates, notes = collect(model, bench, watch.multiple())
     if not any(candidate.cut for candidate in candidates):
         notes = (_nothing_to_cut(analysis), *notes)
-    coster = Coster(model, analysis, watch, seconds)
+    refusals = Refusals()
+    coster = Coster(model, analysis, watch, seconds, refusals)
     costs = coster.alone(candidates)
-    kept = [k for k, cost in enumerate(costs) if not cost.slower]
-    harm = _harms(model, [candidates[k] for k in kept], analysis, bench, {} if known is None else known)
+    measured = refusals.left(candidates)
+    kept = {id(c): cost for c, cost in zip(measured, costs, strict=True) if not cost.slower}
+    quick = [candidate for candidate in measured if id(candidate) in kept]
+    harm = _harms(model, quick, analysis, bench, {} if known is None else known, refusals)
     offers: dict[str, list[Offer]] = {}
-    for k, each in zip(kept, harm, strict=True):
-        offer = Offer(candidate=candidates[k], harm=each, seconds=costs[k].seconds.settled, bytes=costs[k].bytes)
-        offers.setdefault(place_of(candidates[k]), []).append(offer)
+    for candidate in refusals.left(quick):
+        cost = kept[id(candidate)]
+        offer = Offer(candidate=candidate, harm=harm[id(candidate)], seconds=cost.seconds.settled, bytes=cost.bytes)
+        offers.setdefault(place_of(candidate), []).append(offer)
     fixed = {place: tuple(found) for place, found in offers.items()}
     tables = coster.tables({place: _candidates(found) for place, found in fixed.items()})
     return Menu(
@@ -211,23 +225,31 @@ def menu(
         offers=fixed,
         tables=tables,
         analysis=analysis,
-        notes=notes,
-        slower=len(candidates) - len(kept),
+        notes=(*notes, *refusals.notes),
+        slower=len(measured) - len(quick),
     )
 
 
-def _harms(
-    model: Model, candidates: Sequence[Candidate], analysis: Analysis | None, bench: Bench, known: dict[str, float]
-) -> list[float]:
-    """Measured where it is not known yet: by place, technique and words, and by number where those are equal."""
+def _harms(  # noqa: PLR0917  (what is tried, on what, and who remembers)
+    model: Model,
+    candidates: Sequence[Candidate],
+    analysis: Analysis | None,
+    bench: Bench,
+    known: dict[str, float],
+    refusals: Refusals,
+) -> dict[int, float]:
+    """By the `id` of each that does not fail. Measured where it is not known yet: by place, technique and words, and by
+    number where those are equal.
+    """
     names: list[str] = []
     for candidate in candidates:
         name = f"{place_of(candidate)}, {type(candidate.technique).__name__}: {candidate.text}"
         names.append(f"{name} {sum(other.startswith(name) for other in names)}")
     fresh = {name: candidate for name, candidate in zip(names, candidates, strict=True) if name not in known}
     if fresh:
-        known.update(zip(fresh, harms(model, list(fresh.values()), analysis, bench), strict=True))
-    return [known[name] for name in names]
+        found = dict(zip(fresh, harms(model, list(fresh.values()), analysis, bench, refusals), strict=True))
+        known.update({name: found[name] for name, candidate in fresh.items() if refusals.left([candidate])})
+    return {id(c): known[name] for name, c in zip(names, candidates, strict=True) if name in known}
 
 
 def _nothing_to_cut(analysis: Analysis | None) -> str:

@@ -21,6 +21,7 @@ from karui.recipes.budget.blocks import LAYERS, Block, Shape, blocks_of, resized
 from karui.recipes.budget.cache import SURE, Measured, added, less, times
 from karui.recipes.budget.choice import Table
 from karui.recipes.budget.exchange import exchanged, told_layer
+from karui.recipes.budget.refusals import Refusals
 
 if TYPE_CHECKING:
     from karui.recipes.budget.timing import Stopwatch
@@ -77,10 +78,19 @@ class Coster:
         analysis: its coupled groups; None where it has none.
         watch: times what is not known yet.
         seconds: what the whole model takes, in the form that blocks are timed in; None where that is not known.
+        refusals: learns which candidates cannot be measured.
     """
 
-    def __init__(self, model: Model, analysis: Analysis | None, watch: Stopwatch, seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        analysis: Analysis | None,
+        watch: Stopwatch,
+        seconds: float | None = None,
+        refusals: Refusals | None = None,
+    ) -> None:
         self.model, self.analysis, self.watch, self.seconds = model, analysis, watch, seconds
+        self.refusals = Refusals() if refusals is None else refusals
         self.graph = blocks_of(model, watch.batch)
         modules = dict(model.module.named_modules())
         self.layers = {p: modules[p] for p in self.graph.blocks if p in modules and type(modules[p]) in LAYERS}
@@ -91,18 +101,27 @@ class Coster:
         self.singles: dict[int, Cost] = {}
 
     def alone(self, candidates: Sequence[Candidate]) -> list[Cost]:
-        """What each candidate changes by itself; head to head with what it replaces, where that is in doubt."""
-        self._time_cells(self._wanted(candidates))
-        self._time_layers([c for c in candidates if c.layers is not None])
-        costs = [self._alone(candidate) for candidate in candidates]
-        doubtful = [k for k, cost in enumerate(costs) if cost.doubtful and self._comparable(candidates[k])]
+        """What each candidate changes by itself; head to head with what it replaces, where that is in doubt.
+
+        Of those that can be measured, in their order; `refusals` tells which are left.
+        """
+        wanted: list[tuple[str, dict[int, int]]] = [(path, {}) for path in self.layers]
+        for candidate in candidates:
+            with self.refusals.trying(candidate):
+                wanted += self._wanted(candidate)
+        self._time_cells(wanted)
+        for candidate in self.refusals.left(candidates):
+            with self.refusals.trying(candidate):
+                self._time_layers(candidate)
+                self.singles[id(candidate)] = self._alone(candidate)
+        doubtful = [c for c in self.refusals.left(candidates) if self.singles[id(c)].doubtful and self._comparable(c)]
         with bar("head to head", len(doubtful), self.watch.progress and bool(doubtful)) as step:
-            for k in doubtful:
-                self._look_closer(candidates[k])
-                costs[k] = self._alone(candidates[k])
+            for candidate in doubtful:
+                with self.refusals.trying(candidate):
+                    self._look_closer(candidate)
+                    self.singles[id(candidate)] = self._alone(candidate)
                 step()
-        self.singles = {id(c): cost for c, cost in zip(candidates, costs, strict=True)}
-        return costs
+        return [self.singles[id(candidate)] for candidate in self.refusals.left(candidates)]
 
     @cached_property
     def fit(self) -> float:
@@ -114,12 +133,9 @@ class Coster:
         alone = added(self.watch.blocks([block for blocks in self.graph.blocks.values() for block in blocks]))
         return min(1.0, self.seconds / alone.value) if alone.value > 0 else 1.0
 
-    def _wanted(self, candidates: Sequence[Candidate]) -> list[tuple[str, dict[int, int]]]:
-        wanted: list[tuple[str, dict[int, int]]] = [(path, {}) for path in self.layers]
-        for candidate in candidates:
-            if candidate.cut and not self._blind(candidate):
-                wanted += self._lost(candidate).items()
-        return wanted
+    def _wanted(self, candidate: Candidate) -> list[tuple[str, dict[int, int]]]:
+        """The layers whose time it changes, and how many indices they lose."""
+        return list(self._lost(candidate).items()) if candidate.cut and not self._blind(candidate) else []
 
     def _alone(self, candidate: Candidate) -> Cost:
         if candidate.cut and not self._blind(candidate):
@@ -225,23 +241,23 @@ class Coster:
             return _Cell(Measured(0.0), self.graph.blocks[path][0].bytes)
         return self.cells[key]
 
-    def _time_layers(self, candidates: Sequence[Candidate]) -> None:
+    def _time_layers(self, candidate: Candidate) -> None:
         """Time new layers in the place of old ones; each is made, timed and dropped."""
-        for candidate in candidates:
-            assert candidate.layers is not None  # noqa: S101  (they were filtered)
-            found = {}
-            made = candidate.layers()
-            # What is left out has no width: its place may be as wide as a cut leaves it.
-            self.replaced[id(candidate)] = {path for path, layer in made.items() if type(layer) is not nn.Identity}
-            for path, layer in made.items():
-                if inside := self._left_out(path, layer):
-                    found |= inside
-                    continue
-                if path not in self.graph.blocks or not isinstance(layer, nn.Module):
-                    break
-                found[path] = self._new_layer(path, layer)
-            else:
-                self.exchanged[id(candidate)] = found
+        if candidate.layers is None:
+            return
+        found = {}
+        made = candidate.layers()
+        # What is left out has no width: its place may be as wide as a cut leaves it.
+        self.replaced[id(candidate)] = {path for path, layer in made.items() if type(layer) is not nn.Identity}
+        for path, layer in made.items():
+            if inside := self._left_out(path, layer):
+                found |= inside
+                continue
+            if path not in self.graph.blocks or not isinstance(layer, nn.Module):
+                break
+            found[path] = self._new_layer(path, layer)
+        else:
+            self.exchanged[id(candidate)] = found
 
     def _left_out(self, path: str, layer: nn.Module) -> dict[str, _Cell]:
         """The layers of a part that gives its place to nothing; none where something else takes it."""

@@ -293,7 +293,9 @@ class Visitor:
             seconds = Scale.of(parent, self.seconds, self.bytes).now["time"]
             made = menu(self.model_of(parent), self.bench, watch, self._harms[1], seconds)
             self._menu = (parent.number, made)
-            self.notes += [note for note in made.notes if note not in self.notes]
+            for note in (note for note in made.notes if note not in self.notes):
+                self.tell(f"note: {note}")
+                self.notes.append(note)
             count = sum(map(len, made.offers.values()))
             self.tell(f"  {count} candidates at {len(made.offers)} places; {made.slower} more measured slower")
         return self._menu[1]
