@@ -137,7 +137,7 @@ def real_sizes(draw: Any) -> Problem:
 
     Limits are what some choice takes, or a byte or a millionth less.
     """
-    places = ("one", "two", "three")[: draw(st.integers(2, 3))]
+    places: list[str] = ["one", "two", "three"][: draw(st.integers(2, 3))]
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     levels = np.array([0.0, *10 ** random.uniform(-4, 1, 3)])
     harms = {place: [0.0, *random.choice(levels, 2).tolist()] for place in places}
