@@ -43,7 +43,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
 CPU_SECONDS, MEMORY, SHARE = 90, 12 << 30, 0.3
 SMALLER, EQUAL = 0.85, 1e-3
-OUTCOMES = ("proved", "refused", "crashed", "out of time", "wrong")
+OUTCOMES = ("proved", "refused", "crashed", "out of time", "out of memory", "wrong")
 
 
 def one(listed: dict[str, Any], seconds: int) -> dict[str, Any]:
@@ -160,8 +160,15 @@ def apart(listed: dict[str, Any], seconds: int, sender: Connection) -> None:
         row = one(listed, seconds)
     except Exception as error:  # noqa: BLE001  (a row tells of it)
         told_by = {"library": listed["library"], "model": listed["model"], "before": listed["parameters"]}
-        row = told_by | {"outcome": "crashed", "reason": f"{type(error).__name__}: {error}"}
+        row = told_by | failed(error)
     sender.send(row)
+
+
+def failed(error: Exception) -> dict[str, str]:
+    """What is told of an error: a crash, or that the limit on memory was reached."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return {"outcome": "out of memory", "reason": f"it takes more than {MEMORY >> 30} GB"}
+    return {"outcome": "crashed", "reason": f"{type(error).__name__}: {error}"}
 
 
 def summary(rows: list[dict[str, Any]], listed: int) -> str:
@@ -177,7 +184,8 @@ def summary(rows: list[dict[str, Any]], listed: int) -> str:
         f"them smaller by 15 % or more: {len(plain)} exactly, {len(smaller) - len(plain)} up to normalisation (some of "
         f"their groups are counted by a normalisation across channels, which the proof lets count survivors only, so "
         f"the cut model is another function than the masked one). {count['refused']} were refused with a reason, "
-        f"{count['crashed']} crashed, {count['out of time']} ran out of {CPU_SECONDS} s, {count['wrong']} were wrong: "
+        f"{count['crashed']} crashed, {count['out of time']} ran out of {CPU_SECONDS} s, {count['out of memory']} of "
+        f"{MEMORY >> 30} GB, {count['wrong']} were wrong: "
         f"of {len(shown)} models that are exact throughout, masked and cut outputs in single precision differ by "
         f"{max(shown, default=0):.1g} of the largest output at most.\n\n"
         f"Seconds are those of the processor, of one thread, to analyse, cut and prove, on random weights: median "
