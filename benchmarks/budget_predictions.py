@@ -7,12 +7,14 @@ network's time, and each is built, measured whole beside the dense network, and 
 corrected by what was measured before, and nothing is trained.
 
 Finished networks are kept in `.cache/benchmarks/budget_predictions`; the timing cache lies there too, so that no time
-of another day gets in. `--only` does one network in one precision, `--smoke` a small one and keeps nothing.
+of another day gets in. `--only` does one network in one precision, `--smoke` a small one and keeps nothing; `--beside
+WORDS` keeps the published rows, which are another machine's, and puts these below them under that name.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,11 +25,11 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from _common import CACHE, Ledger, cifar10, publish, table
+from _common import CACHE, ROOT, Ledger, cifar10, publish, table
 from cifar_resnets import published
 from karui.architectures.mobilenet import build_mobilenet
 from karui.errors import SurgeryError
-from karui.measuring import onnx_form
+from karui.measuring import onnx_form, this_machine
 from karui.model import Classification, Model
 from karui.recipes.budget.cache import TimingCache
 from karui.recipes.budget.choice import choose
@@ -122,8 +124,20 @@ def reached(parts: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"of": name, **c} for name, told in parts.items() for c in told["choices"] if c["predicted"] is not None]
 
 
-def report(parts: Mapping[str, Any]) -> str:
-    """The table, and how many predictions hold."""
+HEAD = """# Predicted and measured time of what a budget chooses
+
+Batch size 1, one thread, processor time, ONNX Runtime. A menu's prediction for the least harmful choice at each time,
+and what that network takes, both as shares of the dense network in the same precision. Weights of the MobileNet and of
+the plain network are as drawn. Measured times carry two standard errors."""
+
+
+BESIDE = """On a machine that is shared: its speed changed by 1.3 to 1.6 times from one minute to the next, and a layer that
+was timed in a slow moment is foreseen to cost, or to save, that much more. The error of a measured time tells only of
+the moments in which it was taken. Networks without a row were not run there."""
+
+
+def rows_of(parts: Mapping[str, Any]) -> str:
+    """The table of one machine, and how many predictions hold."""
     rows = [
         [
             name,
@@ -149,17 +163,19 @@ def report(parts: Mapping[str, Any]) -> str:
         f"{within} of {len(found)} predictions are within {APART:.0%} of what was measured; the median one is off by "
         f"{np.median(apart):.1%}, the worst by {max(apart):.1%}."
     )
-    return "\n\n".join(
-        [
-            """# Predicted and measured time of what a budget chooses
+    head = ["network", "aimed at", "predicted", "measured", "off by", "places changed"]
+    return f"{table(head, rows)}\n\n{told}"
 
-Batch size 1, one thread, processor time, ONNX Runtime. A menu's prediction for the least harmful choice at each time,
-and what that network takes, both as shares of the dense network in the same precision. Weights of the MobileNet and of
-the plain network are as drawn. Measured times carry two standard errors.""",
-            table(["network", "aimed at", "predicted", "measured", "off by", "places changed"], rows),
-            told,
-        ]
-    )
+
+def keep(parts: Mapping[str, Any], beside: str) -> None:
+    """Publish the rows of this machine, alone or below another's."""
+    if not beside:
+        publish("budget_predictions", {"apart": APART, "parts": parts}, f"{HEAD}\n\n{rows_of(parts)}")
+        return
+    before = json.loads((ROOT / "results" / "budget_predictions.json").read_text(encoding="utf-8"))
+    values = {**before, "beside": {beside: {"machine": str(this_machine()), "parts": parts}}}
+    text = [HEAD, rows_of(before["parts"]), f"Machine: {before['machine']}.", f"## {beside}", BESIDE, rows_of(parts)]
+    publish("budget_predictions", values, "\n\n".join(text))
 
 
 def main() -> None:
@@ -167,13 +183,14 @@ def main() -> None:
     options.add_argument("--smoke", action="store_true", help="one small network; keeps nothing")
     options.add_argument("--only", choices=NETWORKS, help="one network")
     options.add_argument("--precision", choices=PRECISIONS, help="one precision")
+    options.add_argument("--beside", default="", metavar="WORDS", help="name of rows below another machine's")
     asked = options.parse_args()
     torch.set_num_threads(1)
     if asked.smoke:
         noise = TensorDataset(torch.randn(64, 3, 32, 32), torch.zeros(64, dtype=torch.long))
         with tempfile.TemporaryDirectory() as scratch:
             told = predictions(plain(), Bench(train=noise), Path(scratch), "fp32", (0.7,))
-        print(report({"plain, fp32": told}))
+        print(rows_of({"plain, fp32": told}))
         return
     data = cifar10(1000)
     bench = Bench(train=data.train, validation=data.validation, progress=True)
@@ -187,7 +204,7 @@ def main() -> None:
             )
             kept = {each: Ledger(folder / f"{each}.json").parts for each in NETWORKS}
             parts = {f"{each}, {p}": told[p] for each, told in kept.items() for p in PRECISIONS if p in told}
-            publish("budget_predictions", {"apart": APART, "parts": parts}, report(parts))
+            keep(parts, asked.beside)
 
 
 if __name__ == "__main__":
