@@ -95,7 +95,7 @@ def test_a_network_that_was_trained_on_is_not_quoted_as_it_was_before():
     text = said(result, [DENSE, first, result], [stale])
     assert "12.00" not in text
     assert "What stops it" not in text
-    assert "Nothing lighter was found from point 3" in text
+    assert "Nothing lighter than point 3 was made" in text
 
 
 def test_the_end_of_a_networks_own_menu_is_what_stops_it():

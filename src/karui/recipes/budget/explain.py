@@ -128,7 +128,7 @@ def _cause(point: Point, plan: Plan, visitor: Visitor) -> str:
     if ends := _end_of_menu(reach, missed, plan):
         return f"What stops it is the menu: {ends}"
     return (
-        f"Nothing lighter was found from point {point.number} in the stages of this run. Ask for less, or compress the "
+        f"Nothing lighter than point {point.number} was made in the stages of this run. Ask for less, or compress the "
         "result once more."
     )
 
