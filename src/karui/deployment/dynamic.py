@@ -13,11 +13,15 @@ Source: `quantize_dynamic` in the documentation of `onnxruntime.quantization`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from karui.deployment.int8 import Int8Form, requantised
+import numpy as np
+
+from karui.deployment.int8 import Int8Form, requantised, without_unread
 from karui.deployment.layers import layers_of, parsed
 from karui.measuring import OnnxForm
+from karui.measuring.hollow import Hollow
 
 if TYPE_CHECKING:
     import onnx
@@ -27,7 +31,7 @@ LINEAR = ("Gemm", "MatMul", "Gather")
 
 def mostly_linear(form: OnnxForm) -> bool:
     """Whether linear layers and embeddings hold more than half of the numbers of a form."""
-    proto = parsed(form)
+    proto = parsed(form).proto
     sizes = _floats(proto)
     linear = {name for names in _weights(form, proto).values() for name in names}
     return 2 * sum(sizes[name] for name in linear) > sum(sizes.values())
@@ -52,10 +56,12 @@ def quantise_dynamically(form: OnnxForm) -> Int8Form:
     from onnxruntime.quantization import QuantizationMode, QuantType
     from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
 
-    proto = parsed(form)
+    graph = parsed(form)
+    proto = graph.proto
     layers, weights = layers_of(form, proto), _weights(form, proto)
+    turned = _turned(graph)
     made = requantised(
-        proto,
+        graph,
         lambda: ONNXQuantizer(
             proto,
             per_channel=True,
@@ -71,6 +77,7 @@ def quantise_dynamically(form: OnnxForm) -> Int8Form:
             extra_options={"MatMulConstBOnly": True},
         ),
         "Deploy it in 32 bits.",
+        lambda tensors: _fill(graph, turned, tensors),
     )
     left = _floats(made)
     quantised = tuple(path for path, names in weights.items() if not any(name in left for name in names))
@@ -88,6 +95,55 @@ def quantise_dynamically(form: OnnxForm) -> Int8Form:
         fp32={path: "dynamic 8 bits have no fast kernel for it" for path in layers.paths if path not in quantised},
         dynamic=True,
     )
+
+
+def _turned(graph: Hollow) -> dict[str, str]:
+    """The weights of linear layers as a product with a matrix takes them, in place; what each was made of, by its name.
+
+    ONNX Runtime's quantiser does the same, under the same names, but with weights that are there, and copies the graph
+    with both of each. What it cannot be spared (a name that is taken, inner graphs) gets its values here.
+    """
+    from onnx import helper, numpy_helper
+
+    inner = graph.proto.graph
+    constants = {tensor.name: tensor for tensor in inner.initializer}
+    taken = {*constants, *(name for node in inner.node for name in (*node.input, *node.output))}
+    if any(attribute.HasField("g") for node in inner.node for attribute in node.attribute):
+        graph.fill(inner.initializer)
+        return {}
+    found: dict[str, str] = {}
+    for node in inner.node:
+        told = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        plain = [told.get("alpha", 1.0), told.get("beta", 1.0), told.get("transA", 0)] == [1.0, 1.0, 0]
+        if node.op_type != "Gemm" or not plain or told.get("transB") != 1 or node.input[1] not in constants:
+            continue
+        weight = constants[node.input[1]]
+        name = f"{weight.name}_Transposed"
+        if taken & {name, f"{name}_quantized", f"{name}_scale", f"{name}_zero_point"}:
+            graph.fill([weight])
+            continue
+        if name not in found and graph.values(weight.name) is None:
+            inner.initializer.append(numpy_helper.from_array(numpy_helper.to_array(weight).T, name))
+        elif name not in found:
+            inner.initializer.add(name=name, data_type=weight.data_type, dims=weight.dims[::-1])
+        found[name] = weight.name
+        node.input[1] = name
+        next(attribute for attribute in node.attribute if attribute.name == "transB").i = 0
+    without_unread(graph.proto)
+    return found
+
+
+def _fill(graph: Hollow, turned: Mapping[str, str], tensors: Iterable[onnx.TensorProto]) -> None:
+    """Give constants their values, also those that were turned."""
+    from onnx import helper
+
+    for tensor in tensors:
+        values = graph.values(turned.get(tensor.name, ""))
+        if values is None:
+            graph.fill([tensor])
+        else:
+            dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            tensor.raw_data = np.frombuffer(values, dtype).reshape(tensor.dims[::-1]).T.tobytes()
 
 
 def _deep(proto: onnx.ModelProto) -> list[str]:

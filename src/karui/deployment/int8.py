@@ -32,6 +32,7 @@ from karui.deployment.shortcuts import channels_of, integer_shortcuts
 from karui.deployment.stored import store_weights
 from karui.errors import DataError, UsageError, require
 from karui.measuring import OnnxForm
+from karui.measuring.hollow import Hollow
 from karui.measuring.inference import tensors_of
 
 if TYPE_CHECKING:
@@ -116,11 +117,13 @@ class Calibrated:
     @property
     def layers(self) -> Layers:
         """The layers with weights, by what 8 bits can do for them."""
-        return layers_of(self.form, parsed(self.form))
+        return layers_of(self.form, parsed(self.form).proto)
 
 
 def calibrate(form: OnnxForm, batches: Iterable[tuple[Any, ...]]) -> Calibrated:
     """Run calibration batches and note the range of every activation; one batch is in memory at a time.
+
+    Of the weights the engine's copy is there alone: what prepares the graph makes copies of it, which are empty.
 
     Args:
         form: the form in 32 bits.
@@ -130,19 +133,18 @@ def calibrate(form: OnnxForm, batches: Iterable[tuple[Any, ...]]) -> Calibrated:
         UsageError: the form is no ONNX file, or one that ONNX Runtime cannot run.
         DataError: there are no batches, or they do not fit the form, or hold values that are not finite.
     """
-    from onnxruntime.quantization import CalibrationMethod, create_calibrator
+    from onnxruntime.quantization.calibrate import MinMaxCalibrater
 
-    names = [put.name for put in parsed(form).graph.input]
+    graph = parsed(form)
+    names = [put.name for put in graph.proto.graph.input]
     with _quiet(), tempfile.TemporaryDirectory(prefix="karui-") as scratch:
-        file = Path(scratch) / "form.onnx"
-        file.write_bytes(form.data)
+        empty, whole = Path(scratch) / "form.onnx", Path(scratch) / "ranges.onnx"
+        empty.write_bytes(graph.proto.SerializeToString())
         try:
-            calibrator = create_calibrator(
-                file,
-                INTEGER,
-                augmented_model_path=str(Path(scratch) / "ranges.onnx"),
-                calibrate_method=CalibrationMethod.MinMax,
-            )
+            calibrator = MinMaxCalibrater(empty, INTEGER, augmented_model_path=str(whole))
+            calibrator.augment_graph()
+            graph.write(calibrator.get_augment_model(), whole)
+            calibrator.create_inference_session()
         except Exception as error:
             raise UsageError(f"The ONNX form cannot be calibrated: {_line(error)}", "Export it again.") from error
         samples = 0
@@ -176,13 +178,15 @@ def quantise(calibrated: Calibrated, settings: Int8 | None = None, *, only: Sequ
     Relations: `layer_harms` and `leave_worst` find the layers that are better left in 32 bits.
     """
     settings = settings or Int8()
-    proto = parsed(calibrated.form)
+    graph = parsed(calibrated.form)
+    proto = graph.proto
     layers = layers_of(calibrated.form, proto)
     left = set(layers.covered(settings.leave))
     wanted = set(layers.paths if only is None else layers.covered(only)) - left
     if inner := [name for path in layers.operators if path in wanted for name in layers.operators[path]]:
         outer = [name for path in layers.operators if path not in wanted for name in layers.operators[path]]
-        proto = _with_integers(proto, calibrated.ranges, settings, inner if only is not None else [], outer)
+        proto = _with_integers(graph, calibrated.ranges, settings, inner if only is not None else [], outer)
+    graph.fill(proto.graph.initializer)
     kept = [path for path in layers.stored if path in wanted]
     store_weights(proto, [name for path in kept for name in layers.stored[path]])
     quantised = integer_layers(layers, proto)
@@ -221,18 +225,18 @@ def to_int8(form: OnnxForm, batches: Iterable[tuple[Any, ...]], settings: Int8 |
 
 
 def _with_integers(
-    proto: onnx.ModelProto, ranges: TensorsData, settings: Int8, only: list[str], leave: list[str]
+    graph: Hollow, ranges: TensorsData, settings: Int8, only: list[str], leave: list[str]
 ) -> onnx.ModelProto:
     """The graph with its weights as integers, and narrowed and widened values between its operators."""
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-    channels = channels_of(proto)
-    average_pools(proto, channels)
+    channels = channels_of(graph.proto)
+    average_pools(graph.proto, channels)
     made = requantised(
-        proto,
+        graph,
         lambda: QDQQuantizer(
-            proto,
+            graph.proto,
             per_channel=settings.per_channel,
             reduce_range=settings.weight_bits == 7,
             weight_qType=QuantType.QInt8,
@@ -246,25 +250,34 @@ def _with_integers(
         "Leave layers in 32 bits: Int8(leave=...).",
     )
     integer_shortcuts(made, channels)
-    _without_unread(made)
+    without_unread(made)
     return made
 
 
-def requantised(proto: onnx.ModelProto, make: Callable[[], Any], remedy: str) -> onnx.ModelProto:
+def requantised(
+    graph: Hollow,
+    make: Callable[[], Any],
+    remedy: str,
+    fill: Callable[[Iterable[onnx.TensorProto]], None] | None = None,
+) -> onnx.ModelProto:
     """What a quantiser of ONNX Runtime makes of a graph, without its advice, its name and its notes.
 
+    A quantiser copies the graph several times before it starts; the weights come into the last of these copies.
+
     Args:
-        proto: the graph, which it changes.
-        make: makes the quantiser.
+        graph: the graph, whose proto it may change.
+        make: makes the quantiser, of the empty proto.
         remedy: what to do where it fails.
+        fill: gives constants their values, where they are others than those of the graph.
 
     Raises:
         UsageError: it fails.
     """
-    told = proto.producer_name, proto.producer_version
+    told = graph.proto.producer_name, graph.proto.producer_version
     with _quiet():
         try:
             quantiser = make()
+            (fill or graph.fill)(quantiser.model.initializer())
             quantiser.quantize_model()
         except Exception as error:
             raise UsageError(f"The ONNX form cannot be quantised: {_line(error)}", remedy) from error
@@ -274,13 +287,14 @@ def requantised(proto: onnx.ModelProto, make: Callable[[], Any], remedy: str) ->
     return made
 
 
-def _without_unread(proto: onnx.ModelProto) -> None:
+def without_unread(proto: onnx.ModelProto) -> None:
     """The graph without constants that nothing reads, in place: what was put in the place of others leaves some."""
     read = {name for node in proto.graph.node for name in node.input} | {put.name for put in proto.graph.output}
-    kept = [tensor for tensor in proto.graph.initializer if tensor.name in read]
-    if not any(attribute.HasField("g") for node in proto.graph.node for attribute in node.attribute):  # no inner graphs
-        del proto.graph.initializer[:]
-        proto.graph.initializer.extend(kept)
+    if any(attribute.HasField("g") for node in proto.graph.node for attribute in node.attribute):  # inner graphs
+        return
+    constants = proto.graph.initializer
+    for place in reversed([place for place, tensor in enumerate(constants) if tensor.name not in read]):
+        del constants[place]
 
 
 class _Once:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from karui.errors import SettingError, UsageError, did_you_mean
 from karui.measuring import OnnxForm
-from karui.measuring.filed import write
+from karui.measuring.hollow import Hollow
 
 if TYPE_CHECKING:
     import onnx
@@ -64,20 +62,16 @@ class Layers:
         return tuple(found)
 
 
-def parsed(form: OnnxForm) -> onnx.ModelProto:
-    """The graph in a form's bytes.
+def parsed(form: OnnxForm) -> Hollow:
+    """The graph in a form's bytes, without the values of its weights.
 
     Raises:
         UsageError: they are no ONNX file.
     """
-    import onnx
-
     try:
-        with tempfile.TemporaryDirectory(prefix="karui-") as folder:
-            file = Path(folder) / "model.onnx"
-            write(form, file)
-            onnx.checker.check_model(file)  # before it is read: of a parsed graph the checker makes two more copies
-        return onnx.load_model_from_string(form.data)
+        graph = Hollow(form)
+        graph.check()
+        return graph
     except Exception as error:  # the parser has errors of its own, of several kinds
         line = str(error).strip().partition("\n")[0]
         raise UsageError(f"The form is no whole ONNX file: {line}", "Export the model again.") from error

@@ -112,8 +112,14 @@ class OnnxRuntime:
         return run
 
 
-def onnx_session(data: bytes | File, threads: int, *, profile: str | None = None) -> Any:
-    """An ONNX Runtime session over a file or its bytes; with `profile`, a file-name prefix, it writes a profile.
+def onnx_session(data: bytes | File | Path, threads: int, *, profile: str | None = None, prepack: bool = True) -> Any:
+    """An ONNX Runtime session over a file or its bytes.
+
+    Args:
+        data: the file, its bytes or its path.
+        threads: number of threads.
+        profile: a prefix of file names, with which it writes a profile.
+        prepack: whether weights are copied in the order that kernels like: faster, and a second copy of them.
 
     Raises:
         UsageError: ONNX Runtime refuses the file.
@@ -125,13 +131,18 @@ def onnx_session(data: bytes | File, threads: int, *, profile: str | None = None
     options.log_severity_level = 3
     # Idle workers of a session spin for a while after a run, and would slow down whoever is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, profile
     try:
         with tempfile.TemporaryDirectory(prefix="karui-") as folder:
-            file = Path(folder) / "model.onnx"
+            file = data if isinstance(data, Path) else Path(folder) / "model.onnx"
             # A session over bytes would hold them beside what it makes of them.
-            file.write_bytes(data) if isinstance(data, bytes) else write(data, file)
+            if isinstance(data, bytes):
+                file.write_bytes(data)
+            elif not isinstance(data, Path):
+                write(data, file)
             return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise UsageError(*_not_opened(error)) from error

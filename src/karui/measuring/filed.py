@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import shutil
 import tempfile
 import weakref
@@ -81,6 +82,7 @@ class _OnDisk:
         self.file: IO[bytes] = tempfile.TemporaryFile(prefix="karui-")  # noqa: SIM115  (closed as told above)
         weakref.finalize(self, self.file.close)
         self.file.write(data)
+        self.file.flush()  # for those who map it
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,14 @@ class Waiting:
 def shared(owner: File) -> bytes:
     """What is put into another owner's field where it is to have the same file: the owner, which a field takes, too."""
     return cast("bytes", owner)
+
+
+def mapped(file: File) -> memoryview:
+    """A file's bytes to look into: of those that wait on disk only what is read comes into memory."""
+    held = vars(file).get("_filed", (b"",))[0]
+    if isinstance(held, bytes):
+        return memoryview(file.data)
+    return memoryview(mmap.mmap(held.file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def write(file: File, path: Path) -> None:

@@ -23,6 +23,7 @@ from karui.errors import UsageError, require
 from karui.measuring import values
 from karui.measuring.count import count
 from karui.measuring.engines import Engine, OnnxRuntime, Torch, onnx_session
+from karui.measuring.hollow import Hollow
 from karui.measuring.inference import batch_of, inference, tensors_of
 from karui.measuring.onnx import OnnxForm, onnx_form
 from karui.model import Model
@@ -213,9 +214,7 @@ def _onnx_times(model: Model, batch: int, threads: int, rounds: int) -> tuple[di
 
 def _layer_finder(form: OnnxForm) -> Any:
     """From the name of what the engine ran to the layer that it came from; None for what the engine added itself."""
-    import onnx
-
-    graph = onnx.load_model_from_string(form.data).graph
+    graph = Hollow(form).proto.graph
     makers: dict[str, onnx.NodeProto] = {value: node for node in graph.node for value in node.output}
     nodes = {**makers, **{node.name: node for node in graph.node}}
 

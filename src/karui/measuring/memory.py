@@ -26,6 +26,7 @@ import torch
 
 from karui.errors import KaruiError
 from karui.measuring.engines import Engine, OnnxRuntime, OpenVino, Torch
+from karui.measuring.filed import write
 from karui.measuring.inference import batch_of, inference, tensors_of
 from karui.measuring.onnx import onnx_form
 from karui.measuring.values import bytes_text
@@ -135,7 +136,7 @@ def _process_peak(model: Model, engine: str, batch: int) -> int:
         raise RuntimeError("this system does not report a process's peak memory")
     with tempfile.TemporaryDirectory(prefix="karui-") as name:
         folder = Path(name)
-        (folder / "model.onnx").write_bytes(onnx_form(model).data)
+        write(onnx_form(model), folder / "model.onnx")
         paths = []
         for number, tensor in enumerate(tensors_of(batch_of(model.example, batch))):
             paths.append(str(folder / f"{number}.npy"))

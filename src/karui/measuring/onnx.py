@@ -8,12 +8,10 @@ import inspect
 import io
 import logging
 import re
-import tempfile
 import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +19,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from karui.errors import CaptureError
-from karui.measuring.filed import Filed, write
+from karui.measuring.filed import Filed
+from karui.measuring.hollow import Hollow
 from karui.measuring.inference import batch_of, inference
 from karui.model import Model
 
@@ -239,13 +238,8 @@ def _check(proto: onnx.ModelProto) -> None:
 
 def _check_file(form: OnnxForm) -> None:
     """The whole file must be valid, with shapes that go together."""
-    import onnx
-
     try:
-        with tempfile.TemporaryDirectory(prefix="karui-") as folder:
-            file = Path(folder) / "model.onnx"
-            write(form, file)
-            onnx.checker.check_model(file, full_check=True)
+        Hollow(form).check(full=True)
     except Exception as error:
         line = str(error).strip().partition("\n")[0]
         raise CaptureError(f"The exported ONNX graph is not valid: {line}", "Update torch and onnxscript.") from error

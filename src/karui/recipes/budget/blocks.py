@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from torch import nn
 
 from karui.measuring import OnnxForm, onnx_form
 from karui.measuring.engines import onnx_session
+from karui.measuring.filed import File
+from karui.measuring.hollow import Hollow
 from karui.measuring.inference import batch_of, tensors_of
 from karui.model import Model
 
@@ -133,9 +137,10 @@ def blocks_of(model: Model, batch: int) -> Graph:
         CaptureError: the model cannot be exported.
     """
     form = onnx_form(model)
-    proto = onnx.load_model_from_string(form.data)
-    graph = proto.graph
+    hollow = Hollow(form)
+    proto, graph = hollow.proto, hollow.proto.graph
     shapes = _shapes(form, model.example, batch)
+    hollow.fill(tensor for tensor in graph.initializer if not _many(tensor))
     constants = {tensor.name: tensor for tensor in graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
@@ -154,11 +159,15 @@ def blocks_of(model: Model, batch: int) -> Graph:
 
 def _shapes(form: OnnxForm, example: tuple[Any, ...], batch: int) -> dict[str, tuple[Shape, int]]:
     """Shape and type of every value, found by running the graph at two batch sizes: what differs is the batch."""
-    proto = onnx.load_model_from_string(form.data)
+    hollow = Hollow(form)
+    proto = hollow.proto
     held = {put.name for put in proto.graph.output}
     values = [name for node in proto.graph.node for name in node.output if name and name not in held]
     proto.graph.output.extend([onnx.ValueInfoProto(name=name) for name in values])
-    session = onnx_session(proto.SerializeToString(), threads=1)
+    with tempfile.TemporaryDirectory(prefix="karui-") as folder:
+        file = Path(folder) / "model.onnx"
+        hollow.write(proto, file)
+        session = onnx_session(file, threads=1, prepack=False)  # it runs twice, and its time does not matter
     names = [put.name for put in session.get_outputs()]
     seen = []
     for size in (1, 2):
@@ -258,9 +267,9 @@ def resized(block: Block, layer: nn.Module, lost: Mapping[int, int]) -> Block | 
     return replace(block, nodes=tuple(nodes), weights=weights, inputs=inputs)
 
 
-def structure(data: bytes) -> str:
+def structure(data: bytes | File) -> str:
     """A digest of an ONNX file without the values of its weights: files of equal digest take equal time."""
-    proto = onnx.load_model_from_string(data)
+    proto = Hollow(data).proto
     told: list[Any] = [
         [n.op_type, list(n.input), list(n.output), sorted(map(str, n.attribute))] for n in proto.graph.node
     ]
@@ -278,8 +287,11 @@ def _attribute(node: onnx.NodeProto, name: str) -> int:
 
 def _weights(tensor: onnx.TensorProto) -> np.ndarray:
     """A constant; of many numbers, which cost the same whatever they are, only the shape."""
-    many = tensor.data_type == onnx.TensorProto.FLOAT and math.prod(tensor.dims) > FEW
-    return _shaped(tensor.dims) if many else numpy_helper.to_array(tensor)
+    return _shaped(tensor.dims) if _many(tensor) else numpy_helper.to_array(tensor)
+
+
+def _many(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_type == onnx.TensorProto.FLOAT and math.prod(tensor.dims) > FEW
 
 
 def _shaped(shape: Sequence[int]) -> np.ndarray:
