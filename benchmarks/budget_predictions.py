@@ -85,7 +85,7 @@ def predictions(dense: Model, bench: Bench, folder: Path, precision: str, shares
     whole = forms.file(dense, like)
     seconds = watch.whole(dense, plain).value * watch.ratio(dense, whole, plain).value
     layers = Stopwatch(cache=watch.cache, progress=True, narrow=precision == "int8")
-    offers = menu(dense, bench, layers, seconds=seconds)
+    offers = menu(dense, bench, layers, file=whole, seconds=seconds)
     found = []
     for share in shares:
         chosen, light = _made(offers, (share - 1) * seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -14,9 +15,9 @@ from karui.measuring.engines import onnx_session
 from karui.model import Model
 from karui.recipes.budget import timing
 from karui.recipes.budget.blocks import Block, blocks_of
-from karui.recipes.budget.cache import Measured, TimingCache
+from karui.recipes.budget.cache import TimingCache
 from karui.recipes.budget.narrow import Narrow, narrowed
-from karui.recipes.budget.recorder import Timed
+from karui.recipes.budget.recorder import ROUNDS, Rounds, Timed
 from karui.recipes.budget.timing import Stopwatch
 
 
@@ -60,20 +61,26 @@ def test_what_has_no_integer_form_is_timed_as_it_is(blocks: Mapping[str, tuple[B
 def test_times_in_both_precisions_are_kept_apart(
     blocks: Mapping[str, tuple[Block, ...]], monkeypatch: pytest.MonkeyPatch
 ):
-    def profiled(found: Mapping[str, Timed], threads: int) -> dict[str, Measured]:
+    """A block in 8 bits takes half as long as another where one in 32 takes a quarter."""
+
+    def profiled(found: Mapping[str, Timed], threads: int) -> dict[str, Rounds]:
         del threads
-        return {name: Measured(1e-6 if isinstance(each, Narrow) else 4e-6) for name, each in found.items()}
+        narrow = [isinstance(each, Narrow) for each in found.values()]
+        taken = [1e-6 * (2 if all(narrow) else 4) ** place for place in range(len(found))]
+        return {name: Rounds(np.full(ROUNDS, each)) for name, each in zip(found, reversed(taken), strict=True)}
 
     monkeypatch.setattr(timing, "profiled", profiled)
     watch = Stopwatch(cache=TimingCache())
+    pair = [(blocks["head"][0], blocks["inner"][0])]
     for _ in range(2):
-        assert [m.value for m in replace(watch, narrow=True).blocks(blocks["inner"])] == [1e-6]
-        assert [m.value for m in watch.blocks(blocks["inner"])] == [4e-6]
+        assert [m.value for m in replace(watch, narrow=True).changes(pair)] == [2]
+        assert [m.value for m in watch.changes(pair)] == [4]
 
 
 @pytest.mark.usefixtures("steady")
 def test_steady_times_cover_both_precisions(blocks: Mapping[str, tuple[Block, ...]]):
     """Whoever tests a budget with 8 bits on has the same menu everywhere."""
     watch = Stopwatch(cache=TimingCache())
-    [narrow], [plain] = (w.blocks(blocks["inner"]) for w in (replace(watch, narrow=True), watch))
+    pair = [(blocks["head"][0], blocks["inner"][0])]
+    [narrow], [plain] = (w.changes(pair) for w in (replace(watch, narrow=True), watch))
     assert 0 < narrow.value != plain.value

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from karui.model import Model, coupled_groups, replace_layers
 from karui.recipes.budget import timing
-from karui.recipes.budget.blocks import Block
+from karui.recipes.budget.blocks import Block, blocks_of
 from karui.recipes.budget.cache import Measured, TimingCache
 from karui.recipes.budget.choice import Problem
+from karui.recipes.budget.recorder import ROUNDS, Network, Rounds
 from karui.recipes.budget.skips import skips
 from karui.recipes.budget.tables import Coster
 from karui.recipes.budget.timing import Stopwatch
@@ -59,16 +61,20 @@ def test_parts_that_keep_their_shape_and_run_once_are_offered(model: Model):
 
 def test_what_is_left_out_saves_its_layers_whatever_their_width(model: Model, monkeypatch: pytest.MonkeyPatch):
     """The tables' sum is the time of the network that comes out, with and without a cut inside the part."""
+    blocks = [block for found in blocks_of(model, 1).blocks.values() for block in found]
+    within = {block.nodes[0].name: np.full(ROUNDS, 1e-9 * block.bytes) for block in blocks}
+    whole = sum(block.bytes for block in blocks)
 
-    def profiled(blocks: Mapping[str, Block], threads: int) -> dict[str, Measured]:
+    def profiled(blocks: Mapping[str, Block], threads: int) -> dict[str, Rounds]:
         del threads
-        return {name: Measured(1e-9 * block.bytes) for name, block in blocks.items()}
+        return {name: Rounds(np.full(ROUNDS, 1e-9 * block.bytes)) for name, block in blocks.items()}
 
     monkeypatch.setattr(timing, "profiled", profiled)
+    monkeypatch.setattr(timing, "network", lambda *_: Network(within, np.zeros(ROUNDS)))
     monkeypatch.setattr(timing, "head_to_head", lambda *_: Measured(1.0))
     [skip] = skips(model)
     cut = Candidate(technique=L1Filters(), place="plain.one", text="", cut={"plain.one": torch.arange(8)})
-    coster = Coster(model, coupled_groups(model), Stopwatch(cache=TimingCache()))
+    coster = Coster(model, coupled_groups(model), Stopwatch(cache=TimingCache()), seconds=1e-9 * whole)
     coster.alone([skip, cut])
     menu = {"layer plain": [skip], "units of plain.one": [cut]}
     problem = Problem(harms={place: [0.0, 1.0] for place in menu}, tables=coster.tables(menu))

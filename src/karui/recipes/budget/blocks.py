@@ -64,6 +64,11 @@ class Block:
     layer: str = ""
 
     @property
+    def names(self) -> set[str]:
+        """Of its nodes and the values that they give: an engine that melts nodes names the new one after either."""
+        return {node.name for node in self.nodes} | {name for node in self.nodes for name in node.output}
+
+    @property
     def bytes(self) -> int:
         """Bytes of its constants."""
         return sum(array.nbytes for array in self.weights.values())

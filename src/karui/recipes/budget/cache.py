@@ -18,8 +18,9 @@ from karui.artifact.files import write_file
 from karui.errors import UsageError
 from karui.measuring import this_machine
 
-KIND = 2
-"""Of the numbers in the file. Those of kind 1 held what the engine's recorder adds to each operator."""
+KIND = 3
+"""Of the numbers in the file. Those of kind 1 held what the engine's recorder adds to each operator; those of kind 2
+seconds of blocks, each in its moment, where now there are shares of what was timed beside them."""
 CACHE = "KARUI_CACHE"
 """Environment variable: the folder of the timing cache."""
 SURE = 2.0

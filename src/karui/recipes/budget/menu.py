@@ -23,6 +23,7 @@ from karui.technique import Candidate, Offers
 if TYPE_CHECKING:
     from torch import nn
 
+    from karui.measuring import OnnxForm
     from karui.recipes.budget.timing import Stopwatch
     from karui.technique import Bench
 
@@ -184,6 +185,8 @@ def menu(
     bench: Bench,
     watch: Stopwatch,
     known: dict[str, float] | None = None,
+    *,
+    file: OnnxForm | None = None,
     seconds: float | None = None,
 ) -> Menu:
     """Everything that can be done to the model, measured.
@@ -193,7 +196,8 @@ def menu(
         bench: calibration data, seed.
         watch: times layers.
         known: harms that were measured before, of the same model; those that are measured now are added.
-        seconds: what the whole model takes in the form that `watch` times layers in; its layers together take no more.
+        file: the model in the form that `watch` times layers in; None for the one in 32 bits.
+        seconds: what that takes; None where it is not known.
 
     Raises:
         NeedError: there is no calibration data.
@@ -207,7 +211,7 @@ def menu(
     if not any(candidate.cut for candidate in candidates):
         notes = (_nothing_to_cut(analysis), *notes)
     refusals = Refusals()
-    coster = Coster(model, analysis, watch, seconds, refusals)
+    coster = Coster(model, analysis, watch, file=file, seconds=seconds, refusals=refusals)
     costs = coster.alone(candidates)
     measured = refusals.left(candidates)
     kept = {id(c): cost for c, cost in zip(measured, costs, strict=True) if not cost.slower}

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from karui.measuring.engines import onnx_session
+from karui.measuring.filed import File
 from karui.recipes.budget.cache import Measured, typical
 
 ROUNDS = 9
@@ -28,20 +29,27 @@ CALLS, ROUND = (4, 16), 200e-6
 """Least and most calls of a block in a round, and the seconds that they should last."""
 RECORDER = 0.3e-6
 """Standard error of one operator's time: the recorder cuts off what is below a microsecond."""
+TRIED = 3
+"""Calls that tell how many a round needs."""
 INTERRUPTED = 1.5
 """A call that takes more than this times the usual was interrupted."""
 LEAST = 0.1e-6
 """The least that an operator is said to take, in seconds: what is taken off is an average."""
-CHAIN, SIZES, CHAINS = 20, (256, 1024, 4096), 15
-"""Operators of a chain that tells the recorder's own time, numbers that each works on, and how often it is run."""
+CHAIN, LONG, SHORT = 20, "chain of the recorder", "link of the chain"
+"""Operators of a chain that tells the recorder's own time, beside a single one; and what the two are called."""
+NETWORK = "network"
+ADDED = re.compile(r"^fused |/.*$|_nchwc$|_token_\d+$|(_MatMul)?_quant$")
+"""What ONNX Runtime adds to the name of an operator that it melts with others, or makes anew."""
 LAYOUT = ("ReorderInput", "ReorderOutput", "Transpose")
+"""Operators that only a layer by itself pays for."""
+KERNEL = "_kernel_time"
 
 
 class Timed(Protocol):
     """What can be timed: a file and what to feed it."""
 
-    def data(self) -> bytes:
-        """The bytes of an ONNX file."""
+    def data(self) -> bytes | File:
+        """An ONNX file or its bytes."""
         ...
 
     def feed(self) -> dict[str, np.ndarray]:
@@ -49,50 +57,113 @@ class Timed(Protocol):
         ...
 
 
-def recorded(blocks: Mapping[str, Timed], threads: int) -> dict[str, np.ndarray]:
-    """Seconds of each block, without changes of layout: `[operators, ROUNDS]`, the rounds of all blocks in turns."""
+@dataclass(frozen=True, eq=False)
+class Rounds:
+    """Seconds of one block.
+
+    Settings:
+        seconds: in each round, `[ROUNDS]`.
+        operators: how many the recorder told of; each may be off by `RECORDER`.
+    """
+
+    seconds: np.ndarray
+    operators: int = 0
+
+    @property
+    def unsure(self) -> float:
+        """Standard error that more rounds do not lessen, in seconds."""
+        return RECORDER * math.sqrt(self.operators)
+
+    def beside(self, other: Rounds) -> Measured:
+        """As a share of another, round by round: what slows the machine for a while slows both."""
+        floor = math.hypot(self.unsure, other.unsure) / float(np.median(other.seconds))
+        return typical(self.seconds / other.seconds, floor)
+
+
+Rows = dict[tuple[str, str], np.ndarray]
+"""Seconds of each operator in each round, `[ROUNDS]`, by its kind and name."""
+
+
+def recorded(
+    files: Mapping[str, Timed], threads: int, calls: Mapping[str, Callable[[], Any]] | None = None
+) -> tuple[dict[str, Rows], dict[str, np.ndarray]]:
+    """Files and calls run in turns.
+
+    Args:
+        files: each gets a session whose operators are recorded.
+        threads: of the engine.
+        calls: timed as they are.
+
+    Returns:
+        Rows of each file, and seconds of each call in each round, `[ROUNDS]`.
+    """
     with tempfile.TemporaryDirectory(prefix="karui-") as folder:
         prefix = Path(folder)
         sessions = {
-            name: onnx_session(block.data(), threads, profile=str(prefix / str(number)))
-            for number, (name, block) in enumerate(blocks.items())
+            name: onnx_session(file.data(), threads, profile=str(prefix / str(number)))
+            for number, (name, file) in enumerate(files.items())
         }
-        feeds = {name: block.feed() for name, block in blocks.items()}
-        calls = {name: _calls(lambda n=name: sessions[n].run(None, feeds[n])) for name in sessions}
+        turns = {name: _Turn(_bound(session, files[name].feed())) for name, session in sessions.items()}
+        # A call on one thread is interrupted where the machine is busy; its processor time is not.
+        clock = time.thread_time if threads == 1 else time.perf_counter
+        plain = {name: _Turn(call, clock) for name, call in (calls or {}).items()}
+        every = [*turns.values(), *plain.values()]
         for number in range(ROUNDS):
-            for name in sessions if number % 2 == 0 else reversed(sessions):
-                for _ in range(calls[name]):
-                    sessions[name].run(None, feeds[name])
-        return {name: _read(session.end_profiling(), calls[name]) for name, session in sessions.items()}
+            for turn in every if number % 2 == 0 else reversed(every):
+                turn.take()
+        return (
+            {name: _read(session.end_profiling(), turns[name].count) for name, session in sessions.items()},
+            {name: _rounds(np.array(turn.taken).reshape(ROUNDS, -1)) for name, turn in plain.items()},
+        )
 
 
-def _calls(run: Callable[[], Any]) -> int:
-    """How often a block is called in a round; it has been called a few times then."""
-    run()
-    taken = []
-    for _ in range(3):
-        start = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - start)
-    return min(max(math.ceil(ROUND / max(min(taken), 1e-7)), CALLS[0]), CALLS[1])
+class _Turn:
+    """One of what is run in turns.
+
+    Args:
+        run: it.
+        clock: tells seconds.
+    """
+
+    def __init__(self, run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> None:
+        self.run, self.clock = run, clock
+        self.count, self.taken = TRIED, []
+        self.take()
+        self.count = min(max(math.ceil(ROUND / max(min(self.taken), 1e-7)), CALLS[0]), CALLS[1])
+        self.taken: list[float] = []
+
+    def take(self) -> None:
+        """One round."""
+        self.run()  # fills the caches, which whatever had the turn before has filled with its own
+        for _ in range(self.count):
+            start = self.clock()
+            self.run()
+            self.taken.append(self.clock() - start)
 
 
-def _read(file: str, calls: int) -> np.ndarray:
+def _bound(session: Any, feed: Mapping[str, np.ndarray]) -> Callable[[], Any]:
+    return lambda: session.run(None, feed)
+
+
+def _read(file: str, calls: int) -> Rows:
     """The mean of each round's calls, operator by operator, from a record of all calls."""
-    events = json.loads(Path(file).read_text(encoding="utf-8"))
-    taken: dict[str, list[float]] = {}
-    for event in events:
-        kernel = event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
-        if kernel and event["args"].get("op_name") not in LAYOUT:
-            taken.setdefault(event["name"], []).append(event["dur"] * 1e-6)
-    rows = [_rounds(np.array(durations), calls) for durations in taken.values()]
-    return np.array(rows) if rows else np.zeros((1, ROUNDS))
+    taken: dict[tuple[str, str], list[float]] = {}
+    for event in json.loads(Path(file).read_text(encoding="utf-8")):
+        if event.get("cat") == "Node" and event["name"].endswith(KERNEL):
+            name = event["args"].get("op_name", ""), event["name"].removesuffix(KERNEL)
+            taken.setdefault(name, []).append(event["dur"] * 1e-6)
+    every = 1 + TRIED + ROUNDS * (calls + 1)
+    rows = {}
+    for name, found in taken.items():
+        each = np.array(found).reshape(every, -1).sum(axis=1)  # in a loop it runs more than once in a call
+        rows[name] = _rounds(each[1 + TRIED :].reshape(ROUNDS, calls + 1)[:, 1:])
+    return rows
 
 
-def _rounds(durations: np.ndarray, calls: int) -> np.ndarray:
-    counted = durations[-ROUNDS * calls :].reshape(ROUNDS, calls)
-    usual = np.median(counted)
-    return np.minimum(counted, INTERRUPTED * usual + RECORDER).mean(axis=1)
+def _rounds(durations: np.ndarray) -> np.ndarray:
+    """The mean of each round, `[rounds, calls]`, without what interrupted calls took longer."""
+    usual = np.median(durations)
+    return np.minimum(durations, INTERRUPTED * usual + RECORDER).mean(axis=1)
 
 
 @dataclass(frozen=True)
@@ -100,7 +171,7 @@ class _Chain:
     """Tiny operators one after the other; each works on so many numbers."""
 
     operators: int
-    numbers: int
+    numbers: int = 1024
 
     def data(self) -> bytes:
         """The bytes of an ONNX file."""
@@ -119,44 +190,61 @@ class _Chain:
         return {"x0": np.zeros((1, self.numbers), np.float32)}
 
 
-@cache
-def own_time(threads: int) -> float:
-    """Seconds that the recorder adds to each operator; measured once in a process.
+def profiled(blocks: Mapping[str, Timed], threads: int) -> dict[str, Rounds]:
+    """Blocks timed in turns, without changes of layout and what the recorder takes itself."""
+    rows, own, _ = _beside_chain(blocks, threads)
+    found = {}
+    for name, row in rows.items():
+        kept = np.array([each for (kind, _), each in row.items() if kind not in LAYOUT] or [np.zeros(ROUNDS)])
+        found[name] = Rounds(np.maximum(kept - own, LEAST).sum(axis=0), len(kept))
+    return found
 
-    It is what it says of the operators of a chain, less what they add to a call of which nothing is recorded.
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """The operators of a whole network.
+
+    Settings:
+        operators: seconds of each in each round, by its name, `[ROUNDS]`.
+        rest: seconds of a call that does hardly anything, which are part of a network's time and of no operator's.
     """
-    return max(float(np.median([_own_time(_Chain(CHAIN, numbers), threads) for numbers in SIZES])), 0.0)
+
+    operators: Mapping[str, np.ndarray]
+    rest: np.ndarray
+
+    def share(self, names: Set[str]) -> Measured | None:
+        """What operators of these names take of the whole, round by round; None where there are none."""
+        found = [each for name, each in self.operators.items() if name in names]
+        whole = np.sum(list(self.operators.values()), axis=0) + self.rest
+        return typical(np.sum(found, axis=0) / whole) if found else None
 
 
-def _own_time(chain: _Chain, threads: int) -> float:
-    seconds = []
-    for operators in (1, 1 + chain.operators):
-        each = _Chain(operators, chain.numbers)
-        session, feed = onnx_session(each.data(), threads), each.feed()
-        seconds.append(_shortest(lambda run=session.run, feed=feed: run(None, feed)))
-    told = recorded({"chain": chain}, threads)["chain"]
-    return float(np.median(told.mean(axis=0))) - (seconds[1] - seconds[0]) / chain.operators
+def network(file: Timed, threads: int) -> Network:
+    """A network's operators, without what the recorder takes itself. Their names are those that the graph has."""
+    rows, own, rest = _beside_chain({NETWORK: file}, threads)
+    operators: dict[str, np.ndarray] = {}
+    for (_, name), row in rows[NETWORK].items():
+        told = ADDED.sub("", name)
+        operators[told] = operators.get(told, 0.0) + np.maximum(row - own, LEAST)
+    return Network(operators, rest)
 
 
-def _shortest(run: Callable[[], Any]) -> float:
-    """Seconds of a call that nothing interrupted."""
-    taken = []
-    for _ in range(CHAINS * CALLS[1]):
-        start = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - start)
-    return float(np.quantile(taken, 0.25))
+def _beside_chain(files: Mapping[str, Timed], threads: int) -> tuple[dict[str, Rows], float, np.ndarray]:
+    """Rows of files; what the recorder adds to each operator; and a call that does hardly anything, in each round.
+
+    What the recorder adds is what it says of the operators of a chain, less what they add to a call of which nothing is
+    recorded. It is found beside the files each time, as a busy machine makes it three times as long.
+    """
+    long, short = _Chain(1 + CHAIN), _Chain(1)
+    rows, taken = recorded({**files, LONG: long}, threads, {LONG: _run(long, threads), SHORT: _run(short, threads)})
+    told = np.mean(list(rows.pop(LONG).values()), axis=0)
+    own = float(np.median(told - (taken[LONG] - taken[SHORT]) / CHAIN))
+    return rows, max(own, 0.0), taken[SHORT]
 
 
-def _sums(rows: np.ndarray, threads: int) -> np.ndarray:
-    """Seconds of a block in each round: of all its operators, without the recorder's own time."""
-    return np.maximum(rows - own_time(threads), LEAST).sum(axis=0)
-
-
-def profiled(blocks: Mapping[str, Timed], threads: int) -> dict[str, Measured]:
-    """The time of each block."""
-    found = recorded(blocks, threads)
-    return {name: typical(_sums(rows, threads), RECORDER * math.sqrt(len(rows))) for name, rows in found.items()}
+def _run(block: Timed, threads: int) -> Callable[[], Any]:
+    """A call of which nothing is recorded."""
+    return _bound(onnx_session(block.data(), threads), block.feed())
 
 
 SITTINGS, CLOSE = (3, 6), 0.02
@@ -171,12 +259,12 @@ def head_to_head(new: Timed, old: Timed, threads: int) -> Measured:
     ratios: list[np.ndarray] = []
     found = Measured(1.0)
     for sitting in range(SITTINGS[1]):
-        both = recorded({"new": new, "old": old} if sitting % 2 == 0 else {"old": old, "new": new}, threads)
-        before = _sums(both["old"], threads)
-        ratios.append(_sums(both["new"], threads) / before)
+        both = profiled({"new": new, "old": old} if sitting % 2 == 0 else {"old": old, "new": new}, threads)
+        light, before = both["new"], both["old"]
+        ratios.append(light.seconds / before.seconds)
         if sitting + 1 < SITTINGS[0]:
             continue
-        found = _across(ratios, RECORDER * math.sqrt(len(both["new"]) + len(both["old"])) / before.min())
+        found = _across(ratios, math.hypot(light.unsure, before.unsure) / before.seconds.min())
         if Measured(found.value - 1, found.error).clear or found.error < CLOSE / 2:
             break
     return found

@@ -1,16 +1,17 @@
 """The time of blocks and of whole models in the engine, measured once per machine.
 
-Every time is kept with its uncertainty, so that nobody takes the clock's noise for a saving or a cost; where two are
-too near to be told apart, they are timed head to head. A key of the cache holds operators, shapes, batch, threads and
-the engine's version. A reference block is measured with every lot, and times are kept as if it had always been as fast
-as in the first: what a machine does meanwhile drops out.
+A block is never timed by itself: one at other widths, or a new layer, is timed in turns with the block that it would
+replace; what that takes is its share of its network, as the recorder tells it there. Only shares are kept, so that what
+a machine does meanwhile drops out. Each is kept with its uncertainty, so that nobody takes the clock's noise for a
+saving or a cost; where two blocks are too near to be told apart, they are timed head to head. A key of the cache holds
+operators, shapes, batch, threads and the engine's version.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,21 +20,24 @@ from karui.deployment import Deployment
 from karui.measuring import Engine, OnnxForm, OnnxRuntime, Timing
 from karui.measuring.bar import bar
 from karui.measuring.filed import Filed
+from karui.measuring.hollow import Hollow
 from karui.measuring.inference import batch_of, tensors_of
 from karui.measuring.rounds import interleaved
 from karui.model import Model
 from karui.recipes.budget.blocks import Block, structure
-from karui.recipes.budget.cache import SURE, Measured, TimingCache, typical
+from karui.recipes.budget.cache import SURE, Measured, TimingCache, added, times, typical
 from karui.recipes.budget.narrow import narrowed
-from karui.recipes.budget.recorder import Timed, head_to_head, profiled
+from karui.recipes.budget.recorder import Timed, head_to_head, network, profiled
 
-LOT = 24
-"""Blocks that are timed in turns."""
+LOT, ROOM = 24, 32 * 2**20
+"""How many are timed in turns at most, and the bytes of weights that those may have which are more than one."""
+SITTINGS = 3
+"""How often the layers of a network are timed in it, in sessions made anew."""
 TURNS = 51
 """Rounds in which whole files are timed against one another, and
 AGAIN, NEAR: how often they are at most, until the uncertainty is below this share."""
 AGAIN, NEAR = 3, 0.02
-REFERENCE = "reference"
+WHOLE = "whole"
 FREE = 0.5
 """What wider convolutions may take longer, as a share of what their width alone would cost, and still count as free."""
 
@@ -45,6 +49,23 @@ Form = OnnxForm | Deployment
 def _inputs(dense: Model) -> str:
     """Sizes and kinds of a sample: the same operators take longer on larger pictures and longer sequences."""
     return " ".join(f"{list(x.shape[1:])} {str(x.dtype).removeprefix('torch.')}" for x in tensors_of(dense.example))
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """A network, as the recorder takes it."""
+
+    file: Form
+    inputs: tuple[Any, ...]
+
+    def data(self) -> Form:
+        """The file."""
+        return self.file
+
+    def feed(self) -> dict[str, np.ndarray]:
+        """Its inputs by name."""
+        names = [put.name for put in Hollow(self.file).proto.graph.input]
+        return dict(zip(names, (t.numpy() for t in tensors_of(self.inputs)), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,25 +87,64 @@ class Stopwatch:
     narrow: bool = False
     structures: dict[str, str] = field(default_factory=dict)
 
-    def blocks(self, blocks: Sequence[Block]) -> list[Measured]:
-        """Seconds of each block."""
-        keys = [self._key(self._told(block.key)) for block in blocks]
-        unknown = {key: block for key, block in zip(keys, blocks, strict=True) if key not in self.cache.found}
-        lots = [list(unknown.items())[start : start + LOT] for start in range(0, len(unknown), LOT)]
+    def changes(self, pairs: Sequence[tuple[Block, Block]]) -> list[Measured]:
+        """The time of the first block of each pair as a share of the second's, which it would replace."""
+        keys = [self._key(self._pair(new.key, old)) for new, old in pairs]
+        # Those with one block to be replaced lie together: it is timed once for a lot.
+        ordered = sorted(zip(keys, pairs, strict=True), key=lambda each: each[1][1].key)
+        lots = _lots({key: pair for key, pair in ordered if key not in self.cache.found})
         with bar("time of layers", len(lots), self.progress and bool(lots)) as step:
             for lot in lots:
-                self._measure(dict(lot))
+                self._measure(lot)
                 step()
         return [self.cache.found[key] for key in keys]
 
-    def named(self, name: str, make: Callable[[], Block]) -> Measured:
-        """Seconds of a block that is made only where the time under this name is not known."""
-        return self._once(self._told(name), lambda: self.blocks([make()])[0])
+    def change(self, name: str, make: Callable[[], Block], old: Block) -> Measured:
+        """The time of a block as a share of another's; it is made only where that is not known under its name."""
+
+        def measure() -> Measured:
+            found = profiled({"new": self._form(make()), "old": self._form(old)}, self.threads)
+            return found["new"].beside(found["old"])
+
+        return self._once(self._pair(name, old), measure)
 
     def against(self, name: str, make: Callable[[], Block], old: Block) -> Measured:
-        """A block's time as a share of another's, timed head to head; it is made only where that is not known."""
-        told = self._told(f"{name} / {old.key}")
+        """As `change`, by a closer look: head to head, in sessions that are made anew a few times."""
+        told = f"{self._pair(name, old)}, head to head"
         return self._once(told, lambda: head_to_head(self._form(make()), self._form(old), self.threads))
+
+    def shares(self, model: Model, file: Form, blocks: Sequence[Block]) -> list[Measured]:
+        """The time of each block within a network as a share of the network's.
+
+        Args:
+            model: whose example is run.
+            file: the network, in the precision that blocks are timed in.
+            blocks: of its layers.
+        """
+        # The same blocks stand at several places of a network: each has a time of its own there.
+        within = f"in {self._structure(file)} of {_inputs(model)}"
+        keys = [self._key(self._told(f"{block.nodes[0].name} {block.key} {within}")) for block in blocks]
+        if any(key not in self.cache.found for key in keys):
+            self.cache.put(dict(zip(keys, self._in_network(model, file, blocks), strict=True)))
+        return [self.cache.found[key] for key in keys]
+
+    def _in_network(self, model: Model, file: Form, blocks: Sequence[Block]) -> list[Measured]:
+        whole = _Whole(file, batch_of(model.example, self.batch))
+        sittings = [network(whole, self.threads) for _ in range(SITTINGS)]
+        told = [[sitting.share(block.names) for sitting in sittings] for block in blocks]
+        found = {k: _middle(each) for k, each in enumerate(told) if None not in each}
+        missing = [k for k in range(len(blocks)) if k not in found]
+        if not missing:
+            return list(found.values())
+        # Of what the engine has given another name only the time alone is known: against the largest of the others.
+        largest = max(found, key=lambda k: found[k].value, default=missing[0])
+        alone = self.changes([(blocks[k], blocks[largest]) for k in missing])
+        unit = found[largest] if found else Measured(1 / added(alone).value)
+        found |= {k: times(unit, each.value) for k, each in zip(missing, alone, strict=True)}
+        return [found[k] for k in range(len(blocks))]
+
+    def _pair(self, name: str, old: Block) -> str:
+        return self._told(f"{name} / {old.key}")
 
     def _told(self, name: str) -> str:
         return f"{name} in 8 bits" if self.narrow else name
@@ -95,7 +155,8 @@ class Stopwatch:
     def multiple(self) -> int:
         """The widths that the engine rewards: the largest step up to which rounding a width up costs nothing."""
         widths = range(33, 65)
-        seconds = dict(zip(widths, self.blocks([_convolution(32, width) for width in widths]), strict=True))
+        pairs = [(_convolution(32, width), _convolution(32, 32)) for width in widths]
+        seconds = dict(zip(widths, self.changes(pairs), strict=True))
 
         def free(step: int) -> bool:
             # Within a step, wider ones take no longer: many widths together, as one says little on a noisy clock.
@@ -129,28 +190,9 @@ class Stopwatch:
         return self._once(f"{name} of {_inputs(dense)}", lambda: _until_near(race))
 
     def whole(self, dense: Model, file: Form) -> Measured:
-        """Seconds of a whole file in ONNX Runtime, on the scale of the blocks; `dense` gives the inputs.
-
-        It is timed in turns with the reference, whose time as a block is known: a machine that is busy meanwhile would
-        otherwise make a network as slow as it has never been beside its layers.
-        """
-
-        def measure() -> Measured:
-            known = replace(self, narrow=False).blocks([_reference()])[0].value
-            share = _until_near(lambda: self._beside_reference(dense, file))
-            return Measured(known * share.value, known * share.error)
-
-        return self._once(f"{self._structure(file)} of {_inputs(dense)}", measure)
-
-    def _beside_reference(self, dense: Model, file: Form) -> np.ndarray:
-        """A whole file's time as a share of the reference's, round by round."""
-        engine, inputs = OnnxRuntime(), batch_of(dense.example, self.batch)
-        blocks = {"reference": _reference(), "call": _nothing()}
-        calls = {name: _bound(engine, block.data(), self.threads, block.arrays()) for name, block in blocks.items()}
-        calls["whole"] = _bound(engine, file, self.threads, inputs)
-        taken = {name: np.array(found) for name, found in self._in_turns(calls).items()}
-        # What a call costs by itself is part of a network's time, and no part of a block's.
-        return taken["whole"] / np.maximum(taken["reference"] - taken["call"], 1e-9)
+        """Seconds of a whole file in ONNX Runtime; `dense` gives the inputs."""
+        name = f"{self._structure(file)} of {_inputs(dense)}"
+        return self._once(name, lambda: typical(self._samples(dense, {WHOLE: (OnnxRuntime(), file)})[WHOLE]))
 
     def side_by_side(
         self, dense: Model, file: Form, forms: Mapping[str, tuple[Engine, Form]]
@@ -182,7 +224,7 @@ class Stopwatch:
         """The digest of a file that files of equal time have in common."""
         told = Filed.digest(file)
         if told not in self.structures:
-            self.structures[told] = structure(file.data)
+            self.structures[told] = structure(file)
         return self.structures[told]
 
     def _samples(self, dense: Model, files: Mapping[str, tuple[Engine, Form]]) -> dict[str, list[float]]:
@@ -207,20 +249,33 @@ class Stopwatch:
             self.cache.put({key: measure()})
         return self.cache.found[key]
 
-    def _measure(self, lot: dict[str, Block]) -> None:
-        """Time a lot of blocks in turns, beside the reference."""
-        found = profiled(
-            {**{key: self._form(block) for key, block in lot.items()}, REFERENCE: _reference()}, self.threads
-        )
-        now = found.pop(REFERENCE)
-        drift = self._once(REFERENCE, lambda: now).value / now.value
-        unsure = now.error / now.value  # of the reference is unsure of every block that is held against it
-        self.cache.put(
-            {
-                key: Measured(each.value * drift, drift * math.hypot(each.error, unsure * each.value))
-                for key, each in found.items()
-            }
-        )
+    def _measure(self, lot: Mapping[str, tuple[Block, Block]]) -> None:
+        """Time pairs in turns, each block once."""
+        told = {key: (new.key, old.key) for key, (new, old) in lot.items()}
+        every = {block.key: block for pair in lot.values() for block in pair}
+        found = profiled({key: self._form(block) for key, block in every.items()}, self.threads)
+        self.cache.put({key: found[new].beside(found[old]) for key, (new, old) in told.items()})
+
+
+def _lots(pairs: Mapping[str, tuple[Block, Block]]) -> list[dict[str, tuple[Block, Block]]]:
+    """Pairs in lots of at most so many, of which the first blocks have room together; one is a lot in any case."""
+    lots: list[dict[str, tuple[Block, Block]]] = []
+    held = 0
+    for key, pair in pairs.items():
+        held += pair[0].bytes
+        if not lots or len(lots[-1]) == LOT or held > ROOM:
+            lots.append({})
+            held = pair[0].bytes
+        lots[-1][key] = pair
+    return lots
+
+
+def _middle(sittings: Sequence[Measured]) -> Measured:
+    """The median of sittings; they differ among one another by more than each tells of itself."""
+    values = [each.value for each in sittings]
+    apart = float(np.std(values, ddof=1))
+    own = float(np.median([each.error for each in sittings]))
+    return Measured(float(np.median(values)), max(own, apart) / math.sqrt(len(sittings)))
 
 
 def _until_near(race: Callable[[], np.ndarray]) -> Measured:
@@ -237,20 +292,6 @@ def _bound(engine: Engine, data: Form | bytes, threads: int, inputs: tuple[Any, 
     """One call of a file."""
     run = engine.prepare(data, threads)
     return lambda: run(inputs)
-
-
-def _nothing() -> Block:
-    """What costs no more than a call."""
-    import onnx
-    from onnx import helper
-
-    node = helper.make_node("Identity", ["x"], ["y"])
-    return Block((node,), {}, {"x": ((1, 8), onnx.TensorProto.FLOAT)}, "y", 18)
-
-
-def _reference() -> Block:
-    """A convolution of middling size, timed with every lot."""
-    return _convolution(32, 32)
 
 
 def _convolution(inputs: int, outputs: int) -> Block:

@@ -290,8 +290,9 @@ class Visitor:
             if self._harms[0] != parent.number:
                 self._harms = (parent.number, {})
             watch = replace(self.watch, narrow=parent.form.told == NARROW)
-            seconds = Scale.of(parent, self.seconds, self.bytes).now["time"]
-            made = menu(self.model_of(parent), self.bench, watch, self._harms[1], seconds)
+            scale, model = Scale.of(parent, self.seconds, self.bytes), self.model_of(parent)
+            file = self.forms.file(model, scale.timed)
+            made = menu(model, self.bench, watch, self._harms[1], file=file, seconds=scale.now["time"])
             self._menu = (parent.number, made)
             for note in (note for note in made.notes if note not in self.notes):
                 self.tell(f"note: {note}")
