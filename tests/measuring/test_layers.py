@@ -48,6 +48,28 @@ def test_the_heavy_convolution_stands_out_in_the_engine():
     assert max(rows, key=rows.get) == "2"
 
 
+class Melted(nn.Module):
+    """What the engine renames: a linear layer with its ReLU, a scaled product of matrices, and an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow, self.act = nn.Linear(256, 2048), nn.Linear(2048, 64), nn.SiLU()
+        self.out = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.narrow(torch.relu(self.wide(x))))
+        x = torch.softmax(x @ x.mT / 8.0, -1) @ x
+        return self.out(self.act(x))
+
+
+def test_a_linear_layer_that_the_engine_melts_its_activation_into_has_its_time():
+    times = layer_times(Model(Melted(), example=(torch.randn(2, 256),)), engine=OnnxRuntime(), batch=2, rounds=7)
+    rows = {layer.path: layer.seconds for layer in times.layers}
+    assert max(rows, key=rows.get) == "wide"
+    assert min(rows[path] for path in ("narrow", "act", "out")) > 0
+    assert times.rest == 0, "all that is run here belongs to somebody"
+
+
 def test_a_container_does_not_count_the_time_of_its_parts():
     class Sleep(nn.Module):
         def forward(self, x):

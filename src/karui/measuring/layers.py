@@ -7,6 +7,7 @@ microseconds each time. They show where the time goes; how long the model takes 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 HEAVY = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
 """Operators that an engine melts others into: the whole is booked to the layer of the operator itself."""
 SUFFIXES = ("_kernel_time", "_nchwc")
+MELTED = re.compile(r"^fused |(/\w*Fusion/?)+$")
+"""What ONNX Runtime adds to the name of an operator that others were melted into: "fused node_linear" is a linear layer
+with its activation, "node_matmul/MatMulScaleFusion/" a product of matrices with a factor.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,8 @@ class LayerTimes:
     Settings:
         engine, batch, threads: how it was run.
         layers: in the order of the model.
-        rest: seconds that the engine spent on operators of its own, such as changes of layout.
+        rest: seconds that the engine spent on operators of its own, such as changes of layout, or a sum that it computes
+            together with the normalisation behind it.
     """
 
     engine: str
@@ -221,7 +227,7 @@ def _layer_finder(form: OnnxForm) -> Any:
     def find(name: str, operator: str) -> str | None:
         for suffix in SUFFIXES:
             name = name.removesuffix(suffix)
-        node = nodes.get(name)
+        node = nodes.get(name) or nodes.get(MELTED.sub("", name))
         if node is None:
             return None
         if operator in HEAVY:
