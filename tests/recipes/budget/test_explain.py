@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from karui.measuring import layer_times
+from karui.measuring import LayerTimes, layer_times
+from karui.measuring.layers import LayerTime
 from karui.model import Model
 from karui.recipes.budget import explain
 from karui.recipes.budget.explain import deployed, told
@@ -59,6 +60,22 @@ def test_the_heaviest_layers_are_timed_as_the_budget_is(monkeypatch: pytest.Monk
     text = told(only, plan, visitor(model, [only], Stopwatch(batch=5, threads=2)), model)
     assert "Most of the time that is left lies in" in text
     assert [(how["batch"], how["threads"]) for how in asked] == [(5, 2)]
+
+
+@pytest.mark.parametrize(
+    ("rest", "expected"),
+    [
+        (0.0, "Most of the time that is left lies in 0 (75%), 1 (25%)."),
+        (1.0, "lies in 0 (60%), 1 (20%). 20% belongs to no layer, but to what the engine adds."),
+        (6.0, "60% of the time that is left belongs to no layer, but to what the engine adds."),
+    ],
+)
+def test_the_heaviest_layers_are_shares_of_all_the_time(rest: float, expected: str, monkeypatch: pytest.MonkeyPatch):
+    """What belongs to no layer is told, and not shared out among those that are known."""
+    rows = tuple(LayerTime(path=path, kind="Linear", seconds=seconds) for path, seconds in (("0", 3.0), ("1", 1.0)))
+    times = LayerTimes(engine="onnxruntime", batch=1, threads=1, layers=rows, rest=rest)
+    monkeypatch.setattr(explain, "layer_times", lambda *_, **__: times)
+    assert expected in explain._heaviest(MODEL, ["time"], Stopwatch())
 
 
 PLAN = Plan(goal={"time": 0.6}, stated=True, max_drop=3.0, epochs=5)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SHOWN = 3
 """Layers that are named."""
+TOLD = 0.05
+"""Share of the time from which what belongs to no layer is told."""
 
 
 def told(point: Point, plan: Plan, visitor: Visitor, light: Model) -> str:
@@ -223,19 +225,26 @@ def _too_narrow(point: Point, plan: Plan, points: Sequence[Point], missed: Seque
 
 
 def _heaviest(light: Model, missed: Sequence[str], watch: Stopwatch) -> str:
-    """The layers that hold most of what is left, at the batch size and threads of the budget."""
+    """The layers that hold most of what is left, at the batch size and threads of the budget; and what the engine spends
+    on work of its own, which counts as part of the whole.
+    """
+    rest = 0.0
     if "time" in missed:
-        layers = layer_times(light, engine=OnnxRuntime(), batch=watch.batch, threads=watch.threads, rounds=9).layers
-        parts = {layer.path: layer.seconds for layer in layers}
+        found = layer_times(light, engine=OnnxRuntime(), batch=watch.batch, threads=watch.threads, rounds=9)
+        parts, rest = {layer.path: layer.seconds for layer in found.layers}, found.rest
     else:
         parts = {}
         for name, parameter in light.module.named_parameters():
             path = name.rpartition(".")[0]
             parts[path] = parts.get(path, 0.0) + parameter.numel()
-    whole = sum(parts.values())
+    whole = sum(parts.values()) + rest
     if not whole:
         return ""
+    nobodys = "belongs to no layer, but to what the engine adds."
+    if 2 * rest > whole:
+        return f"{rest / whole:.0%} of the time that is left {nobodys}"
+    own = f" {rest / whole:.0%} {nobodys}" if rest >= TOLD * whole else ""
     top = sorted(parts.items(), key=lambda pair: -pair[1])[:SHOWN]
     names = ", ".join(f"{path or 'the network itself'} ({share / whole:.0%})" for path, share in top)
     what = "time" if "time" in missed else "bytes"
-    return f"Most of the {what} that is left lies in {names}."
+    return f"Most of the {what} that is left lies in {names}.{own}"
