@@ -69,8 +69,8 @@ class LayerTimes:
     Settings:
         engine, batch, threads: how it was run.
         layers: in the order of the model.
-        rest: seconds that the engine spent on operators of its own, such as changes of layout, or a sum that it computes
-            together with the normalisation behind it.
+        rest: seconds that the engine spent on operators of its own, such as changes of layout, or a sum that it
+            computes together with the normalisation behind it.
     """
 
     engine: str

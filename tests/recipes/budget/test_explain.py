@@ -182,6 +182,10 @@ def test_the_knee_is_explained_by_the_points_that_there_are():
     assert "Lighter points lose more for each step." in said(DENSE, [DENSE, light], plan=plan)
     assert "Lighter" not in said(light, [DENSE, light], plan=plan)
     assert "Heavier ones gain little." in said(light, [DENSE, light], plan=plan)
+    again = point(1, 0, 0.52, 1.0, **CUT)
+    assert "Lighter" not in said(again, [DENSE, light], plan=plan), "that is the point itself, as it was timed before"
+    trained = point(2, 1, 0.52, 0.8)
+    assert "Lighter" not in said(trained, [DENSE, light, trained], plan=plan), "that is its network before training"
 
 
 def test_the_file_to_deploy_and_the_network_in_fp32_are_told_apart():

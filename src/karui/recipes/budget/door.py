@@ -74,7 +74,7 @@ def compress(
 
     Raises:
         UsageError: the budget is impossible, `out` holds something else, or the model's weights are not float32.
-        NeedError: there is no data.
+        NeedError: there is no data; or no task or no validation data, and a floor, or no budget either.
         CaptureError: the model cannot be exported to ONNX.
 
     Example:

@@ -46,11 +46,15 @@ def told(point: Point, plan: Plan, visitor: Visitor, light: Model) -> str:
 
 
 def _knee(point: Point, points: Sequence[Point]) -> str:
-    """Why the front's knee was taken, by the points that there are to either side of it."""
+    """Why the front's knee was taken, by the points that there are to either side of it: of other networks, as its own
+    was timed more than once.
+    """
     if len(points) == 1:
         return f"No other point was visited than the dense network: {shares(point)}, {_loss(point)}."
-    lighter = any(cost(p) < cost(point) for p in points)
-    heavier = any(cost(p) > cost(point) for p in points)
+    mine = _first(point, points).number
+    others = [p for p in points if _first(p, points).number != mine]
+    lighter = any(cost(p) < cost(point) for p in others)
+    heavier = any(cost(p) > cost(point) for p in others)
     sides = [text for text, there in (("lighter points lose more for each step", lighter),
                                       ("heavier ones gain little", heavier)) if there]  # fmt: skip
     why = f" {', '.join(sides).capitalize()}." if sides else ""
@@ -225,8 +229,8 @@ def _too_narrow(point: Point, plan: Plan, points: Sequence[Point], missed: Seque
 
 
 def _heaviest(light: Model, missed: Sequence[str], watch: Stopwatch) -> str:
-    """The layers that hold most of what is left, at the batch size and threads of the budget; and what the engine spends
-    on work of its own, which counts as part of the whole.
+    """The layers that hold most of what is left, at the batch size and threads of the budget; and what the engine
+    spends on work of its own, which counts as part of the whole.
     """
     rest = 0.0
     if "time" in missed:

@@ -127,7 +127,7 @@ def run_budget(
 
     Raises:
         UsageError: `out` holds something else than a run, or the model's weights are in another precision than float32.
-        NeedError: there is no calibration data, or a floor and nothing to judge by.
+        NeedError: there is no calibration data, or nothing to judge by and a floor, or no budget either.
         CaptureError: the model has no ONNX form, so that no time can be measured.
     """
     out = Path(out)
@@ -207,6 +207,9 @@ def _check(model: Model, asked: Settings, bench: Bench) -> None:
     judged = bench.validation is not None and model.task is not None
     message = f"--max-drop is {asked.budget.max_drop}, and there is nothing to judge the model by."
     require(asked.budget.max_drop is None or judged, message, "Give data with targets, and a task.", NeedError)
+    message = "There is neither a budget nor a floor, and nothing to judge by which compromise is the best."
+    hint = "State a budget, such as time=0.5; or give data with targets, and a task."
+    require(judged or bool(asked.budget.limits), message, hint, NeedError)
 
 
 def _seen(start: Point, dense: Model, bench: Bench) -> str:
