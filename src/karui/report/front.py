@@ -42,8 +42,8 @@ def front_plot(budget: Mapping[str, Any] | None) -> Plot | None:
         legend={"orientation": "h", "y": 1.1},
     )
     caption = (
-        f"Point 0 is the dense model, point {budget['point']} the result; times are those on the way, and the "
-        "result was measured once more at the end, which is told above. The area of a disc is the size of its ONNX "
+        f"Point 0 is the dense model, point {budget['point']} the result, whose times were "
+        "measured once more at the end; those of others are from the way. The area of a disc is the size of its ONNX "
         "file. Each point is kept: its folder (shown when you point at it) loads with karui.load, and its model.onnx "
         "is the form that is told."
     )

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +15,7 @@ from torch.utils.data import TensorDataset
 import karui
 from karui.errors import NeedError
 from karui.model import Model, Regression
+from karui.recipes.budget import run
 from karui.technique import Bench
 from karui.train import SGD, Training
 
@@ -35,3 +41,39 @@ def test_without_a_budget_there_must_be_something_to_judge_by(dense: Model, benc
     with pytest.raises(NeedError, match="neither a budget nor a floor, and nothing to judge") as refused:
         karui.compress(Model(dense.module, example=dense.example), bench, epochs=0, int8=False)
     assert "State a budget" in str(refused.value)
+
+
+@pytest.mark.usefixtures("steady")
+def test_a_point_has_one_time_wherever_it_is_told(
+    dense: Model, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """That of the last race; the record on disk keeps the one that the search went by, as a resumed run does."""
+    timed = run._timed
+    monkeypatch.setattr(run, "_timed", lambda form, ratio: replace(timed(form, ratio), time=0.37, error=0.0))
+    out = tmp_path / "light"
+    asked: dict[str, Any] = {"budget": "bytes=0.7", "epochs": 0, "int8": False, "out": out}
+    done = karui.compress(dense, bench, **asked)
+    told = done.record["budget"]
+    points = {point["number"]: point for point in told["points"]}
+    result = points[told["point"]]
+    assert told["point"] > 0
+    assert result["forms"][result["best"]]["time"] == 0.37
+    assert "time 0.37" in done.explanation
+    steps = [step["technique"] for step in done.record["steps"]]
+    assert [f"point {told['point']}," in step for step in steps] == ["time 0.37" in step for step in steps]
+    kept = json.loads((out / result["folder"] / "point.json").read_text())["point"]
+    assert kept["forms"][0]["time"] != 0.37
+    assert karui.compress(dense, bench, resume=True, **asked).record == done.record
+    (out / "run.json").unlink()  # as if it had been killed in the race, which then is run again
+    again = karui.compress(dense, bench, resume=True, **asked).record["budget"]
+    assert again | {"forms": []} == told | {"forms": []}
+
+
+@pytest.mark.usefixtures("steady")
+def test_a_floor_that_holds_is_met_where_no_budget_was_stated(dense: Model, bench: Bench):
+    """How far the search was to go is its own affair."""
+    done = karui.compress(dense, bench, max_drop=0.001, epochs=0, int8=False)
+    told = done.record["budget"]
+    assert "No budget was stated" in done.explanation
+    assert done.met
+    assert (told["stated"], told["goal"]) == (False, {})

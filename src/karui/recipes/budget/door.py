@@ -24,7 +24,7 @@ class Compressed:
 
     Settings:
         model: the light model; its file for deployment lies in `folder`.
-        met: whether the floor and every limit hold, as measured.
+        met: whether the floor and every limit that was stated hold, as measured.
         explanation: a paragraph on that.
         record: all that was measured; `record["budget"]["points"]` are the points visited.
         folder: where everything lies; None where no folder was asked for.

@@ -123,7 +123,7 @@ def run_budget(
         tell: is given a line at each stage.
 
     Returns:
-        The run; `record["budget"]["met"]` says whether the budget was met.
+        The run; `record["budget"]["met"]` says whether the floor and every limit that was stated are kept.
 
     Raises:
         UsageError: `out` holds something else than a run, or the model's weights are in another precision than float32.
@@ -188,8 +188,8 @@ def run_budget(
             "epochs": plan.epochs,
             "training": settings(bench.training),
         },
-        "steps": [_step(p) for p in visitor.points if p.number],
         **_finish(visitor, point, plan, asked),
+        "steps": [_step(p) for p in visitor.points if p.number],
     }
     if train_first:
         save(dense, out / DENSE, onnx=False)
@@ -267,7 +267,9 @@ def _step(point: Point) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Raced:
-    """A point whose forms were timed once more, each in turns with the dense model, when the search was over.
+    """A point whose forms were timed once more, each in turns with the dense model, when the search was over. Its times
+    are these from then on, wherever it is spoken of; its record on disk keeps those that the search went by, so that a
+    run that goes on takes the same way.
 
     Settings:
         point: the point, with these times.
@@ -301,7 +303,9 @@ def _race(visitor: Visitor, point: Point) -> _Raced:
     files = {form.name: (known_engine(form.engine), form) for form in made}
     times = visitor.watch.side_by_side(visitor.dense, onnx_form(visitor.dense), files)
     forms = tuple(_timed(form, time_ratio(*times[form.name], across=True)) for form in point.forms)
-    return _Raced(replace(point, forms=forms), made, times)
+    raced = replace(point, forms=forms)
+    visitor.points[:] = [raced if p.number == raced.number else p for p in visitor.points]
+    return _Raced(raced, made, times)
 
 
 def _timed(form: Form, ratio: Ratio) -> Form:
@@ -337,9 +341,9 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
         "verdict": list(filter(None, [words, deployed(forms, visitor.bytes), *verdict(both)])),
         "budget": {
             "asked": asked.budget.to_json(),
-            "goal": dict(plan.goal),
+            "goal": dict(plan.goal) if plan.stated else {},
             "stated": plan.stated,
-            "met": plan.met(point),
+            "met": plan.met(point) if plan.stated else plan.holds(point),
             "explanation": words,
             "point": point.number,
             "forms": forms,
