@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ class Plot:
     traces: int = 0
 
 
-def plots(both: Comparison, layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Plot]:
+def plots(both: Comparison, layers: Mapping[str, Any]) -> list[Plot]:
     """Every plot that the record has the numbers for."""
     made = [accuracy_against_time(both), bytes_per_layer(layers), time_per_layer(layers)]
     return [plot for plot in made if plot is not None]
@@ -110,20 +110,25 @@ def _bar(value: float, low: float, high: float) -> dict[str, Any]:
     return {"type": "data", "symmetric": False, "array": [high - value], "arrayminus": [value - low], "thickness": 1.2}
 
 
-def bytes_per_layer(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | None:
+def bytes_per_layer(layers: Mapping[str, Any]) -> Plot | None:
     """Bytes of each layer's parameters before and after."""
     caption = "Parameters and buffers, as they lie in memory."
     return _per_layer(layers, key="bytes", scale=1e-3, unit="kB", title="Bytes of each layer", caption=caption)
 
 
-def time_per_layer(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Plot | None:
-    """Milliseconds of each layer before and after."""
-    caption = "Median of one call at batch 1 in torch, layer by layer; the whole network's time is in the table above."
+def time_per_layer(layers: Mapping[str, Any]) -> Plot | None:
+    """Milliseconds of each layer before and after, in the engine that the record names; torch where it names none."""
+    threads = layers.get("threads")
+    where = f"at batch {layers.get('batch', 1)} in {layers.get('engine', 'torch')}"
+    where += "" if threads is None else f" on {threads} thread{'s' if threads > 1 else ''}"
+    caption = f"Median of one call {where}, layer by layer; the whole network's time is in the table above."
+    if "engine" in layers:
+        caption += " Both networks are in fp32. What the engine melts into another layer counts as that layer's."
     return _per_layer(layers, key="seconds", scale=1e3, unit="ms", title="Time of each layer", caption=caption)
 
 
 def _per_layer(
-    layers: Mapping[str, Sequence[Mapping[str, Any]]], *, key: str, scale: float, unit: str, title: str, caption: str
+    layers: Mapping[str, Any], *, key: str, scale: float, unit: str, title: str, caption: str
 ) -> Plot | None:
     import plotly.graph_objects as go
 

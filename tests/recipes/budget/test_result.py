@@ -14,8 +14,12 @@ from torch.utils.data import TensorDataset
 
 import karui
 from karui.errors import NeedError
+from karui.measuring import LayerTimes
+from karui.measuring.layers import LayerTime
 from karui.model import Model, Regression
+from karui.recipes import layers
 from karui.recipes.budget import run
+from karui.report.plots import time_per_layer
 from karui.technique import Bench
 from karui.train import SGD, Training
 
@@ -77,3 +81,30 @@ def test_a_floor_that_holds_is_met_where_no_budget_was_stated(dense: Model, benc
     assert "No budget was stated" in done.explanation
     assert done.met
     assert (told["stated"], told["goal"]) == (False, {})
+
+
+@pytest.mark.usefixtures("steady")
+def test_the_times_of_layers_are_those_of_the_engine_that_the_budget_is_about(dense: Model, bench: Bench):
+    """The activation is melted into the layer before it."""
+    done = karui.compress(dense, bench, budget="bytes=1MB", batch=7, epochs=0, int8=False)
+    told = done.record["layers"]
+    assert (told["engine"], told["batch"], told["threads"]) == ("onnxruntime", 7, 1)
+    for which in ("dense", "light"):
+        rows = {row["path"]: row for row in told[which]}
+        assert [rows[path]["bytes"] for path in ("0", "2")] == [4 * 17 * 96, 4 * 97 * 4]
+        assert min(rows[path]["seconds"] for path in ("0", "2")) > 0
+        assert "1" not in rows
+    plot = time_per_layer(told)
+    assert plot is not None
+    assert "Median of one call at batch 7 in onnxruntime on 1 thread" in plot.caption
+    old = time_per_layer({which: told[which] for which in ("dense", "light")})
+    assert old is not None
+    assert "at batch 1 in torch, layer by layer" in old.caption, "as of a recipe"
+
+
+def test_what_the_engine_spends_on_no_layer_has_a_row(monkeypatch: pytest.MonkeyPatch, dense: Model):
+    rows = (LayerTime(path="", kind="Sequential", seconds=2.0), LayerTime(path="0", kind="Linear", seconds=3.0))
+    times = LayerTimes(engine="onnxruntime", batch=1, threads=1, layers=rows, rest=1.0)
+    monkeypatch.setattr(layers, "layer_times", lambda *_, **__: times)
+    found = [(row["path"], row["seconds"], row["bytes"]) for row in layers.engine_rows(dense, 1, 1)]
+    assert found == [("(between layers)", 2.0, 0), ("0", 3.0, 6528), ("2", 0.0, 1552), ("(the engine)", 1.0, 0)]

@@ -45,7 +45,7 @@ from karui.recipes.keeping import (
     version,
     write_record,
 )
-from karui.recipes.layers import layer_rows
+from karui.recipes.layers import engine_rows
 from karui.recipes.run import Asked, Run, example_rows, read_run, trained_first, with_bytes, with_times
 from karui.recipes.values import settings
 from karui.recipes.verdict import untaught, verdict
@@ -332,7 +332,7 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
         "light": both.light.to_json(),
         "ratios": to_json(both.ratios),
         "change": to_json(both.change),
-        "layers": {"dense": layer_rows(dense), "light": layer_rows(light)},
+        "layers": _layers(dense, light, asked),
         "example": example_rows(light),
         "lineage": [{"kind": edit.kind, "text": edit.describe()} for edit in light.lineage],
         "verification": None if saved.verification is None else saved.verification.to_json(),
@@ -355,6 +355,17 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
             "dense_bytes": visitor.bytes,
             "notes": visitor.notes,
         },
+    }
+
+
+def _layers(dense: Model, light: Model, asked: Settings) -> dict[str, Any]:
+    """Where the time goes that a budget is about: as the engine tells it, at the batch size and threads asked for."""
+    where = {"batch": asked.batch, "threads": asked.threads}
+    return {
+        "engine": OnnxRuntime().name,
+        **where,
+        "dense": engine_rows(dense, **where),
+        "light": engine_rows(light, **where),
     }
 
 
