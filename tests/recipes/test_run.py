@@ -199,6 +199,31 @@ def test_a_finished_run_is_not_repeated(model: Model, recipe: Recipe, bench: Ben
     assert calls == [1, 2]
 
 
+def test_a_run_that_is_being_replaced_does_not_pass_for_finished(
+    model: Model, recipe: Recipe, bench: Bench, tmp_path: Path, calls: list[int]
+):
+    run_recipe(model, recipe, bench, tmp_path)
+    with killed_at(type(recipe.steps[1])):
+        run_recipe(model, recipe, bench, tmp_path)
+    assert not list(tmp_path.glob("model.*"))
+    calls.clear()
+    run_recipe(model, recipe, bench, tmp_path, resume=True)
+    assert calls == [2]
+
+
+def test_a_finished_run_whose_model_is_gone_is_made_anew(
+    model: Model, recipe: Recipe, bench: Bench, tmp_path: Path, calls: list[int]
+):
+    run_recipe(model, recipe, bench, tmp_path)
+    (tmp_path / "model.onnx").unlink()
+    calls.clear()
+    lines: list[str] = []
+    run_recipe(model, recipe, bench, tmp_path, resume=True, tell=lines.append)
+    assert calls == [1, 2]
+    assert "this run was finished before, and model.onnx of it is gone: made anew" in lines
+    assert (tmp_path / "model.onnx").is_file()
+
+
 def test_resuming_does_not_replace_a_finished_run_of_another_recipe(
     model: Model, recipe: Recipe, bench: Bench, tmp_path: Path, calls: list[int]
 ):

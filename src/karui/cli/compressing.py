@@ -10,6 +10,7 @@ import typer
 
 from karui.cli import budgeting, comparing, options, screen
 from karui.errors import UsageError, require
+from karui.recipes.replacing import refuse_finished
 
 if TYPE_CHECKING:
     from karui.cli.models import Opened
@@ -56,18 +57,7 @@ def compress(
         "Give a folder of its own.",
         UsageError,
     )
-    require(
-        resume or overwrite or not (out / "run.json").is_file(),
-        f"{out} holds a finished run, which would be lost.",
-        "Give --out another folder, --overwrite to replace it, or --resume where it is the same run.",
-        UsageError,
-    )
-    require(
-        not (resume and overwrite),
-        "--resume and --overwrite are both given.",
-        "Give --resume to go on with the same run, --overwrite to replace it.",
-        UsageError,
-    )
+    refuse_finished(out, resume=resume, overwrite=overwrite)
     number = options.seed_of(seed, steps)
     splits = options.data_of(data, number)
     opened = options.model_of(model, weights=weights, shape=shape, task=task, data=splits, seed=number)

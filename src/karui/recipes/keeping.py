@@ -9,14 +9,14 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from karui.artifact.describe import task_to_json
-from karui.artifact.files import OURS, read, sealed, unsealed, write_file
+from karui.artifact.files import JSON, OURS, read, sealed, unsealed, write_file
 from karui.errors import ArtifactError, UsageError, require
 from karui.measuring.values import to_json
 from karui.model import edit_to_json
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 RECORD = "run.json"
 STEPS, CHECKPOINTS, DENSE, POINTS = "steps", "checkpoints", "dense", "points"
-OWN = frozenset({*OURS, STEPS, CHECKPOINTS, DENSE, POINTS, RECORD, "report.html"})
+PAGE = "report.html"
+OWN = frozenset({*OURS, STEPS, CHECKPOINTS, DENSE, POINTS, RECORD, PAGE})
 """What a run's folder may hold; anything else is somebody's, and the folder is refused."""
 
 Tell = Callable[[str], None]
@@ -60,7 +61,10 @@ def _cut_off(name: str) -> bool:
 
 
 def claim(out: Path, resume: bool) -> None:
-    """Make the folder, empty of unfinished work unless that is to go on."""
+    """Make the folder, empty of an earlier run unless that is to go on.
+
+    Its record goes first: a process that is killed in between, or later, leaves none that tells of what is gone.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,6 +73,9 @@ def claim(out: Path, resume: bool) -> None:
         if _cut_off(path.name):
             path.unlink()
     if not resume:
+        if (out / RECORD).is_file():
+            for name in (RECORD, *OURS, PAGE):
+                (out / name).unlink(missing_ok=True)
         for name in (STEPS, CHECKPOINTS, POINTS):
             shutil.rmtree(out / name, ignore_errors=True)
 
@@ -139,7 +146,8 @@ def mark_of(model: Model, bench: Bench, asked: Any) -> str:
 
 
 def finished(out: Path, mark: str, tell: Tell) -> dict[str, Any] | None:
-    """The record of a run of this mark that reached its end; None where there is none.
+    """The record of a run of this mark that reached its end; None where there is none, or some of what it tells of is
+    gone: the run then goes on with what is left.
 
     Raises:
         UsageError: a run of another mark reached its end there, or one whose record cannot be read.
@@ -154,8 +162,20 @@ def finished(out: Path, mark: str, tell: Tell) -> dict[str, Any] | None:
         "Give --out another folder, or --overwrite in place of --resume to replace it.",
         UsageError,
     )
+    assert done is not None  # noqa: S101  (refused above)
+    if gone := _gone(out, done):
+        tell(f"this run was finished before, and {', '.join(gone[:3])} of it is gone: made anew")
+        (out / RECORD).unlink()
+        return None
     tell("this run was finished before; nothing is repeated")
     return done
+
+
+def _gone(out: Path, done: Mapping[str, Any]) -> list[str]:
+    """What a record tells of and the folder does not hold: files of the model, and points."""
+    points = done.get("budget", {}).get("points", [])
+    told = [*done.get("files", {}), *(str(Path(point["folder"]) / JSON) for point in points)]
+    return [name for name in told if not (out / name).is_file()]
 
 
 def left_of_another(out: Path, mine: list[str]) -> str:

@@ -12,6 +12,7 @@ from karui.artifact import load
 from karui.recipes.budget.limits import read_budget
 from karui.recipes.budget.run import Settings, run_budget
 from karui.recipes.keeping import Tell, quiet, replayable
+from karui.recipes.replacing import refuse_finished
 
 if TYPE_CHECKING:
     from karui.model import Model
@@ -51,6 +52,7 @@ def compress(
     find_rate: bool = True,
     out: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     tell: Tell = quiet,
 ) -> Compressed:
     """Make a model as light as a budget says, across all techniques, by measurement.
@@ -69,11 +71,13 @@ def compress(
         find_rate: whether recovery's learning rate is found by a short test on training data; else it is that of the
             bench's training.
         out: folder of the result and of every point visited; None keeps the model in memory only.
-        resume: go on with a run in `out` that was stopped.
+        resume: go on with a run in `out` that was stopped; one that is finished is not repeated.
+        overwrite: replace a finished run in `out`, which is refused otherwise.
         tell: is given a line at each stage.
 
     Raises:
-        UsageError: the budget is impossible, `out` holds something else, or the model's weights are not float32.
+        UsageError: the budget is impossible, `out` holds a finished run or something else, or the model's weights are
+            not float32.
         NeedError: there is no data; or no task or no validation data, and a floor, or no budget either.
         CaptureError: the model cannot be exported to ONNX.
 
@@ -90,6 +94,7 @@ def compress(
         find_rate=find_rate,
     )
     if out is not None:
+        refuse_finished(Path(out), resume=resume, overwrite=overwrite)
         return _done(model, asked, bench, Path(out), kept=True, resume=resume, tell=tell)
     with tempfile.TemporaryDirectory(prefix="karui-") as folder:
         return _done(model, asked, bench, Path(folder) / "run", kept=False, resume=False, tell=tell)
