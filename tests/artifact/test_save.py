@@ -146,6 +146,13 @@ def test_a_cut_model_comes_back_in_its_graph_form(tmp_path):
     assert by_layer == {"first": 16 * 6 * 27, "norm": 0, "second": 16 * 4 * 6, "head": 16 * 4 * 5}
 
 
+def test_the_bytes_that_a_model_would_take_are_those_that_it_takes(tmp_path):
+    """With the inputs that are kept beside the weights: an untouched model is no larger than itself."""
+    model = Model(nn.Linear(64, 5), example=(torch.randn(4, 64),))
+    assert stored_bytes(model) == save(model, tmp_path / "m", onnx=False).weights_bytes
+    assert stored_bytes(dataclasses.replace(model, example=({1},))) < stored_bytes(model)
+
+
 def test_pruned_weights_are_stored_small_and_exactly(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(200, 100), nn.Linear(100, 5))

@@ -182,12 +182,16 @@ def _deployment(deployment: Deployment | None, verification: Verification | None
 
 
 def stored_bytes(model: Model) -> int:
-    """Length of the `model.safetensors` that `save` would write, with nothing written.
+    """Length of the `model.safetensors` that `save` would write, with nothing written; inputs that it keeps are in it.
 
     Raises:
         ArtifactError: a tensor cannot be saved.
     """
-    return len(_safetensors(_tensors(model.module)[0], {}))
+    try:
+        beside = example_to_json(model.example)[1]
+    except ArtifactError:
+        beside = {}  # an input that cannot be saved is no reason not to measure
+    return len(_safetensors(_tensors(model.module)[0], beside))
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
