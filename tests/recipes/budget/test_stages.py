@@ -93,6 +93,19 @@ def test_without_epochs_nothing_is_trained_on():
     assert point.form.lost == pytest.approx(1.0, abs=0.2)
 
 
+@pytest.mark.parametrize("stated", [False, True])
+@pytest.mark.parametrize("epochs", [0, 1, 2])
+def test_epochs_that_are_spent_leave_what_holds_without_them(epochs: int, stated: bool):
+    """Training that brings nothing costs nothing: the result is no heavier than without an epoch."""
+    visits = Law(loses=lambda time, _: 3 * (1 - time) if time > 0.6 else 9.0)
+    plan = replace(FAR, epochs=epochs, stated=stated)
+    point = travel(visits, visits.dense(), plan)
+    assert plan.holds(point)
+    assert 0.6 < point.form.time < 0.9
+    assert visits.spent == epochs
+    assert len(visits.points) <= 6
+
+
 def test_the_way_goes_on_from_where_the_dense_network_stands():
     """Its form in 8 bits is at 0.6 already: no visit aims at what is reached, and bisection starts from there."""
     visits = Law(loses=lambda time, _: 0.0 if time > 0.5 else 9.0, start=0.6)

@@ -178,11 +178,14 @@ class _Way:
         return good, None
 
     def bisect(self, good: Point, broken: Point) -> None:
-        """Points between one that holds and one that does not, where the floor is thought to lie between them."""
+        """Points between one that holds and one that does not, where the floor is thought to lie between them.
+
+        Without epochs the way goes on to the first point that holds untrained: the dense network is no result where a
+        lighter one keeps the floor as it is.
+        """
         plan, low, high = self.plan, self.plan.part(good), max(self.plan.tried(broken), self.plan.part(good))
         for _ in range(HALVINGS):
-            spent = bool(plan.epochs) and not self.purse.left
-            if min(plan.goal.values()) ** (low - high) < CLOSE or spent or (self.purse.explored and good.number):
+            if min(plan.goal.values()) ** (low - high) < CLOSE or (self.purse.explored and good.number):
                 break
             point = self.lighten(good, plan.target(low + (high - low) * self._where(good, broken)))
             if point is None or not point.chosen:

@@ -227,12 +227,13 @@ class Visitor:
 
     def _recovered(self, model: Model, epochs: int, before: int = 0) -> tuple[Model, int]:
         """The model trained, and the passes that are in it; not trained where that is better on validation data, as
-        few samples are soon overfitted.
+        few samples are soon overfitted. What is held against it is what would be returned: settled.
         """
-        trained = self._trained(model, epochs, before)
         if not epochs or self.bench.validation is None or model.task is None:
-            return trained, epochs
-        scores = [self.bench.evaluate(each) for each in (model, trained)]
+            return self._trained(model, epochs, before), epochs
+        untrained = self.bench.evaluate(self._untrained(model, before))  # not held: with the dense there are three then
+        trained = self._trained(model, epochs, before)
+        scores = [untrained, self.bench.evaluate(trained)]
         if lost(*scores) <= 0:
             return trained, epochs
         after, was = (f"{score.value:.4g}" for score in reversed(scores))
@@ -240,7 +241,11 @@ class Visitor:
         self.tell(f"  {found}")
         self.notes.append(f"point {self.count - 1}: {found}")
         del trained  # what follows makes a copy
-        return model if before else settled(model, self.dense, self.bench), 0
+        return self._untrained(model, before), 0
+
+    def _untrained(self, model: Model, before: int) -> Model:
+        """The model as it is without further training; one that has had some needs no settling."""
+        return model if before else settled(model, self.dense, self.bench)
 
     def _trained(self, model: Model, epochs: int, before: int) -> Model:
         """The model trained; with smaller steps where it has been trained before, as large ones would undo that."""
@@ -267,7 +272,10 @@ class Visitor:
             self._menu = self._held = None
         if found is None:
             return None
-        if (twin := self._twin(parent, found.told)) is not None:
+        if (twin := self._twin(parent, found.told)) is not None and not epochs:
+            self.tell(f"  that is point {twin.number} once more, and there are no epochs to train it on")
+            return None
+        if twin is not None:
             # The clock has misled the search: one of the two times was wrong. To begin anew would waste its training.
             self.tell(f"  that is point {twin.number} once more")
             del found
