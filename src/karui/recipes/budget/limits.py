@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from karui.errors import UsageError, require
@@ -62,8 +64,9 @@ class Budget:
     max_drop: float | None = None
 
     def __post_init__(self) -> None:
-        fits = self.max_drop is None or 0 <= self.max_drop <= 100
-        told = f"--max-drop is {self.max_drop:g}." if self.max_drop is not None else ""
+        number = isinstance(self.max_drop, Real)
+        fits = self.max_drop is None or (number and 0 <= self.max_drop <= 100)
+        told = f"--max-drop is {self.max_drop:g}." if number else f"--max-drop is {self.max_drop!r}."
         hint = "Give points of accuracy (or per cent of another metric) from 0 to 100, for example 1.0."
         require(fits, told, hint, UsageError)
 
@@ -93,12 +96,16 @@ def read_budget(given: str | Mapping[str, float | str] | None, *, max_drop: floa
         max_drop: see `Budget`.
 
     Raises:
-        UsageError: a key is unknown or given twice, an amount cannot be read or is out of range.
+        UsageError: it is neither text nor a mapping, a key is unknown or given twice, an amount cannot be read or
+            is out of range.
 
     Example:
         >>> read_budget({"time": "2.5ms"}).limits[0].amount
         0.0025
     """
+    known = given is None or isinstance(given, str | Mapping)
+    told = f"The budget is {given!r}, and it does not say of what."
+    require(known, told, 'Give "time=0.5,bytes=200KB", or {"time": 0.5, "bytes": "200KB"}.', UsageError)
     if given is None or isinstance(given, str):
         parts = [part.partition("=") for part in (given or "").split(",") if part.strip()]
         pairs = [(key.strip(), value.strip()) for key, _, value in parts]
@@ -123,6 +130,7 @@ def _limit(key: str, value: str) -> Limit:
     amount, absolute = float(found[1]) * units.get(found[2], 1.0), bool(found[2])
     if absolute:
         require(amount > 0, f"{key}={value} leaves nothing.", hint, UsageError)
+        require(math.isfinite(amount), f"{key}={value} is no limit.", hint, UsageError)
     else:
         require(0 < amount < 1, f"{key}={value} is no share of the dense model's {key}.", hint, UsageError)
     return Limit(quantity=key, amount=amount, absolute=absolute)

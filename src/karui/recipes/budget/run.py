@@ -7,15 +7,18 @@ itself.
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from karui.artifact import save, stored_bytes
 from karui.errors import NeedError, UsageError, require
 from karui.measuring import Clock, OnnxRuntime, Torch, compare, known_engine, onnx_form, this_machine, time_ratio
+from karui.measuring.inference import tensors_of
 from karui.measuring.machine import threads_here
 from karui.measuring.precision import other_than_float32
 from karui.measuring.values import to_json
@@ -88,13 +91,15 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("batch", "threads"):
             value = getattr(self, name)
-            require(value >= 1, f"--{name} is {value}.", "Give a whole number from 1.", UsageError)
+            fits = isinstance(value, Integral) and value >= 1
+            require(fits, f"--{name} is {value!r}.", "Give a whole number from 1.", UsageError)
         here = threads_here()
         told = f"--threads is {self.threads}, and this machine has {here} for the process."
         require(self.threads <= here, told, f"Give at most {here}: a time with more says nothing.", UsageError)
-        require(self.epochs is None or self.epochs >= 0, f"--epochs is {self.epochs}.", "Give 0 or more.", UsageError)
-        fits = self.minutes is None or self.minutes > 0
-        require(fits, f"--minutes is {self.minutes}.", "Give a time above 0.", UsageError)
+        fits = self.epochs is None or (isinstance(self.epochs, Integral) and self.epochs >= 0)
+        require(fits, f"--epochs is {self.epochs!r}.", "Give 0 or more, a whole number.", UsageError)
+        fits = self.minutes is None or (isinstance(self.minutes, Real) and 0 < self.minutes < math.inf)
+        require(fits, f"--minutes is {self.minutes!r}.", "Give a time above 0, as 2.5.", UsageError)
         both = self.epochs is not None and self.minutes is not None
         require(not both, "--epochs and --minutes are both given.", "Give one of them.", UsageError)
 
@@ -204,12 +209,25 @@ def _check(model: Model, asked: Settings, bench: Bench) -> None:
     require(not precision, message, "Give model.float(), and data as float32.", UsageError)
     hint = "Give --data, or Bench(train=..., test=...)."
     require(bench.train is not None, "A budget needs data to calibrate on.", hint, NeedError)
+    _check_example(model, bench)
     judged = bench.validation is not None and model.task is not None
     message = f"--max-drop is {asked.budget.max_drop}, and there is nothing to judge the model by."
     require(asked.budget.max_drop is None or judged, message, "Give data with targets, and a task.", NeedError)
     message = "There is neither a budget nor a floor, and nothing to judge by which compromise is the best."
     hint = "State a budget, such as time=0.5; or give data with targets, and a task."
     require(judged or bool(asked.budget.limits), message, hint, NeedError)
+
+
+def _check_example(model: Model, bench: Bench) -> None:
+    """The example's shape becomes that of the ONNX form, which takes data of no other rank."""
+    given, seen = tensors_of(model.example), tensors_of(next(iter(bench.calibration(1, 1)), ()))
+    for one, other in zip(given, seen, strict=False):
+        require(
+            one.ndim in (0, other.ndim),
+            f"The model's example has shape {list(one.shape)}, and one sample of the data {list(other.shape)}.",
+            "Give Model(example=...) as one batch of the data, or data of the example's shape.",
+            UsageError,
+        )
 
 
 def _seen(start: Point, dense: Model, bench: Bench) -> str:
