@@ -1,4 +1,4 @@
-"""A timing cache of the tests' own."""
+"""A timing cache of the tests' own, and a short training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from karui.measuring.hollow import Hollow
 from karui.recipes.budget import timing
 from karui.recipes.budget.blocks import HEAVY
 from karui.recipes.budget.recorder import ROUNDS, Network, Rounds, Timed
+from karui.train import SGD, Training
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +41,9 @@ def steady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(timing, "profiled", by_bytes)
     monkeypatch.setattr(timing, "network", by_kind)
+
+
+@pytest.fixture(scope="session")
+def training() -> Training:
+    """Short, and fit for the small networks here."""
+    return Training(epochs=3, batch_size=32, optimizer=SGD(lr=0.05))
