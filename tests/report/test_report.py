@@ -306,6 +306,22 @@ def test_the_points_of_a_budget_are_a_plot():
     assert front_plot(None) is None
 
 
+@pytest.mark.parametrize(("values", "floor"), [((0.97, 0.96, 0.95), 2.0), ((0.97, 0.98, 0.9), None), ((0.9,), None)])
+def test_discs_and_the_numbers_over_them_are_inside_the_plot(values: tuple[float, ...], floor: float | None):
+    told = budget()
+    told["asked"]["max_drop"] = floor
+    told["points"] = told["points"][: len(values)]
+    for point, value in zip(told["points"], values, strict=True):
+        point["forms"][0]["score"]["value"] = value
+    plot = front_plot(told)
+    assert plot is not None
+    low, high = json.loads(plot.figure)["layout"]["yaxis"]["range"]
+    # On a page, the plot is 250 pixels high; a disc of the dense network's size takes 18 on each side, a number 20.
+    pixel = (high - low) / 250
+    assert high - 100 * max(values) > 38 * pixel
+    assert 100 * min(values) - low > 18 * pixel
+
+
 def test_each_point_of_a_budget_is_a_row_with_its_folder():
     rows = point_rows(budget())
     assert [row["folder"] for row in rows] == ["points/00", "points/01", "points/02"]

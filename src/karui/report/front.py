@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from karui.report.plots import DENSE, LIGHT, Plot, as_json
+
+ABOVE, BELOW = 0.25, 0.12
+"""Air over and under what is drawn, as shares of its height: discs have a size, and a number stands over each. Of that
+plotly's own range knows nothing, and cuts it off.
+"""
 
 
 def front_plot(budget: Mapping[str, Any] | None) -> Plot | None:
@@ -35,10 +41,13 @@ def front_plot(budget: Mapping[str, Any] | None) -> Plot | None:
                 name=name,
             )
         )
-    _lines(figure, budget, first, unit)
+    levels = [form["score"]["value"] * unit for _, form in rows] + _lines(figure, budget, first, unit)
     figure.update_layout(
         xaxis={"title": "time (dense: 1)", "rangemode": "tozero"},
-        yaxis={"title": f"{first['metric']} on validation data{', %' if unit == 100 else ''}"},
+        yaxis={
+            "title": f"{first['metric']} on validation data{', %' if unit == 100 else ''}",
+            "range": _with_air(levels),
+        },
         legend={"orientation": "h", "y": 1.1},
     )
     caption = (
@@ -80,14 +89,29 @@ def point_rows(budget: Mapping[str, Any] | None) -> list[dict[str, str]]:
     return rows
 
 
-def _lines(figure: Any, budget: Mapping[str, Any], first: Mapping[str, Any], unit: int) -> None:
-    """The limits that were asked for."""
+def _with_air(levels: Iterable[float]) -> list[float]:
+    """The range of an axis on which discs at these levels are whole, and the numbers over them.
+
+    Example:
+        >>> _with_air([90.0, 100.0])
+        [88.8, 102.5]
+    """
+    finite = [level for level in levels if math.isfinite(level)] or [0.0]
+    low, high = min(finite), max(finite)
+    height = high - low or abs(high) / 10 or 1.0
+    return [low - BELOW * height, high + ABOVE * height]
+
+
+def _lines(figure: Any, budget: Mapping[str, Any], first: Mapping[str, Any], unit: int) -> list[float]:
+    """Draw the limits that were asked for; the level of the floor, where there is one."""
     dash = {"dash": "dot", "color": DENSE}
     if budget["stated"] and "time" in budget["goal"]:
         figure.add_vline(x=budget["goal"]["time"], line=dash, annotation_text="time asked for")
     floor = budget["asked"]["max_drop"]
-    if floor is not None:
-        value = first["value"] * unit
-        change = floor if first["metric"] == "accuracy" else value * floor / 100
-        level = value - change if first["higher_is_better"] else value + change
-        figure.add_hline(y=level, line=dash, annotation_text="floor")
+    if floor is None:
+        return []
+    value = first["value"] * unit
+    change = floor if first["metric"] == "accuracy" else value * floor / 100
+    level = value - change if first["higher_is_better"] else value + change
+    figure.add_hline(y=level, line=dash, annotation_text="floor")
+    return [level]
