@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from karui.recipes.budget.front import Form, Point
-from karui.recipes.budget.stages import Plan, travel
+from karui.recipes.budget.stages import PUSH, Plan, _Way, travel
 
 
 def at(number: int, time: float, lost: float, epochs: int = 0) -> Point:
@@ -202,6 +202,56 @@ def test_a_bisection_that_comes_upon_its_broken_end_again_is_over():
     travel(visits, visits.dense(), Plan(goal={"time": 0.5}, stated=True, max_drop=1.0, epochs=40))
     assert len([point for point in visits.points if point.number and not point.chosen]) == 2
     assert visits.points[-1].epochs > 30
+
+
+def after(first: Point, then: Point) -> Law:
+    """A dense network, a lighter one, and what it became as it was trained on; nothing more is to be had of it."""
+    visits = Law(loses=lambda _, __: 9.0)
+    visits.dense()
+    visits.points += [replace(first, chosen={"a layer": "narrower"}), replace(then, parent=first.number)]
+    return visits
+
+
+@pytest.mark.parametrize("then", [at(2, 0.5, 0.9, 40), at(2, 0.504, 0.9, 40), at(2, 0.5, 1.1, 5), at(2, 0.504, 1.1, 5)])
+def test_what_is_left_goes_to_the_last_training_of_a_network(then: Point):
+    """Also where the clock has the same network as a little lighter before; kept floor or not."""
+    visits = after(at(1, 0.5, 0.95 if FAR.holds(then) else 1.5, 1), then)
+    _Way(visits, FAR).settled()
+    assert visits.points[3].parent == 2
+
+
+def test_without_a_floor_the_knee_is_a_network_as_it_was_trained_last():
+    """The clock has it as lighter before, by more than what it lost then seems to count."""
+
+    @dataclass
+    class Again(Law):
+        def lighten(self, parent: Point, target: Mapping[str, float], epochs: int) -> Point:
+            del parent, target
+            number = len(self.points)
+            if number == 1:
+                self.points.append(replace(at(1, 0.5, 0.3, 1), chosen={"a layer": "narrower"}))
+            elif number == 2:
+                self.points.append(replace(at(2, 0.52, 0.29, 2), parent=1))
+            else:
+                self.points.append(replace(at(number, 0.52, 9.0, epochs), chosen={"a layer": "gone"}))
+            return self.points[-1]
+
+    visits = Again(loses=lambda _, __: 0.2)
+    travel(visits, visits.dense(), replace(FAR, max_drop=None))
+    assert visits.points[-1].parent == 2
+
+
+def test_a_network_before_it_was_trained_on_is_no_end_of_the_room_below_it():
+    """It broke the floor at hardly less time, by the clock: that does not tell how far a lighter one may go."""
+    visits = after(at(1, 0.4, 1.4, 1), at(2, 0.41, 0.3, 4))
+    _Way(visits, FAR).settled()
+    assert visits.points[3].parent == 2
+    assert visits.points[3].form.time == pytest.approx(PUSH * 0.41)
+
+
+def test_a_training_that_broke_the_floor_does_not_take_what_held_away():
+    visits = after(at(1, 0.5, 0.9, 1), at(2, 0.5, 1.8, 40))
+    assert _Way(visits, FAR).settled().number == 1
 
 
 @pytest.mark.parametrize("goal", [{"bytes": 1.0}, {"time": 1 - 1e-12}, {}])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from karui.recipes.budget.epochs import HALVINGS, Curve, Purse
-from karui.recipes.budget.front import Point, cost, front, knee
+from karui.recipes.budget.front import Point, cost, front, knee, latest
 
 STEP = 0.65
 """The most that a stage shrinks a quantity by: beyond, what candidates do alone tells little about them together."""
@@ -114,7 +114,7 @@ def travel(visits: Visits, dense: Point, plan: Plan) -> Point:
     if plan.max_drop is not None:
         return way.settled()
     if not plan.stated:
-        good = knee(front(visits.points))
+        good = knee(front(latest(visits.points)))
     return way.polished(good)
 
 
@@ -208,7 +208,7 @@ class _Way:
 
     def settled(self) -> Point:
         """The lightest point that holds, after most epochs went to the lightest that was thought to."""
-        best = min((p for p in self.visits.points if self.plan.holds(p)), key=self.plan.order)
+        best = min(self._held(), key=self.plan.order)
         while self.purse.left:
             point = self._promising(best)
             if point is not None:
@@ -223,13 +223,26 @@ class _Way:
                 best = made
         return self.polished(best)
 
+    def _held(self) -> list[Point]:
+        """The points that hold; of a network that was trained on, with success, the last. That the clock has the same
+        network as a little lighter at one time than at another is no reason to go back.
+        """
+        held = {p.number: p for p in self.visits.points if self.plan.holds(p)}
+        more = [(held[p.parent], p) for p in held.values() if p.number and not p.chosen and p.parent in held]
+        passed = {
+            was.number
+            for was, now in more
+            if now.form.lost <= was.form.lost and self.plan.order(now)[0] <= self.plan.order(was)[0]
+        }
+        return [p for p in held.values() if p.number not in passed]
+
     def _promising(self, best: Point) -> Point | None:
         """The lightest point that breaks the floor by so little that more training may save it."""
         if self.plan.order(best)[0] == 0:
             return None
         quantities = list(self.plan.goal)
         lighter = cost(best, quantities) / LIGHTER
-        hopeful = [p for p in self.visits.points if cost(p, quantities) < lighter and self.hopeful(p)]
+        hopeful = [p for p in latest(self.visits.points) if cost(p, quantities) < lighter and self.hopeful(p)]
         return min((p for p in hopeful if not self.plan.holds(p)), key=self.plan.order, default=None)
 
     def _roomy(self, best: Point) -> bool:
@@ -241,7 +254,8 @@ class _Way:
         """Lighter than the best point: towards the next that broke the floor, as far as a straight line has it."""
         quantities = list(self.plan.goal)
         now = cost(best, quantities)
-        lighter = [p for p in self.visits.points if not self.plan.holds(p) and cost(p, quantities) < now]
+        last = latest(self.visits.points)
+        lighter = [p for p in last if not self.plan.holds(p) and cost(p, quantities) < now]
         nearest = max(lighter, key=lambda p: cost(p, quantities), default=None)
         share = PUSH if nearest is None else (cost(nearest, quantities) / now) ** self._where(best, nearest)
         return {q: max(goal, share * best.share(q)) for q, goal in self.plan.goal.items()}
