@@ -1,10 +1,11 @@
-"""What fails while a menu is made is left out and told; all else goes on."""
+"""What fails while a menu is made or carried out is left out and told; all else goes on."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from karui.errors import CaptureError, SurgeryError
 from karui.index import Entry
-from karui.model import Classification, Model
+from karui.model import Classification, Model, coupled_groups
 from karui.recipes.budget import menu as menus
 from karui.recipes.budget.cache import TimingCache
-from karui.recipes.budget.menu import Menu, menu
+from karui.recipes.budget.menu import Menu, Offer, menu
 from karui.recipes.budget.refusals import Refusals
 from karui.recipes.budget.skips import LeaveOut
 from karui.recipes.budget.timing import Stopwatch
+from karui.recipes.budget.visits import Visitor
 from karui.technique import Bench, Candidate
 
 
@@ -104,8 +107,8 @@ class Own(nn.Linear):
     """Of a class that no lineage can hold."""
 
 
-def menu_of(kinds: list[type], monkeypatch: pytest.MonkeyPatch) -> Menu:
-    """The menu of a small network, from these techniques alone."""
+def catalogue(kinds: list[type], monkeypatch: pytest.MonkeyPatch) -> None:
+    """These techniques alone."""
     room = ModuleType("room_of_a_test")
     entries = []
     for kind in kinds:
@@ -114,6 +117,11 @@ def menu_of(kinds: list[type], monkeypatch: pytest.MonkeyPatch) -> Menu:
         entries.append(Entry(room="lowrank", module=room.__name__, name=kind.__name__, card=card, source=""))
     monkeypatch.setitem(sys.modules, room.__name__, room)
     monkeypatch.setattr(menus, "techniques", lambda: tuple(entries))
+
+
+def menu_of(kinds: list[type], monkeypatch: pytest.MonkeyPatch) -> Menu:
+    """The menu of a small network, from these techniques alone."""
+    catalogue(kinds, monkeypatch)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
     model = Model(net.eval(), example=(torch.zeros(2, 8),), task=Classification())
@@ -176,3 +184,90 @@ def test_a_reason_is_told_once_and_an_interrupt_goes_through():
     with pytest.raises(KeyboardInterrupt), refusals.trying(some[5]):
         raise KeyboardInterrupt
     assert refusals.left(some) == [some[5]]
+
+
+def deep() -> Model:
+    torch.manual_seed(0)
+    wide = [layer for _ in range(3) for layer in (nn.Linear(256, 256), nn.ReLU())]
+    net = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), *wide, nn.Linear(256, 4))
+    return Model(net.eval(), example=(torch.zeros(2, 8),), task=Classification())
+
+
+PLACES = ("2", "4", "6")
+
+
+def refuses(step: str, refused: Callable[[set[str]], bool], error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the surgery fails by this error at some places."""
+    plain = getattr(menus, step)
+
+    def failing(model: Model, what: Any = None, **named: Any) -> Any:
+        thin = {path for path in PLACES if isinstance(model.module.get_submodule(path), nn.Sequential)}
+        if refused(thin if what is None else set(what)):
+            raise error
+        return plain(model, **named) if what is None else plain(model, what, **named)
+
+    monkeypatch.setattr(menus, step, failing)
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        ("remove_units", CaptureError("The program of training cannot be captured.")),
+        ("replace_layers", OverflowError("a table for one")),
+        ("onnx_form", CaptureError("No operator for two.")),
+        ("replace_layers", SurgeryError("It does not run.")),
+    ],
+)
+def test_what_works_alone_and_fails_together_is_struck_off(
+    step: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+):
+    """Whatever is raised; and it is the place that does not go with others before it, not the last one."""
+    model = deep()
+
+    def offered(path: str) -> Offer:
+        name = LeaveOut(part=path)
+        cut = Candidate(place=path, technique=name, text="half", cut={path: torch.arange(128)})
+        new = Candidate(place=path, technique=name, text="rank 4", layers=lambda: {path: low_rank()})
+        return Offer(candidate=cut if step == "remove_units" else new, harm=0.1, seconds=-1.0, bytes=-1.0)
+
+    def made() -> Menu:
+        offers = {path: (offered(path),) for path in PLACES}
+        return Menu(model=model, offers=offers, tables=(), analysis=coupled_groups(model))
+
+    refuses(step, lambda paths: {"2", "4"} <= paths, error, monkeypatch)
+    found = made()
+    with pytest.raises(SurgeryError) as told:
+        found.carry_out(dict.fromkeys(PLACES, 1))
+    assert str(error) in str(told.value)
+    assert found.failed == {"4"}
+    assert found.carry_out({"2": 1, "4": 0, "6": 1}).parameters < model.parameters
+    refuses(step, lambda paths: "2" in paths, error, monkeypatch)
+    found = made()
+    with pytest.raises(SurgeryError):
+        found.carry_out({"2": 1, "6": 1})
+    assert found.failed == {"2"}
+
+
+@pytest.mark.usefixtures("steady")
+def test_a_run_goes_on_where_what_works_alone_fails_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def candidates(*_: Any, **__: Any) -> Iterator[Candidate]:
+        for path in PLACES:
+            yield Candidate(
+                place=path, technique=LeaveOut(part=path), text="rank 4", layers=lambda path=path: {path: low_rank()}
+            )
+
+    catalogue([Good], monkeypatch)
+    monkeypatch.setattr(Good, "candidates", candidates)
+    monkeypatch.setattr(menus, "skips", lambda _: ())
+    refuses("replace_layers", lambda paths: len(paths) > 1, OverflowError("a table for one"), monkeypatch)
+    data = TensorDataset(torch.randn(64, 8), torch.zeros(64, dtype=torch.long))
+    visitor = Visitor(
+        dense=deep(), bench=Bench(train=data, validation=data), out=tmp_path, watch=Stopwatch(), mark="", int8=False,
+        max_drop=None, wanted=("bytes",), find_rate=False, tell=lambda _: None,
+    )  # fmt: skip
+    point = visitor.lighten(visitor.start(), {"bytes": 0.1}, 0)
+    assert point is not None
+    assert len(point.chosen) == 1
+    notes = [note for note in visitor.notes if note.startswith("left out, as it was refused: layer ")]
+    assert len(notes) == 2
+    assert all(note.endswith(". OverflowError: a table for one") for note in notes)

@@ -6,12 +6,14 @@ slower than what it replaces, beyond the clock's noise, is struck off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from karui.errors import CaptureError, KaruiError, SurgeryError, require, told
 from karui.index import Entry, techniques
+from karui.measuring import onnx_form
 from karui.model import Analysis, Model, Note, coupled_groups, remove_units, replace_layers
 from karui.recipes.budget.choice import Problem, Table
 from karui.recipes.budget.harm import harms
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from karui.recipes.budget.timing import Stopwatch
     from karui.technique import Bench
 
+T = TypeVar("T")
 KINDS = ("cut", "replace", "forward", "influence")
 """Kinds of technique that can change a trained network at once, without a training of their own."""
 CAP = 1e6
@@ -83,44 +86,77 @@ class Menu:
     def carry_out(self, chosen: Mapping[str, int]) -> Model:
         """The model with all chosen candidates: every cut in one proved surgery, then every replacement.
 
+        What works alone may fail together with others, and by any error: a technique is somebody's code.
+
         Raises:
-            SurgeryError: a cut is refused, or a replacement after the cuts, which leave a graph without some layers
-                where sizes were frozen in Python. The places at fault are remembered, and not offered again.
+            SurgeryError: a cut is refused; or a replacement after the cuts, which leave a graph without some layers
+                where sizes were frozen in Python; or the whole has no ONNX form. The places at fault are remembered,
+                and not offered again.
         """
+        model = self._made(chosen)
+        each = {place: {place: setting} for place, setting in chosen.items() if setting}
+        with self._blaming(each, lambda some: onnx_form(self._made(_merged(some))), alone=False):
+            onnx_form(model)
+        return model
+
+    def _made(self, chosen: Mapping[str, int]) -> Model:
         taken = self.taken(chosen)
-        cuts = {name: units for offer in taken.values() for name, units in offer.candidate.cut.items()}
         model = self.model
+        cuts = {place: offer.candidate.cut for place, offer in taken.items() if offer.candidate.cut}
         if cuts:
-            try:
-                model = remove_units(model, cuts, analysis=self.analysis)
-            except SurgeryError:
-                self._blame(
-                    {place: offer.candidate.cut for place, offer in taken.items() if offer.candidate.cut},
-                    lambda cut: remove_units(self.model, cut, analysis=self.analysis),
-                )
-                raise
+            with self._blaming(cuts, lambda some: remove_units(self.model, _merged(some), analysis=self.analysis)):
+                model = remove_units(model, _merged(cuts.values()), analysis=self.analysis)
         own = [] if model is self.model else [model.module]  # the cut network is only on the way
         makers = {place: made for place, offer in taken.items() if (made := offer.candidate.layers) is not None}
         if makers:
             light = model
-            try:
-                layers = {path: layer for made in makers.values() for path, layer in made().items()}
+            with self._blaming(makers, lambda some: replace_layers(light, _merged(made() for made in some))):
+                layers = _merged(made() for made in makers.values())
                 model = replace_layers(light, layers, spent=[*own, *_apart(layers.values(), self.model.module)])
-            except SurgeryError:
-                self._blame(makers, lambda made: replace_layers(light, made()))
-                raise
         return model.evolve(model.module, *_notes(taken))
 
-    def _blame(self, doings: Mapping[str, Any], do: Callable[[Any], Model]) -> None:
-        """Find the places whose doings are refused alone; where none is, the last one goes."""
-        before = len(self.failed)
-        for place, doing in doings.items():
-            try:
-                do(doing)
-            except SurgeryError:
-                self.failed.add(place)
-        if len(self.failed) == before:
-            self.failed.add(list(doings)[-1])
+    @contextmanager
+    def _blaming(
+        self, doings: Mapping[str, T], do: Callable[[Sequence[T]], object], *, alone: bool = True
+    ) -> Iterator[None]:
+        """Where what is done meanwhile fails, find the places at fault."""
+        try:
+            yield
+        except Exception as error:
+            self.failed.update(_at_fault(doings, do, alone=alone))
+            if isinstance(error, SurgeryError):
+                raise
+            raise SurgeryError(reason(error)) from error
+
+
+def _at_fault(doings: Mapping[str, T], do: Callable[[Sequence[T]], object], *, alone: bool) -> set[str]:
+    """The places whose doings fail alone, if they are tried alone; where none does, the first that fails together with
+    those before it.
+    """
+    places = list(doings)
+    found = {place for place in places if alone and not _works(do, [doings[place]])}
+    if found:
+        return found
+    low, high = int(alone), len(places)  # so many work together, so many do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _works(do, [doings[place] for place in places[:middle]]):
+            low = middle
+        else:
+            high = middle
+    return {places[high - 1]}
+
+
+def _works(do: Callable[[Sequence[T]], object], some: Sequence[T]) -> bool:
+    try:
+        do(some)
+    except Exception:  # noqa: BLE001  (what fails is told by who asks)
+        return False
+    return True
+
+
+def _merged(some: Iterable[Mapping[str, T]]) -> dict[str, T]:
+    return {key: value for each in some for key, value in each.items()}
 
 
 def _apart(layers: Iterable[nn.Module], module: nn.Module) -> list[nn.Module]:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 POINT = "point.json"
 TRIES = 4
 """Choices that are made for one target: where the measured model misses it, another with the correction."""
+REFUSED = 8
+"""Choices for one target that may be refused besides, each without the places that were at fault before."""
 
 
 @dataclass(frozen=True)
@@ -318,7 +320,8 @@ class Visitor:
         best: _Choice | None = None
         made: list[dict[str, int]] = []
         tried: list[dict[str, str]] = []
-        for _ in range(TRIES):
+        refused = 0
+        while len(tried) < TRIES and refused < REFUSED:
             limits = {q: share * scale.whole[q] - scale.now[q] for q, share in aims.next.items()}
             chosen = self._choice(offers.problem(limits))
             exhausted = chosen is None
@@ -335,10 +338,12 @@ class Visitor:
             if told in tried:
                 break
             best = None if best is None else replace(best, light=[])  # one model at a time: they may be large
+            before = set(offers.failed)
             try:
                 light = offers.carry_out(chosen)
             except SurgeryError as error:
-                self.notes.append(f"left out, as it was refused: {', '.join(sorted(offers.failed))}. {error}")
+                self.notes.append(f"left out, as it was refused: {', '.join(sorted(offers.failed - before))}. {error}")
+                refused += 1
                 continue
             time = self.watch.ratio(self.dense, self.forms.file(light, scale.timed), onnx_form(self.dense)).value
             tried.append(told)
