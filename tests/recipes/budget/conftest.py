@@ -25,7 +25,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def steady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks, in 8 bits too, take a time by the length of their file, and heavy operators within a network all the same,
+    """Blocks, in 8 bits too, take a time by the length of their file, and heavy operators in a network all the same,
     kept in a cache of its own: every machine has the same menu."""
     monkeypatch.setenv("KARUI_CACHE", str(tmp_path / "steady"))
 

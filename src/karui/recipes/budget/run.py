@@ -91,7 +91,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("batch", "threads"):
             value = getattr(self, name)
-            fits = isinstance(value, Integral) and value >= 1
+            fits = isinstance(value, Integral) and int(value) >= 1
             require(fits, f"--{name} is {value!r}.", "Give a whole number from 1.", UsageError)
         here = threads_here()
         told = f"--threads is {self.threads}, and this machine has {here} for the process."

@@ -132,7 +132,8 @@ class Stopwatch:
         whole = _Whole(file, batch_of(model.example, self.batch))
         sittings = [network(whole, self.threads) for _ in range(SITTINGS)]
         told = [[sitting.share(block.names) for sitting in sittings] for block in blocks]
-        found = {k: _middle(each) for k, each in enumerate(told) if None not in each}
+        seen = {k: [share for share in each if share is not None] for k, each in enumerate(told)}
+        found = {k: _middle(shares) for k, shares in seen.items() if shares}
         missing = [k for k in range(len(blocks)) if k not in found]
         if not missing:
             return list(found.values())
