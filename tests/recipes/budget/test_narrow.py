@@ -71,16 +71,20 @@ def test_times_in_both_precisions_are_kept_apart(
 
     monkeypatch.setattr(timing, "profiled", profiled)
     watch = Stopwatch(cache=TimingCache())
-    pair = [(blocks["head"][0], blocks["inner"][0])]
+    new, old = blocks["head"][0], blocks["inner"][0]
     for _ in range(2):
-        assert [m.value for m in replace(watch, narrow=True).changes(pair)] == [2]
-        assert [m.value for m in watch.changes(pair)] == [4]
+        for each, expected in ((replace(watch, narrow=True), 2), (watch, 4)):
+            each.measure([("head", new, old)])
+            assert each.change("head", old).value == expected
 
 
 @pytest.mark.usefixtures("steady")
 def test_steady_times_cover_both_precisions(blocks: Mapping[str, tuple[Block, ...]]):
     """Whoever tests a budget with 8 bits on has the same menu everywhere."""
     watch = Stopwatch(cache=TimingCache())
-    pair = [(blocks["head"][0], blocks["inner"][0])]
-    [narrow], [plain] = (w.changes(pair) for w in (replace(watch, narrow=True), watch))
-    assert 0 < narrow.value != plain.value
+    new, old = blocks["head"][0], blocks["inner"][0]
+    found = []
+    for each in (replace(watch, narrow=True), watch):
+        each.measure([("head", new, old)])
+        found.append(each.change("head", old).value)
+    assert 0 < found[0] != found[1]

@@ -179,8 +179,8 @@ class Noisy:
         noisy = zip(blocks.items(), np.maximum(1 + rounds, 0.1), strict=True)
         return {name: Rounds(self.true(block) * each) for (name, block), each in noisy}
 
-    def head_to_head(self, new: Block, old: Block, threads: int) -> Measured:
-        del threads
+    def head_to_head(self, new: Block, old: Block, threads: int, company: Mapping[str, Block]) -> Measured:
+        del threads, company
         self.faced += 1
         return self.noisy(self.true(new) / self.true(old), 0.002)
 
@@ -230,8 +230,16 @@ def test_the_widths_that_the_engine_rewards_are_found_through_noise(
 
 def test_seconds_of_the_menu_hold_no_noise(model: Model, monkeypatch: pytest.MonkeyPatch):
     """On a machine that tells nothing apart, no setting saves or costs time; bytes are what they are."""
-    machine = Noisy(0, 2.0)
-    monkeypatch.setattr(timing, "profiled", machine.profiled)
+    machine, noise = Noisy(0, 2.0), [1e-2, 1.0, 1e2]
+
+    def profiled(blocks: Mapping[str, Block], threads: int) -> dict[str, Rounds]:
+        del threads
+        return {
+            name: Rounds(machine.true(block) * np.resize(np.roll(noise, k), ROUNDS))
+            for k, (name, block) in enumerate(blocks.items())
+        }
+
+    monkeypatch.setattr(timing, "profiled", profiled)
     monkeypatch.setattr(timing, "head_to_head", lambda *_: machine.noisy(1.0, 2.0))
     coster = Coster(model, coupled_groups(model), Stopwatch(cache=TimingCache()), seconds=1e-4)
     offers = [cut(2), cut(16)]

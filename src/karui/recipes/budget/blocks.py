@@ -217,7 +217,7 @@ def _block(
     read = list(dict.fromkeys(name for node in nodes for name in node.input if name and name not in made))
     return Block(
         nodes=tuple(nodes),
-        weights={name: _weights(constants[name]) for name in read if name in constants},
+        weights={name: constant(constants[name]) for name in read if name in constants},
         inputs={name: shapes[name] for name in read if name not in constants},
         output=nodes[-1].output[0],
         opset=opset,
@@ -252,7 +252,7 @@ def resized(block: Block, layer: nn.Module, lost: Mapping[int, int]) -> Block | 
         groups = rows // each if was > 1 and weight.shape[1] == 1 else was
         if rows % groups:
             return None
-    weights = {**block.weights, name: _shaped(shape)}
+    weights = {**block.weights, name: shaped(shape)}
     (given, kind), axis = block.inputs[node.input[0]], 1 if node.op_type == "Conv" else -1
     inputs = {**block.inputs, node.input[0]: (_with(given, axis, columns * groups), kind)}
     # Whatever else lies along the outputs: biases, the other summand of a residual sum, a gate.
@@ -260,7 +260,7 @@ def resized(block: Block, layer: nn.Module, lost: Mapping[int, int]) -> Block | 
     for other, held in weights.items():
         along = [dim for dim, size in enumerate(held.shape) if size == old]
         if other != name and along and held.size == old:
-            weights[other] = _shaped(_with(held.shape, along[0], rows))
+            weights[other] = shaped(_with(held.shape, along[0], rows))
     for other, (known, kind) in inputs.items():
         place = axis % len(known) if known else 0
         if other != node.input[0] and len(known) > 1 and known[place] == old:
@@ -290,16 +290,16 @@ def _attribute(node: onnx.NodeProto, name: str) -> int:
     return next((a.i for a in node.attribute if a.name == name), 0)
 
 
-def _weights(tensor: onnx.TensorProto) -> np.ndarray:
-    """A constant; of many numbers, which cost the same whatever they are, only the shape."""
-    return _shaped(tensor.dims) if _many(tensor) else numpy_helper.to_array(tensor)
+def constant(tensor: onnx.TensorProto) -> np.ndarray:
+    """A weight or setting; of many numbers, which cost the same whatever they are, only the shape."""
+    return shaped(tensor.dims) if _many(tensor) else numpy_helper.to_array(tensor)
 
 
 def _many(tensor: onnx.TensorProto) -> bool:
     return tensor.data_type == onnx.TensorProto.FLOAT and math.prod(tensor.dims) > FEW
 
 
-def _shaped(shape: Sequence[int]) -> np.ndarray:
+def shaped(shape: Sequence[int]) -> np.ndarray:
     """Weights of a shape, which take no memory: a menu would hold another copy of the model in its blocks."""
     return np.broadcast_to(np.float32(0.05), tuple(shape))
 

@@ -20,9 +20,10 @@ from karui.model import Analysis, Group, Model
 from karui.recipes.budget.blocks import LAYERS, Block, Shape, blocks_of, resized
 from karui.recipes.budget.cache import Measured, added, times
 from karui.recipes.budget.exchange import exchanged, told_layer
+from karui.recipes.budget.timing import companions
 
 if TYPE_CHECKING:
-    from karui.recipes.budget.timing import Stopwatch
+    from karui.recipes.budget.timing import Pair, Stopwatch
     from karui.technique import Candidate
 
 
@@ -37,6 +38,14 @@ class Cell:
 
 Widths = tuple[str, tuple[tuple[int, int], ...]]
 """A layer's path, and how many indices its weight loses by dimension."""
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A new layer that is not timed yet: the name of its time, and its bytes."""
+
+    name: str
+    bytes: float
 
 
 class Cells:
@@ -58,8 +67,10 @@ class Cells:
         file: OnnxForm | None = None,
         seconds: float | None = None,
     ) -> None:
-        self.model, self.analysis, self.watch = model, analysis, watch
+        self.model, self.analysis = model, analysis
         self.graph = blocks_of(model, watch.batch)
+        every = [block for found in self.graph.blocks.values() for block in found]
+        self.watch = replace(watch, company=companions(every))
         self.file = self.graph.form if file is None else file
         self._seconds = seconds
         modules = dict(model.module.named_modules())
@@ -68,6 +79,8 @@ class Cells:
         self.known: dict[Widths, Cell] = {}
         self.exchanged: dict[int, dict[str, Cell]] = {}
         self.replaced: dict[int, set[str]] = {}
+        self._waiting: dict[int, dict[str, _Waiting]] = {}
+        self._pairs: dict[tuple[str, str], Pair] = {}
 
     @cached_property
     def whole(self) -> float:
@@ -135,21 +148,21 @@ class Cells:
 
     def time(self, wanted: Sequence[tuple[str, Mapping[int, int]]]) -> None:
         """Time layers at widths that are not known yet, all in one go."""
-        fresh: dict[Widths, list[tuple[Block, Block]]] = {}
+        fresh: dict[Widths, list[Pair]] = {}
         for path, dims in wanted:
             key, whole = _widths(path, dims), self.graph.blocks[path]
             if not dims or key in self.known or key in fresh:
                 continue
             made = [(resized(block, self.layers[path], dims), block) for block in whole]
-            pairs = [(new, block) for new, block in made if new is not None]
+            pairs = [(new.key, new, block) for new, block in made if new is not None]
             if len(pairs) < len(whole):
                 self.known[key] = NEVER
             else:
                 fresh[key] = pairs
-        shares = iter(self.watch.changes([pair for pairs in fresh.values() for pair in pairs]))
+        self.watch.measure([pair for pairs in fresh.values() for pair in pairs])
         for key, pairs in fresh.items():
-            change = self._changed(key[0], [next(shares) for _ in pairs])
-            self.known[key] = Cell(change, pairs[0][0].bytes)
+            change = self._changed(key[0], [self.watch.change(name, old) for name, _, old in pairs])
+            self.known[key] = Cell(change, pairs[0][1].bytes)
 
     def at(self, path: str, dims: Mapping[int, int]) -> Cell:
         """A layer that loses so much, of what was timed; `NEVER` for all else."""
@@ -157,23 +170,33 @@ class Cells:
             return Cell(Measured(0.0), self.graph.blocks[path][0].bytes)
         return self.known.get(_widths(path, dims), NEVER)
 
-    def exchange(self, candidate: Candidate) -> None:
-        """Time new layers in the place of old ones; each is made, timed and dropped."""
+    def prepare(self, candidate: Candidate) -> None:
+        """Make new layers in the place of old ones ready to be timed; only blocks without weights are kept of them."""
         if candidate.layers is None:
             return
-        found = {}
+        found: dict[str, _Waiting] = {}
         made = candidate.layers()
         # What is left out has no width: its place may be as wide as a cut leaves it.
         self.replaced[id(candidate)] = {path for path, layer in made.items() if type(layer) is not nn.Identity}
         for path, layer in made.items():
             if inside := self._left_out(path, layer):
-                found |= inside
+                self.exchanged.setdefault(id(candidate), {}).update(inside)
                 continue
             if path not in self.graph.blocks or not isinstance(layer, nn.Module):
-                break
+                self.exchanged.pop(id(candidate), None)
+                return
             found[path] = self._new_layer(path, layer)
-        else:
-            self.exchanged[id(candidate)] = found
+        self.exchanged.setdefault(id(candidate), {})
+        self._waiting[id(candidate)] = found
+
+    def exchange(self) -> None:
+        """Time all new layers that are ready."""
+        self.watch.measure(list(self._pairs.values()))
+        for number, layers in self._waiting.items():
+            for path, new in layers.items():
+                shares = [self.watch.change(new.name, block) for block in self.graph.blocks[path]]
+                self.exchanged[number][path] = Cell(self._changed(path, shares), new.bytes)
+        self._pairs, self._waiting = {}, {}
 
     def _left_out(self, path: str, layer: nn.Module) -> dict[str, Cell]:
         """The layers of a part that gives its place to nothing; none where something else takes it."""
@@ -185,12 +208,14 @@ class Cells:
             if inner.startswith(f"{path}.")
         }
 
-    def _new_layer(self, path: str, layer: nn.Module) -> Cell:
-        """A layer's cost where another stands. It is exported only where its time is not known on this machine."""
-        shares = [self.watch.change(name, make, block) for name, make, block in self._made(path, layer)]
+    def _new_layer(self, path: str, layer: nn.Module) -> _Waiting:
+        """A layer where another stands. It is exported only where its time is not known on this machine."""
+        for name, make, block in self._made(path, layer):
+            if (name, block.key) not in self._pairs and (pair := self.watch.pair(name, make, block)) is not None:
+                self._pairs[name, block.key] = pair
         old = sum(p.numel() for p in self.model.module.get_submodule(path).parameters())
         weights = sum(p.numel() * p.element_size() for p in layer.parameters()) - 4 * old
-        return Cell(self._changed(path, shares), self.graph.blocks[path][0].bytes + weights)
+        return _Waiting(told_layer(layer), self.graph.blocks[path][0].bytes + weights)
 
     def _made(self, path: str, layer: nn.Module) -> list[tuple[str, Callable[[], Block], Block]]:
         """A layer in the place of each block of another: a name that tells its time, how to make it, and the block."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 from torch import Tensor, nn
 
 from karui.errors import CaptureError
 from karui.measuring import onnx_form
 from karui.model import Model, describe_layer
-from karui.recipes.budget.blocks import Block, Shape
+from karui.recipes.budget.blocks import FEW, Block, Shape, constant, shaped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,6 +93,9 @@ def chain(layer: nn.Module, dims: int) -> Part | None:
 
 
 def _array(tensor: Tensor) -> np.ndarray:
+    """A weight; of many numbers only the shape, as many new layers wait to be timed together."""
+    if tensor.numel() > FEW:
+        return shaped(tensor.shape)
     return tensor.detach().cpu().numpy().astype(np.float32)
 
 
@@ -150,4 +153,4 @@ def _exported(layer: nn.Module, given: Shape) -> Part:
         made.input[:] = [names.get(name, name) for name in node.input]
         made.output[:] = [names.get(name, name) for name in node.output]
         nodes.append(made)
-    return Part(tuple(nodes), {names[t.name]: numpy_helper.to_array(t) for t in graph.initializer})
+    return Part(tuple(nodes), {names[t.name]: constant(t) for t in graph.initializer})

@@ -83,10 +83,14 @@ class Menu:
         """The offers that a choice takes, by place."""
         return {place: self.offers[place][setting - 1] for place, setting in chosen.items() if setting}
 
-    def carry_out(self, chosen: Mapping[str, int]) -> Model:
+    def carry_out(self, chosen: Mapping[str, int], *, again: bool = False) -> Model:
         """The model with all chosen candidates: every cut in one proved surgery, then every replacement.
 
         What works alone may fail together with others, and by any error: a technique is somebody's code.
+
+        Args:
+            chosen: the setting of each place.
+            again: whether it was carried out before, so that it is known to have an ONNX form.
 
         Raises:
             SurgeryError: a cut is refused; or a replacement after the cuts, which leave a graph without some layers
@@ -94,6 +98,8 @@ class Menu:
                 and not offered again.
         """
         model = self._made(chosen)
+        if again:
+            return model
         each = {place: {place: setting} for place, setting in chosen.items() if setting}
         with self._blaming(each, lambda some: onnx_form(self._made(_merged(some))), alone=False):
             onnx_form(model)

@@ -251,15 +251,16 @@ SITTINGS, CLOSE = (3, 6), 0.02
 """Least and most sittings of two that are timed head to head, and the uncertainty that is good enough, as a share."""
 
 
-def head_to_head(new: Timed, old: Timed, threads: int) -> Measured:
+def head_to_head(new: Timed, old: Timed, threads: int, company: Mapping[str, Timed] | None = None) -> Measured:
     """The time of a block as a share of another's: their rounds in pairs, in sessions that are made anew a few times.
 
-    It ends where the two are told apart, or are as good as equal.
+    It ends where the two are told apart, or are as good as equal. Others may keep them company, as in a network.
     """
     ratios: list[np.ndarray] = []
     found = Measured(1.0)
     for sitting in range(SITTINGS[1]):
-        both = profiled({"new": new, "old": old} if sitting % 2 == 0 else {"old": old, "new": new}, threads)
+        pair = {"new": new, "old": old} if sitting % 2 == 0 else {"old": old, "new": new}
+        both = profiled({**(company or {}), **pair}, threads)
         light, before = both["new"], both["old"]
         ratios.append(light.seconds / before.seconds)
         if sitting + 1 < SITTINGS[0]:

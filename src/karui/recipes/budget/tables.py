@@ -90,9 +90,15 @@ class Coster:
             with self.refusals.trying(candidate):
                 wanted += self._wanted(candidate)
         self.cells.time(wanted)
+        left = self.refusals.left(candidates)
+        with bar("new layers", len(left), self.watch.progress) as step:
+            for candidate in left:
+                with self.refusals.trying(candidate):
+                    self.cells.prepare(candidate)
+                step()
+        self.cells.exchange()
         for candidate in self.refusals.left(candidates):
             with self.refusals.trying(candidate):
-                self.cells.exchange(candidate)
                 self.singles[id(candidate)] = self._alone(candidate)
         doubtful = [
             c for c in self.refusals.left(candidates) if self.singles[id(c)].doubtful and self.cells.comparable(c)

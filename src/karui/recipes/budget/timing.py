@@ -10,7 +10,7 @@ operators, shapes, batch, threads and the engine's version.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from karui.deployment import Deployment
 from karui.measuring import Engine, OnnxForm, OnnxRuntime, Timing
 from karui.measuring.bar import bar
+from karui.measuring.engines import onnx_session
 from karui.measuring.filed import Filed
 from karui.measuring.hollow import Hollow
 from karui.measuring.inference import batch_of, tensors_of
@@ -38,10 +39,14 @@ TURNS = 51
 AGAIN, NEAR: how often they are at most, until the uncertainty is below this share."""
 AGAIN, NEAR = 3, 0.02
 WHOLE = "whole"
+TICK = 1e-9
+"""Seconds that a clock of processor time counts in: a short call may take none by it."""
 FREE = 0.5
 """What wider convolutions may take longer, as a share of what their width alone would cost, and still count as free."""
 
 
+Pair = tuple[str, Block, Block]
+"""A name, a block, and the block of a network that it would replace."""
 Form = OnnxForm | Deployment
 """A whole file; its bytes are read where they are needed, and held by nobody."""
 
@@ -77,7 +82,9 @@ class Stopwatch:
         cache: what is known already.
         progress: whether a bar is shown.
         narrow: whether blocks are timed in 8 bits; whole files are what they are.
-        structures: of whole files, by digest: to tell one, the file must be in memory.
+        company: blocks that are run in turns with those that are timed. A layer that is called again and again has its
+            weights in a near cache, and in a network it has not: many thin operators seem a fifth faster so.
+        structures: of whole files, by digest.
     """
 
     batch: int = 1
@@ -85,33 +92,43 @@ class Stopwatch:
     cache: TimingCache = field(default_factory=TimingCache)
     progress: bool = False
     narrow: bool = False
+    company: tuple[Block, ...] = ()
     structures: dict[str, str] = field(default_factory=dict)
+    _forms: dict[str, Timed] = field(default_factory=dict)
 
-    def changes(self, pairs: Sequence[tuple[Block, Block]]) -> list[Measured]:
-        """The time of the first block of each pair as a share of the second's, which it would replace."""
-        keys = [self._key(self._pair(new.key, old)) for new, old in pairs]
+    def pair(self, name: str, make: Callable[[], Block], old: Block) -> Pair | None:
+        """A block beside the one that it would replace; None where how long it takes is known under this name.
+
+        It is made only then, and opened once: the engine may refuse what a technique offers.
+        """
+        if self._key(self._beside(name, old)) in self.cache.found:
+            return None
+        block = make()
+        onnx_session(self._form(block).data(), self.threads)
+        return name, block, old
+
+    def measure(self, pairs: Sequence[Pair]) -> None:
+        """Time pairs, of which `change` tells from then on."""
+        unknown = {self._key(self._beside(name, old)): (new, old) for name, new, old in pairs}
         # Those with one block to be replaced lie together: it is timed once for a lot.
-        ordered = sorted(zip(keys, pairs, strict=True), key=lambda each: each[1][1].key)
+        ordered = sorted(unknown.items(), key=lambda each: each[1][1].key)
         lots = _lots({key: pair for key, pair in ordered if key not in self.cache.found})
         with bar("time of layers", len(lots), self.progress and bool(lots)) as step:
             for lot in lots:
                 self._measure(lot)
                 step()
-        return [self.cache.found[key] for key in keys]
 
-    def change(self, name: str, make: Callable[[], Block], old: Block) -> Measured:
-        """The time of a block as a share of another's; it is made only where that is not known under its name."""
-
-        def measure() -> Measured:
-            found = profiled({"new": self._form(make()), "old": self._form(old)}, self.threads)
-            return found["new"].beside(found["old"])
-
-        return self._once(self._pair(name, old), measure)
+    def change(self, name: str, old: Block) -> Measured:
+        """How long a block takes as a share of the one that it would replace; it has been measured."""
+        return self.cache.found[self._key(self._beside(name, old))]
 
     def against(self, name: str, make: Callable[[], Block], old: Block) -> Measured:
         """As `change`, by a closer look: head to head, in sessions that are made anew a few times."""
-        told = f"{self._pair(name, old)}, head to head"
-        return self._once(told, lambda: head_to_head(self._form(make()), self._form(old), self.threads))
+
+        def race() -> Measured:
+            return head_to_head(self._form(make()), self._form(old), self.threads, self._company({old.key}))
+
+        return self._once(f"{self._beside(name, old)}, head to head", race)
 
     def shares(self, model: Model, file: Form, blocks: Sequence[Block]) -> list[Measured]:
         """The time of each block within a network as a share of the network's.
@@ -139,12 +156,13 @@ class Stopwatch:
             return list(found.values())
         # Of what the engine has given another name only the time alone is known: against the largest of the others.
         largest = max(found, key=lambda k: found[k].value, default=missing[0])
-        alone = self.changes([(blocks[k], blocks[largest]) for k in missing])
+        self.measure([(blocks[k].key, blocks[k], blocks[largest]) for k in missing])
+        alone = [self.change(blocks[k].key, blocks[largest]) for k in missing]
         unit = found[largest] if found else Measured(1 / added(alone).value)
         found |= {k: times(unit, each.value) for k, each in zip(missing, alone, strict=True)}
         return [found[k] for k in range(len(blocks))]
 
-    def _pair(self, name: str, old: Block) -> str:
+    def _beside(self, name: str, old: Block) -> str:
         return self._told(f"{name} / {old.key}")
 
     def _told(self, name: str) -> str:
@@ -156,8 +174,10 @@ class Stopwatch:
     def multiple(self) -> int:
         """The widths that the engine rewards: the largest step up to which rounding a width up costs nothing."""
         widths = range(33, 65)
-        pairs = [(_convolution(32, width), _convolution(32, 32)) for width in widths]
-        seconds = dict(zip(widths, self.changes(pairs), strict=True))
+        old = _convolution(32, 32)
+        wider = {width: _convolution(32, width) for width in widths}
+        self.measure([(block.key, block, old) for block in wider.values()])
+        seconds = {width: self.change(block.key, old) for width, block in wider.items()}
 
         def free(step: int) -> bool:
             # Within a step, wider ones take no longer: many widths together, as one says little on a noisy clock.
@@ -186,7 +206,7 @@ class Stopwatch:
         def race() -> np.ndarray:
             found = self._samples(dense, {"light": (engine, light), "other": (home, other)})
             # Round by round: what slows the machine for a while slows both.
-            return np.array(found["light"]) / np.array(found["other"])
+            return np.array(found["light"]) / np.maximum(found["other"], TICK)
 
         return self._once(f"{name} of {_inputs(dense)}", lambda: _until_near(race))
 
@@ -251,11 +271,28 @@ class Stopwatch:
         return self.cache.found[key]
 
     def _measure(self, lot: Mapping[str, tuple[Block, Block]]) -> None:
-        """Time pairs in turns, each block once."""
+        """Time pairs in turns, each block once, in company."""
         told = {key: (new.key, old.key) for key, (new, old) in lot.items()}
-        every = {block.key: block for pair in lot.values() for block in pair}
-        found = profiled({key: self._form(block) for key, block in every.items()}, self.threads)
+        every = {block.key: self._form(block) for pair in lot.values() for block in pair}
+        found = profiled({**self._company(every), **every}, self.threads)
         self.cache.put({key: found[new].beside(found[old]) for key, (new, old) in told.items()})
+
+    def _company(self, there: Container[str]) -> dict[str, Timed]:
+        """Blocks of the network that are not there yet."""
+        for block in self.company:
+            self._forms.setdefault(self._told(block.key), self._form(block))
+        return {block.key: self._forms[self._told(block.key)] for block in self.company if block.key not in there}
+
+
+def companions(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """Different blocks of a network, as many as have room together."""
+    found: dict[str, Block] = {}
+    held = 0
+    for block in blocks:
+        if block.key not in found and len(found) < LOT and held + block.bytes <= ROOM:
+            found[block.key] = block
+            held += block.bytes
+    return tuple(found.values())
 
 
 def _lots(pairs: Mapping[str, tuple[Block, Block]]) -> list[dict[str, tuple[Block, Block]]]:

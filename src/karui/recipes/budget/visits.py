@@ -355,7 +355,7 @@ class Visitor:
             if exhausted or aims.met:
                 break
         if best is not None and not best.light:
-            best = replace(best, light=[offers.carry_out(made[aims.nearest])])
+            best = replace(best, light=[offers.carry_out(made[aims.nearest], again=True)])
         return best
 
     @staticmethod
