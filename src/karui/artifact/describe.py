@@ -183,7 +183,7 @@ def _tensor_from_json(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     if "constant" in values:
         return torch.full(shape, values["constant"], dtype=dtype)
     if "stored" in values:
-        return tensors[values["stored"]]
+        return tensors[values["stored"]].clone()  # in memory of its own: the file may go
     generator = torch.Generator().manual_seed(values["seed"])
     if "mean" in values:
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -108,6 +108,12 @@ class Opened:
         self._handle.seek(0)
         return self._handle.read()
 
+    @property
+    def name(self) -> str:
+        """A path to it that others can open: to the very file that was checked, where the system has such paths."""
+        same = Path(f"/dev/fd/{self._handle.fileno()}")
+        return str(same if same.exists() else self._handle.name)
+
 
 def write_file(path: Path, data: bytes | File) -> None:
     """Write a file under a temporary name and rename it: a reader sees the old one or the new one."""

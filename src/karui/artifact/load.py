@@ -38,7 +38,7 @@ def load(folder: Path | str, *, base: Model | nn.Module | None = None) -> Model:
     file, path = contents[files.TENSORS], folder / files.TENSORS
     where = folder / files.JSON
     with _named(where):
-        example = example_from_json(told["example"], _tensor_file(file.data, path))
+        example = example_from_json(told["example"], _tensor_file(file, path))
         steps = tuple(edit_from_json(step) for step in told["lineage"])
         refuse_enclosed(steps, told["task"], folder, built=base is None)
         module, built_task = _original(steps, base, folder)
@@ -49,7 +49,7 @@ def load(folder: Path | str, *, base: Model | nn.Module | None = None) -> Model:
             module = changed
         task = task_from_json(told["task"]) or built_task
     with _named(path):
-        _put_in(module, told, lambda: _tensor_file(file.data, path))
+        _put_in(module, told, lambda: _tensor_file(file, path))
     with contextlib.suppress(NotImplementedError):
         module.eval()
     model = Model(module, example=example, task=task, lineage=steps)
@@ -120,12 +120,13 @@ def _named(path: Path) -> Any:
         ) from error
 
 
-def _tensor_file(data: bytes, path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load as from_bytes
+def _tensor_file(file: files.Opened, path: Path) -> dict[str, Tensor]:
+    """Tensors by name; they lie in the file, which is mapped, until they are copied."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return from_bytes(data)
+        with safe_open(file.name, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  (it is no dict)
     except (SafetensorError, KeyError, ValueError) as error:
         raise ArtifactError(f"{path} is damaged: {error}.", "Save the model again.") from error
 

@@ -14,7 +14,7 @@ from torch import nn
 from karui.errors import UsageError
 from karui.measuring import OnnxRuntime, onnx_form, time_ratio
 from karui.model import Model, coupled_groups
-from karui.recipes.budget import recorder, timing
+from karui.recipes.budget import cells, recorder, timing
 from karui.recipes.budget.blocks import Block, blocks_of, structure
 from karui.recipes.budget.cache import Measured, TimingCache, added, less, typical
 from karui.recipes.budget.front import Form, Point
@@ -266,6 +266,34 @@ def test_a_setting_saves_its_share_of_what_its_layer_takes_in_the_network(
     rank8 = 1e-6 + 4e-9 * (8 * 32 + 32 * 8 * 9 + 32) + 5e-6
     assert cost.seconds.value == pytest.approx((rank8 / machine.true(blocks["2"]) - 1) * 2.0 * 0.2)
     assert table.amounts[EXPECTED][-1] == pytest.approx(cost.seconds.value)
+
+
+def test_layers_are_timed_in_company_and_equal_ones_are_made_once(model: Model, monkeypatch: pytest.MonkeyPatch):
+    """Pairs alone have their weights in a near cache, which they have not within a network."""
+    machine, lots, made = Noisy(0, 0.0), [], []
+
+    def profiled(blocks: Mapping[str, Block], threads: int) -> dict[str, Rounds]:
+        lots.append(set(blocks))
+        return machine.profiled(blocks, threads)
+
+    def exported(*given: Any) -> Block:
+        made.append(given)
+        return real(*given)
+
+    real = cells.exchanged
+    monkeypatch.setattr(cells, "exchanged", exported)
+    monkeypatch.setattr(timing, "profiled", profiled)
+    within = {node.name: np.full(ROUNDS, 1.0) for b in blocks_of(model, 1).blocks.values() for node in b[0].nodes}
+    monkeypatch.setattr(timing, "network", lambda *_: Network(within, np.zeros(ROUNDS)))
+    monkeypatch.setattr(timing, "head_to_head", machine.head_to_head)
+    offers = [swapped(chain(8), "once"), swapped(chain(8), "twice")]
+    coster = Coster(model, coupled_groups(model), Stopwatch(cache=TimingCache()), seconds=1.0)
+    one, two = coster.alone(offers)
+    assert len(made) == 1
+    assert one.seconds == two.seconds
+    company = {block.key for blocks in coster.cells.graph.blocks.values() for block in blocks}
+    assert all(company <= lot for lot in lots)
+    assert [len(lot) for lot in lots] == [len(company) + 1]
 
 
 @pytest.mark.parametrize("error", [0.0, 0.03, 9.0])
