@@ -131,9 +131,10 @@ and what that network takes, both as shares of the dense network in the same pre
 the plain network are as drawn. Measured times carry two standard errors."""
 
 
-BESIDE = """On a machine that is shared: its speed changed by 1.3 to 1.6 times from one minute to the next, and a layer
-that was timed in a slow moment is foreseen to cost, or to save, that much more. The error of a measured time tells only
-of the moments in which it was taken. Networks without a row were not run there."""
+BESIDE = """On a machine that is shared, while other programs ran on both of its cores: its speed changed by up to two
+times from one minute to the next. Layers are timed as shares here, in turns with what they would replace and in the
+company of their network's others; the rows above are older, and come from seconds of each layer by itself. Networks
+without a row were not run."""
 
 
 def rows_of(parts: Mapping[str, Any]) -> str:
