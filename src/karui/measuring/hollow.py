@@ -56,29 +56,13 @@ class Hollow:
         self.proto = onnx.ModelProto()
         self._values: dict[str, memoryview] = {}
         view = memoryview(file) if isinstance(file, bytes) else mapped(file)
-        # Messages that stand one after the other are one: what is left of a message is parsed as it stands.
-        rest = []
-        for number, content, whole in _fields(view):
-            if number == GRAPH:
-                self._read(content)
-            else:
-                rest.append(whole)
-        self.proto.MergeFromString(b"".join(rest))
-
-    def _read(self, graph: memoryview) -> None:
-        rest = []
-        for number, content, whole in _fields(graph):
-            if number == INITIALIZER:
-                self._read_constant(content)
-            else:
-                rest.append(whole)
-        self.proto.graph.MergeFromString(b"".join(rest))
+        for graph in _taken_out(view, GRAPH, self.proto):
+            for constant in _taken_out(graph, INITIALIZER, self.proto.graph):
+                self._read_constant(constant)
 
     def _read_constant(self, constant: memoryview) -> None:
         tensor = self.proto.graph.initializer.add()
-        fields = list(_fields(constant))
-        tensor.MergeFromString(b"".join(whole for number, _, whole in fields if number != RAW_DATA))
-        for values in (content for number, content, _ in fields if number == RAW_DATA):
+        for values in _taken_out(constant, RAW_DATA, tensor):
             # Bytes that do not fit the dimensions stay, so that whoever checks the graph sees them.
             if len(values) > LARGE and len(values) == SIZES.get(tensor.data_type, 0) * math.prod(tensor.dims):
                 self._values[tensor.name] = values
@@ -140,6 +124,16 @@ class Hollow:
                 tensor.external_data.add(key=key, value=str(value))
             file.write(values)
         return marked
+
+
+def _taken_out(message: memoryview, number: int, rest: Any) -> list[memoryview]:
+    """The fields of a number; the others go into `rest`, parsed.
+
+    Messages that stand one after the other are one: what is left of a message is parsed as it stands.
+    """
+    fields = list(_fields(message))
+    rest.MergeFromString(b"".join(whole for found, _, whole in fields if found != number))
+    return [content for found, content, _ in fields if found == number]
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:

@@ -34,11 +34,9 @@ if TYPE_CHECKING:
 
 HEAVY = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
 """Operators that an engine melts others into: the whole is booked to the layer of the operator itself."""
-SUFFIXES = ("_kernel_time", "_nchwc")
-MELTED = re.compile(r"^fused |(/\w*Fusion/?)+$")
-"""What ONNX Runtime adds to the name of an operator that others were melted into: "fused node_linear" is a linear layer
-with its activation, "node_matmul/MatMulScaleFusion/" a product of matrices with a factor.
-"""
+KERNEL = "_kernel_time"
+"""How the recorder's name of an operator's own time ends."""
+_ADDED = re.compile(r"^fused |/.*$|_nchwc$|_token_\d+$|(_MatMul)?_quant$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +202,7 @@ def _onnx_times(model: Model, batch: int, threads: int, rounds: int) -> tuple[di
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     taken: dict[tuple[str, str], list[float]] = {}
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith(SUFFIXES[0]):
+        if event.get("cat") == "Node" and event["name"].endswith(KERNEL):
             taken.setdefault((event["name"], event["args"]["op_name"]), []).append(event["dur"] * 1e-6)
     layer_of = _layer_finder(form)
     times, rest = {}, 0.0
@@ -218,6 +216,16 @@ def _onnx_times(model: Model, batch: int, threads: int, rounds: int) -> tuple[di
     return times, rest
 
 
+def graph_name(name: str) -> str:
+    """The name that a graph has for what ONNX Runtime has melted with others, or made anew, and named after it.
+
+    Example:
+        >>> [graph_name(name) for name in ("fused node_linear", "node_mul/MatMulScaleFusion/", "node_conv_token_7")]
+        ['node_linear', 'node_mul', 'node_conv']
+    """
+    return _ADDED.sub("", name)
+
+
 def _layer_finder(form: OnnxForm) -> Any:
     """From the name of what the engine ran to the layer that it came from; None for what the engine added itself."""
     graph = Hollow(form).proto.graph
@@ -225,9 +233,8 @@ def _layer_finder(form: OnnxForm) -> Any:
     nodes = {**makers, **{node.name: node for node in graph.node}}
 
     def find(name: str, operator: str) -> str | None:
-        for suffix in SUFFIXES:
-            name = name.removesuffix(suffix)
-        node = nodes.get(name) or nodes.get(MELTED.sub("", name))
+        name = name.removesuffix(KERNEL)
+        node = nodes.get(name) or nodes.get(graph_name(name))
         if node is None:
             return None
         if operator in HEAVY:

@@ -10,6 +10,7 @@ from karui.architectures.cifar_resnet import cifar_resnet
 from karui.errors import SurgeryError
 from karui.model import Classification, Model, coupled_groups
 from karui.recipes.budget.cache import TimingCache
+from karui.recipes.budget.cells import Cells
 from karui.recipes.budget.choice import Problem, choose
 from karui.recipes.budget.menu import Menu, Offer
 from karui.recipes.budget.skips import LeaveOut
@@ -83,7 +84,7 @@ def test_a_new_layer_does_not_go_with_a_cut_of_the_one_that_it_replaces(cut_laye
         ],
         f"layer {cut_layer}": [layers[cut_layer]],
     }
-    coster = Coster(model, analysis, Stopwatch(cache=TimingCache()))
+    coster = Coster(Cells(model, analysis, Stopwatch(cache=TimingCache())))
     coster.alone([candidate for candidates in menu.values() for candidate in candidates])
     problem = Problem(harms={place: [1.0, 0.0] for place in menu}, tables=coster.tables(menu))
     chosen = choose(problem)

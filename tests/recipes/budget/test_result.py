@@ -18,7 +18,7 @@ from karui.measuring import LayerTimes
 from karui.measuring.layers import LayerTime
 from karui.model import Model, Regression
 from karui.recipes import layers
-from karui.recipes.budget import run
+from karui.recipes.budget import race
 from karui.recipes.budget.cache import Measured
 from karui.recipes.budget.timing import Stopwatch
 from karui.report.plots import time_per_layer
@@ -54,8 +54,8 @@ def test_a_point_has_one_time_wherever_it_is_told(
     dense: Model, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """That of the last race; the record on disk keeps the one that the search went by, as a resumed run does."""
-    timed = run._timed
-    monkeypatch.setattr(run, "_timed", lambda form, ratio: replace(timed(form, ratio), time=0.37, error=0.0))
+    timed = race._timed
+    monkeypatch.setattr(race, "_timed", lambda form, ratio: replace(timed(form, ratio), time=0.37, error=0.0))
     out = tmp_path / "light"
     asked: dict[str, Any] = {"budget": "bytes=0.7", "epochs": 0, "int8": False, "out": out}
     done = karui.compress(dense, bench, **asked)

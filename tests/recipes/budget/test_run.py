@@ -20,7 +20,7 @@ from karui.deployment import Deployment, as_model
 from karui.errors import NeedError, UsageError
 from karui.measuring.values import from_json
 from karui.model import Classification, CustomTask, Model, Regression
-from karui.recipes.budget import run, visits
+from karui.recipes.budget import race, visits
 from karui.recipes.budget.front import Form, Point
 from karui.recipes.budget.lesson import NUMBERS, SOFT
 from karui.recipes.budget.run import Settings, _seen
@@ -278,10 +278,10 @@ def test_a_result_that_the_last_race_takes_back_gives_way_to_one_that_it_confirm
     plan = Plan(goal={"time": 0.6}, stated=True, max_drop=3.0, epochs=1)
     raced = []
 
-    def race(times: dict[int, float]) -> Any:
-        def timed(_: Any, p: Point) -> run._Raced:
+    def racing(times: dict[int, float]) -> Any:
+        def timed(_: Any, p: Point) -> race.Raced:
             raced.append(p.number)
-            return run._Raced(
+            return race.Raced(
                 dataclasses.replace(p, forms=(dataclasses.replace(p.form, time=times[p.number]),)), [], {}
             )
 
@@ -294,8 +294,8 @@ def test_a_result_that_the_last_race_takes_back_gives_way_to_one_that_it_confirm
         ({1: 0.64, 2: 0.62, 3: 0.63}, 1, [1, 2, 3]),
     ):
         raced.clear()
-        monkeypatch.setattr(run, "_race", race(times))
-        assert run._confirmed(visitor, points[1], plan).point.number == result
+        monkeypatch.setattr(race, "_race", racing(times))
+        assert race.confirmed(visitor, points[1], plan).point.number == result
         assert raced == tried
 
 

@@ -13,6 +13,7 @@ from karui.model import Model, coupled_groups, replace_layers
 from karui.recipes.budget import timing
 from karui.recipes.budget.blocks import Block, blocks_of
 from karui.recipes.budget.cache import Measured, TimingCache
+from karui.recipes.budget.cells import Cells
 from karui.recipes.budget.choice import Problem
 from karui.recipes.budget.recorder import ROUNDS, Network, Rounds
 from karui.recipes.budget.skips import skips
@@ -74,7 +75,7 @@ def test_what_is_left_out_saves_its_layers_whatever_their_width(model: Model, mo
     monkeypatch.setattr(timing, "head_to_head", lambda *_: Measured(1.0))
     [skip] = skips(model)
     cut = Candidate(technique=L1Filters(), place="plain.one", text="", cut={"plain.one": torch.arange(8)})
-    coster = Coster(model, coupled_groups(model), Stopwatch(cache=TimingCache()), seconds=1e-9 * whole)
+    coster = Coster(Cells(model, coupled_groups(model), Stopwatch(cache=TimingCache()), seconds=1e-9 * whole))
     coster.alone([skip, cut])
     menu = {"layer plain": [skip], "units of plain.one": [cut]}
     problem = Problem(harms={place: [0.0, 1.0] for place in menu}, tables=coster.tables(menu))

@@ -115,12 +115,6 @@ class Block:
             made[name] = np.zeros(shape, dtype) if whole else draw.standard_normal(shape).astype(dtype)
         return made
 
-    def arrays(self) -> tuple[Any, ...]:
-        """The inputs as tensors."""
-        import torch
-
-        return tuple(torch.from_numpy(array) for array in self.feed().values())
-
 
 @dataclass(frozen=True, eq=False)
 class Graph:

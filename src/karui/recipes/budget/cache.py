@@ -70,11 +70,6 @@ def added(parts: Sequence[Measured]) -> Measured:
     return Measured(sum(part.value for part in parts), math.hypot(*(part.error for part in parts)))
 
 
-def less(one: Measured, two: Measured) -> Measured:
-    """A difference."""
-    return Measured(one.value - two.value, math.hypot(one.error, two.error))
-
-
 def times(one: Measured, factor: float) -> Measured:
     """A multiple."""
     return Measured(factor * one.value, abs(factor) * one.error)

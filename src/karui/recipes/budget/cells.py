@@ -1,7 +1,7 @@
 """The layers of one network: what a cut, another layer or none in a place changes of its time and bytes.
 
-A layer's time in the network is its share of the whole, timed beside it; what takes its place is timed beside the
-layer. Cells are remembered, as many candidates share them.
+A layer's time in the network is its share of the whole, as the recorder tells it there; what takes its place is timed
+beside the layer. Cells are remembered, as many candidates share them.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from karui.errors import CaptureError, KaruiError, SurgeryError, require, told
 from karui.index import Entry, techniques
 from karui.measuring import onnx_form
 from karui.model import Analysis, Model, Note, coupled_groups, remove_units, replace_layers
+from karui.recipes.budget.cells import Cells
 from karui.recipes.budget.choice import Problem, Table
 from karui.recipes.budget.harm import harms
 from karui.recipes.budget.refusals import Refusals, reason, slug_of
@@ -253,7 +254,7 @@ def menu(
     if not any(candidate.cut for candidate in candidates):
         notes = (_nothing_to_cut(analysis), *notes)
     refusals = Refusals()
-    coster = Coster(model, analysis, watch, file=file, seconds=seconds, refusals=refusals)
+    coster = Coster(Cells(model, analysis, watch, file, seconds), refusals)
     costs = coster.alone(candidates)
     measured = refusals.left(candidates)
     kept = {id(c): cost for c, cost in zip(measured, costs, strict=True) if not cost.slower}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Set
@@ -21,10 +20,11 @@ import numpy as np
 
 from karui.measuring.engines import onnx_session
 from karui.measuring.filed import File
+from karui.measuring.layers import KERNEL, graph_name
 from karui.recipes.budget.cache import Measured, typical
 
 ROUNDS = 9
-"""Rounds that are counted; one before them is not."""
+"""Rounds of calls; the first call of each is not counted."""
 CALLS, ROUND = (4, 16), 200e-6
 """Least and most calls of a block in a round, and the seconds that they should last."""
 RECORDER = 0.3e-6
@@ -38,11 +38,8 @@ LEAST = 0.1e-6
 CHAIN, LONG, SHORT = 20, "chain of the recorder", "link of the chain"
 """Operators of a chain that tells the recorder's own time, beside a single one; and what the two are called."""
 NETWORK = "network"
-ADDED = re.compile(r"^fused |/.*$|_nchwc$|_token_\d+$|(_MatMul)?_quant$")
-"""What ONNX Runtime adds to the name of an operator that it melts with others, or makes anew."""
 LAYOUT = ("ReorderInput", "ReorderOutput", "Transpose")
 """Operators that only a layer by itself pays for."""
-KERNEL = "_kernel_time"
 
 
 class Timed(Protocol):
@@ -224,7 +221,7 @@ def network(file: Timed, threads: int) -> Network:
     rows, own, rest = _beside_chain({NETWORK: file}, threads)
     operators: dict[str, np.ndarray] = {}
     for (_, name), row in rows[NETWORK].items():
-        told = ADDED.sub("", name)
+        told = graph_name(name)
         operators[told] = operators.get(told, 0.0) + np.maximum(row - own, LEAST)
     return Network(operators, rest)
 

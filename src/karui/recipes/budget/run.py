@@ -9,25 +9,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from karui.artifact import save, stored_bytes
 from karui.errors import NeedError, UsageError, require
-from karui.measuring import Clock, OnnxRuntime, Torch, compare, known_engine, onnx_form, this_machine, time_ratio
+from karui.measuring import Clock, OnnxRuntime, Torch, compare, this_machine
 from karui.measuring.inference import tensors_of
 from karui.measuring.machine import threads_here
 from karui.measuring.precision import other_than_float32
 from karui.measuring.values import to_json
-from karui.recipes.budget.cache import SURE, TimingCache
-from karui.recipes.budget.deployments import score_of
+from karui.recipes.budget.cache import TimingCache
 from karui.recipes.budget.explain import deployed, shares, told
-from karui.recipes.budget.front import Form, Point, front
+from karui.recipes.budget.front import Point, front
 from karui.recipes.budget.lesson import Untaught, lesson
 from karui.recipes.budget.limits import Budget
+from karui.recipes.budget.race import confirmed, forms_of
 from karui.recipes.budget.recover import epochs_within
 from karui.recipes.budget.stages import FAR, Plan, travel
 from karui.recipes.budget.timing import Stopwatch
@@ -54,8 +53,6 @@ from karui.recipes.values import settings
 from karui.recipes.verdict import untaught, verdict
 
 if TYPE_CHECKING:
-    from karui.deployment import Deployment
-    from karui.measuring import Ratio, Timing
     from karui.model import Model
     from karui.technique import Bench
 
@@ -283,57 +280,9 @@ def _step(point: Point) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Raced:
-    """A point whose forms were timed once more, each in turns with the dense model, when the search was over. Its times
-    are these from then on, wherever it is spoken of; its record on disk keeps those that the search went by, so that a
-    run that goes on takes the same way.
-
-    Settings:
-        point: the point, with these times.
-        made: the files of its forms, and
-        times: dense and light, by a form's name.
-    """
-
-    point: Point
-    made: list[Deployment]
-    times: Mapping[str, tuple[Timing, Timing]]
-
-
-def _confirmed(visitor: Visitor, point: Point, plan: Plan) -> _Raced:
-    """The result as the last race has it. Where that takes back a goal that the search had measured as kept, it is the
-    next best of the points that were measured lighter, if the race confirms that one.
-    """
-    first = _race(visitor, point)
-    if not plan.stated or not plan.met(point) or plan.met(first.point):
-        return first
-    met = [p for p in visitor.points if plan.met(p) and p.form.time < point.form.time]
-    for other in sorted(met, key=plan.order):
-        visitor.tell(f"point {point.number} was measured above the budget at the end; point {other.number} is tried")
-        again = _race(visitor, other)
-        if plan.met(again.point):
-            return again
-    return first
-
-
-def _race(visitor: Visitor, point: Point) -> _Raced:
-    made = visitor.forms.made(visitor.model_of(point), point.forms)
-    files = {form.name: (known_engine(form.engine), form) for form in made}
-    times = visitor.watch.side_by_side(visitor.dense, onnx_form(visitor.dense), files)
-    forms = tuple(_timed(form, time_ratio(*times[form.name], across=True)) for form in point.forms)
-    raced = replace(point, forms=forms)
-    visitor.points[:] = [raced if p.number == raced.number else p for p in visitor.points]
-    return _Raced(raced, made, times)
-
-
-def _timed(form: Form, ratio: Ratio) -> Form:
-    """The form with its time of the last race."""
-    return replace(form, time=1 / ratio.value, error=(1 / ratio.low - 1 / ratio.high) / (2 * SURE))
-
-
 def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict[str, Any]:
     """Measure the result beside the dense model, save it, and say what came out."""
-    raced = _confirmed(visitor, point, plan)
+    raced = confirmed(visitor, point, plan)
     point, dense, bench = raced.point, visitor.dense, visitor.bench
     light = visitor.model_of(point)
     both = compare(dense, light, test=bench.test, clock=bench.clock, progress=bench.progress)
@@ -342,7 +291,7 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
     chosen = raced.made[point.best]
     saved = save(light, visitor.out, measurements=both.to_json(), settings=told_settings, deployment=chosen)
     both = with_bytes(both, stored_bytes(dense), saved.weights_bytes)
-    forms = _deployed(visitor, raced, light)
+    forms = forms_of(visitor, raced, light)
     words = told(point, plan, visitor, light)
     return {
         "machine": to_json(this_machine()),
@@ -385,27 +334,3 @@ def _layers(dense: Model, light: Model, asked: Settings) -> dict[str, Any]:
         "dense": engine_rows(dense, **where),
         "light": engine_rows(light, **where),
     }
-
-
-def _deployed(visitor: Visitor, raced: _Raced, light: Model) -> list[dict[str, Any]]:
-    """Every form of the result as it was raced against the dense model; the plain and the chosen one on test data."""
-    test = visitor.bench.test if light.task is not None else None
-    point = raced.point
-    told_forms = []
-    for number, form in enumerate(raced.made):
-        judged = test is not None and number in (0, point.best)
-        told_forms.append(
-            {
-                "name": form.name,
-                "told": point.forms[number].told,
-                "file": "model.onnx" if number == point.best else None,
-                "engine": form.engine,
-                "precision": form.precision,
-                "fp32_layers": list(form.fp32_layers),
-                "bytes": form.bytes,
-                "ratio": to_json(time_ratio(*raced.times[form.name], across=True)),
-                "test": score_of(form, light, test).to_json() if judged else None,
-                "chosen": number == point.best,
-            }
-        )
-    return told_forms

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from karui.measuring import OnnxForm, onnx_form
+from karui.measuring import onnx_form
 from karui.measuring.bar import bar
-from karui.model import Analysis, Model, remove_units, replace_layers
+from karui.model import remove_units, replace_layers
 from karui.recipes.budget.apart import exclusions, one_at_most, reached
 from karui.recipes.budget.cache import SURE, Measured, added
 from karui.recipes.budget.cells import Cell, Cells
@@ -20,7 +20,6 @@ from karui.recipes.budget.choice import Table
 from karui.recipes.budget.refusals import Refusals
 
 if TYPE_CHECKING:
-    from karui.recipes.budget.timing import Stopwatch
     from karui.technique import Candidate
 
 CELLS = 256
@@ -57,27 +56,14 @@ class Coster:
     """Costs of candidates for one model.
 
     Args:
-        model: what they are offered for.
-        analysis: its coupled groups; None where it has none.
-        watch: times what is not known yet.
-        file: the model in the form that blocks are timed in; None for the one in 32 bits.
-        seconds: what that takes; None where that is not known.
+        cells: its layers.
         refusals: learns which candidates cannot be measured.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        analysis: Analysis | None,
-        watch: Stopwatch,
-        *,
-        file: OnnxForm | None = None,
-        seconds: float | None = None,
-        refusals: Refusals | None = None,
-    ) -> None:
-        self.model, self.analysis, self.watch = model, analysis, watch
+    def __init__(self, cells: Cells, refusals: Refusals | None = None) -> None:
+        self.cells = cells
+        self.model, self.analysis, self.watch = cells.model, cells.analysis, cells.watch
         self.refusals = Refusals() if refusals is None else refusals
-        self.cells = Cells(model, analysis, watch, file, seconds)
         self.singles: dict[int, Cost] = {}
 
     def alone(self, candidates: Sequence[Candidate]) -> list[Cost]:

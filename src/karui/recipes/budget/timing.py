@@ -32,7 +32,7 @@ from karui.recipes.budget.recorder import Timed, head_to_head, network, profiled
 
 LOT, ROOM = 24, 32 * 2**20
 """How many are timed in turns at most, and the bytes of weights that those may have which are more than one."""
-SITTINGS = 3
+LOOKS = 3
 """How often the layers of a network are timed in it, in sessions made anew."""
 TURNS = 51
 """Rounds in which whole files are timed against one another, and
@@ -147,10 +147,10 @@ class Stopwatch:
 
     def _in_network(self, model: Model, file: Form, blocks: Sequence[Block]) -> list[Measured]:
         whole = _Whole(file, batch_of(model.example, self.batch))
-        sittings = [network(whole, self.threads) for _ in range(SITTINGS)]
+        sittings = [network(whole, self.threads) for _ in range(LOOKS)]
         told = [[sitting.share(block.names) for sitting in sittings] for block in blocks]
         seen = {k: [share for share in each if share is not None] for k, each in enumerate(told)}
-        found = {k: _middle(shares) for k, shares in seen.items() if shares}
+        found = {k: _middle(shares) for k, shares in seen.items() if len(shares) == LOOKS}
         missing = [k for k in range(len(blocks)) if k not in found]
         if not missing:
             return list(found.values())
@@ -279,9 +279,11 @@ class Stopwatch:
 
     def _company(self, there: Container[str]) -> dict[str, Timed]:
         """Blocks of the network that are not there yet."""
-        for block in self.company:
-            self._forms.setdefault(self._told(block.key), self._form(block))
-        return {block.key: self._forms[self._told(block.key)] for block in self.company if block.key not in there}
+        wanted = {self._told(block.key): block for block in self.company if block.key not in there}
+        for told, block in wanted.items():
+            if told not in self._forms:  # one in 8 bits takes a while to make
+                self._forms[told] = self._form(block)
+        return {block.key: self._forms[told] for told, block in wanted.items()}
 
 
 def companions(blocks: Sequence[Block]) -> tuple[Block, ...]:
