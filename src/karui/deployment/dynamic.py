@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from karui.deployment.factors import with_balanced_factors
 from karui.deployment.int8 import Int8Form, requantised, without_unread
 from karui.deployment.layers import layers_of, parsed
 from karui.measuring import OnnxForm
@@ -57,6 +58,8 @@ def quantise_dynamically(form: OnnxForm) -> Int8Form:
     from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
 
     graph = parsed(form)
+    form, before = with_balanced_factors(form, graph), form
+    graph = graph if form is before else parsed(form)
     proto = graph.proto
     layers, weights = layers_of(form, proto), _weights(form, proto)
     turned = _turned(graph)

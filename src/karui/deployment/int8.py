@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from karui.deployment.factors import with_balanced_factors
 from karui.deployment.layers import INTEGER, Layers, integer_layers, layers_of, parsed, with_added
 from karui.deployment.pools import average_pools
 from karui.deployment.shortcuts import channels_of, integer_shortcuts
@@ -123,7 +124,8 @@ class Calibrated:
 def calibrate(form: OnnxForm, batches: Iterable[tuple[Any, ...]]) -> Calibrated:
     """Run calibration batches and note the range of every activation; one batch is in memory at a time.
 
-    Of the weights the engine's copy is there alone: what prepares the graph makes copies of it, which are empty.
+    Of the weights the engine's copy is there alone: what prepares the graph makes copies of it, which are empty. The
+    factors of decomposed weights are balanced before, so that the form that is calibrated may differ in their values.
 
     Args:
         form: the form in 32 bits.
@@ -136,6 +138,8 @@ def calibrate(form: OnnxForm, batches: Iterable[tuple[Any, ...]]) -> Calibrated:
     from onnxruntime.quantization.calibrate import MinMaxCalibrater
 
     graph = parsed(form)
+    form, before = with_balanced_factors(form, graph), form
+    graph = graph if form is before else parsed(form)
     names = [put.name for put in graph.proto.graph.input]
     with _quiet(), tempfile.TemporaryDirectory(prefix="karui-") as scratch:
         empty, whole = Path(scratch) / "form.onnx", Path(scratch) / "ranges.onnx"
