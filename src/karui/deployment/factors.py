@@ -50,7 +50,7 @@ def balanced(
     (left, inner), (right, outer) = np.linalg.qr(second), np.linalg.qr(first.T)
     basis, values, turned = np.linalg.svd(inner @ outer.T, full_matrices=False)
     # The largest value goes evenly into all of the new ones, and no value by more than twice its even share into one.
-    turn, root = dct(np.eye(rank), axis=0, norm="ortho").T[:, : len(values)], np.sqrt(values)
+    turn, root = np.asarray(dct(np.eye(rank), axis=0, norm="ortho")).T[:, : len(values)], np.sqrt(values)
     return turn @ (root[:, None] * (turned @ right.T)), (left @ basis * root) @ turn.T
 
 
