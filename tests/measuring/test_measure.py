@@ -12,6 +12,7 @@ from karui.measuring import (
     Comparison,
     Measurement,
     OnnxRuntime,
+    Timing,
     Torch,
     compare,
     measure_model,
@@ -112,3 +113,27 @@ def test_what_cannot_be_measured_is_told():
     assert {t.engine for t in measured.times} == {"torch"}
     assert any("cannot be exported to ONNX" in note for note in measured.notes)
     assert all("\n" not in note for note in measured.notes)
+
+
+def test_one_race_tells_the_time(monkeypatch: pytest.MonkeyPatch):
+    """Where another race has timed both in an engine, that engine is not asked again: of two clocks one contradicts."""
+
+    def timing(*samples: float) -> Timing:
+        return Timing(
+            contestant="fp32, onnxruntime", engine="onnxruntime", threads=1, batch=1, median=samples[1], low=samples[0],
+            high=samples[2], samples=samples,
+        )  # fmt: skip
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a session was made")
+
+    monkeypatch.setattr(OnnxRuntime, "prepare", refuse)
+    clock = Clock(batches=(1,), threads=(1,), engines=(OnnxRuntime(), Torch()), rounds=5)
+    raced = timing(2.98, 3.0, 3.02), timing(1.49, 1.5, 1.51)
+    both = compare(net(400), net(40), clock=clock, raced=raced)
+    for measured, name, median in ((both.dense, "dense", 3.0), (both.light, "light", 1.5)):
+        assert [(t.contestant, t.engine) for t in measured.times] == [(name, "onnxruntime"), (name, "torch")]
+        assert measured.times[0].median == median
+        assert {m.engine for m in measured.memory} == {"onnxruntime", "torch"}
+    times = [ratio for ratio in both.ratios if ratio.quantity == "time" and ratio.engine == "onnxruntime"]
+    assert [round(ratio.value, 6) for ratio in times] == [2.0]

@@ -7,9 +7,8 @@ import dataclasses
 import torch
 from torch import nn
 
-from karui.measuring import Change, Comparison, Counts, Measurement, Ratio, Score, Timing
+from karui.measuring import Change, Comparison, Counts, Measurement, Ratio, Score
 from karui.model import Classification, Model, Regression
-from karui.recipes.run import with_times
 from karui.recipes.verdict import odd_widths, untaught, verdict
 
 
@@ -97,24 +96,3 @@ def test_a_dense_model_no_better_than_chance_is_warned_of():
     assert untaught(model, measurement(1, 1, 0.15).score) == ()
     assert untaught(model, None) == ()
     assert untaught(dataclasses.replace(model, task=Regression()), measurement(1, 1, 0.05).score) == ()
-
-
-def test_one_race_tells_the_time():
-    """What another race has measured takes the place of what the comparison's own clock could not tell."""
-
-    def timing(*samples: float, engine: str = "onnxruntime") -> Timing:
-        return Timing(
-            contestant="", engine=engine, threads=1, batch=1, median=samples[1], low=samples[0], high=samples[2],
-            samples=samples,
-        )  # fmt: skip
-
-    other = timing(5.0, 6.0, 7.0, engine="torch")
-    noisy = dataclasses.replace(measurement(100, 4000), times=(timing(0.1, 3.0, 9.0), other))
-    told = both()
-    told = dataclasses.replace(told, dense=noisy, light=noisy)
-    raced = with_times(told, timing(2.98, 3.0, 3.02), timing(1.49, 1.5, 1.51))
-    assert "2.00x faster" in " ".join(verdict(raced))
-    assert raced.light.ratios == raced.ratios
-    assert [len(each.times) for each in (raced.dense, raced.light)] == [2, 2]
-    same = with_times(told, timing(2.9, 3.0, 3.1), timing(2.9, 3.0, 3.1))
-    assert "no measurable difference in time (1.00x to 1.00x)" in " ".join(verdict(same))

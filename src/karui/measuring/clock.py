@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -179,6 +179,10 @@ class Clock:
         require(self.rounds >= FEWEST, f"rounds is {self.rounds}; give at least {FEWEST}, or the spread means nothing")
         require(self.warmup >= 1, f"warmup is {self.warmup}; give at least 1, as a first call is never typical")
         require(self.seconds > 0, f"seconds is {self.seconds}; give a time above 0")
+
+    def without(self, engine: str) -> Clock:
+        """This clock without an engine, which another race was run in."""
+        return replace(self, engines=tuple(each for each in self.engines if each.name != engine))
 
     def time(self, contestants: Mapping[str, Model | bytes], *, progress: bool = False) -> Timings:
         """Time the contestants against one another. An ONNX file (its bytes) may stand beside models.

@@ -190,10 +190,22 @@ def compare(
     clock: Clock | None = None,
     stored: Callable[[Model], int] | None = None,
     progress: bool = False,
+    raced: tuple[Timing, Timing] | None = None,
 ) -> Comparison:
-    """Both models, timed in turns in one run, and the ratios between them; arguments as of `measure_model`."""
+    """Both models, timed in turns in one run, and the ratios between them.
+
+    Args:
+        dense: what the other was made from.
+        light: what it became.
+        test: data that no decision has looked at, for the scores.
+        clock: how time is measured, in which engines.
+        stored: bytes of a model as it is saved.
+        progress: show progress bars.
+        raced: times of both from another race in one of the clock's engines: that one is not timed again, so that
+            nobody is told two ratios, and no session is held beside the models.
+    """
     clock = clock or Clock()
-    timings = clock.time({"dense": dense, "light": light}, progress=progress)
+    timings = _timings(dense, light, clock, raced, progress)
     before, after = _scores(dense, test, progress), _scores(light, test, progress)
     heavy = _measurement("dense", dense, timings, before, clock, stored)
     lean = _measurement("light", light, timings, after, clock, stored)
@@ -201,6 +213,16 @@ def compare(
     return Comparison(
         dense=heavy, light=replace(lean, ratios=ratios), ratios=ratios, change=_change(light, before, after)
     )
+
+
+def _timings(dense: Model, light: Model, clock: Clock, raced: tuple[Timing, Timing] | None, progress: bool) -> Timings:
+    """Times of both in every engine of the clock; those of another race first."""
+    models = {"dense": dense, "light": light}
+    if raced is None:
+        return clock.time(models, progress=progress)
+    known = (replace(time, contestant=name) for time, name in zip(raced, models, strict=True))
+    timings = clock.without(raced[0].engine).time(models, progress=progress)
+    return replace(timings, times=(*known, *timings.times))
 
 
 def ratios_between(dense: Measurement, light: Measurement) -> tuple[Ratio, ...]:

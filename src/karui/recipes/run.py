@@ -50,7 +50,6 @@ from karui.technique import card_of
 from karui.train.loop import REMARK
 
 if TYPE_CHECKING:
-    from karui.measuring import Measurement, Timing
     from karui.model import Model
     from karui.technique import Bench, Technique
 
@@ -273,21 +272,6 @@ def with_bytes(both: Comparison, dense: int, light: int) -> Comparison:
     """The comparison, with the bytes of each model's weights as saved in the same way."""
     heavy = dataclasses.replace(both.dense, stored_bytes=dense)
     lean = dataclasses.replace(both.light, stored_bytes=light)
-    ratios = ratios_between(heavy, lean)
-    return dataclasses.replace(both, dense=heavy, light=dataclasses.replace(lean, ratios=ratios), ratios=ratios)
-
-
-def with_times(both: Comparison, dense: Timing, light: Timing) -> Comparison:
-    """The comparison, with times of another race in place of its own in the same engine, batch size and threads: of two
-    clocks, one may say what the other does not.
-    """
-    where = (dense.engine, dense.batch, dense.threads)
-
-    def timed(measured: Measurement, time: Timing) -> Measurement:
-        others = (t for t in measured.times if (t.engine, t.batch, t.threads) != where)
-        return dataclasses.replace(measured, times=(time, *others))
-
-    heavy, lean = timed(both.dense, dense), timed(both.light, light)
     ratios = ratios_between(heavy, lean)
     return dataclasses.replace(both, dense=heavy, light=dataclasses.replace(lean, ratios=ratios), ratios=ratios)
 

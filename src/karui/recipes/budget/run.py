@@ -48,7 +48,7 @@ from karui.recipes.keeping import (
     write_record,
 )
 from karui.recipes.layers import engine_rows
-from karui.recipes.run import Asked, Run, example_rows, read_run, trained_first, with_bytes, with_times
+from karui.recipes.run import Asked, Run, example_rows, read_run, trained_first, with_bytes
 from karui.recipes.values import settings
 from karui.recipes.verdict import untaught, verdict
 
@@ -285,8 +285,8 @@ def _finish(visitor: Visitor, point: Point, plan: Plan, asked: Settings) -> dict
     raced = confirmed(visitor, point, plan)
     point, dense, bench = raced.point, visitor.dense, visitor.bench
     light = visitor.model_of(point)
-    both = compare(dense, light, test=bench.test, clock=bench.clock, progress=bench.progress)
-    both = with_times(both, *raced.times[point.fp32.name])
+    known = raced.times[point.fp32.name]
+    both = compare(dense, light, test=bench.test, clock=bench.clock, progress=bench.progress, raced=known)
     told_settings = {"budget": str(asked.budget)}
     chosen = raced.made[point.best]
     saved = save(light, visitor.out, measurements=both.to_json(), settings=told_settings, deployment=chosen)
