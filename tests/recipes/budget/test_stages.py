@@ -128,6 +128,30 @@ def test_the_way_ends_at_a_point_that_needs_the_epochs():
     assert min(visited.form.time for visited in stated.points) < point.form.time
 
 
+@pytest.mark.parametrize("stated", [False, True])
+def test_a_bisection_ends_at_a_point_that_needs_the_epochs(stated: bool):
+    """The first step breaks the floor for good; what lies between needs all that is left, and gets it."""
+    visits = Law(loses=lambda time, epochs: (1.6 if time > 0.47 else 4.0) / max(epochs, 1) ** 0.3, start=0.6)
+    plan = replace(FAR, epochs=6, stated=stated)
+    point = travel(visits, visits.dense(), plan)
+    assert plan.holds(point)
+    assert point.epochs == 5
+    assert 0.47 < point.form.time < 0.55
+
+
+def test_where_training_saves_nothing_the_way_goes_back_without():
+    """What was thought to hold does not, and the epochs are spent: the dense network is no result where a lighter one
+    keeps the floor as it is.
+    """
+    visits = Law(loses=lambda time, epochs: 0.5 if time > 0.55 else 1.5 / (1 + 0.01 * epochs), start=0.6)
+    plan = replace(FAR, epochs=6)
+    point = travel(visits, visits.dense(), plan)
+    assert visits.spent == plan.epochs
+    assert plan.holds(point)
+    assert point.number
+    assert point.form.time < 0.6
+
+
 def test_room_that_is_left_is_used_as_far_as_the_next_point_tells():
     """What broke the floor says how far a point that loses nothing can go; a small fixed step would leave most."""
     visits = Law(loses=lambda time, epochs: 42 * max(0.45 - time, 0) / max(epochs, 1) ** 0.5, start=0.49)
@@ -191,9 +215,11 @@ def test_a_point_that_is_above_the_goal_within_the_error_is_no_end_of_the_way():
 class Coarse(Law):
     """A menu with one choice for a parent; what is chosen once more is trained on, as visits do."""
 
-    def lighten(self, parent: Point, target: Mapping[str, float], epochs: int) -> Point:
+    def lighten(self, parent: Point, target: Mapping[str, float], epochs: int) -> Point | None:
         twin = next((p for p in self.points if p.chosen and p.parent == parent.number), None)
-        return super().lighten(parent, {"time": 0.5}, epochs) if twin is None else self.polish(twin, epochs)
+        if twin is None:
+            return super().lighten(parent, {"time": 0.5}, epochs)
+        return self.polish(twin, epochs) if epochs else None
 
 
 def test_a_bisection_that_comes_upon_its_broken_end_again_is_over():

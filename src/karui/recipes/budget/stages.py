@@ -142,14 +142,14 @@ class _Way:
         """What it would lose with most of the epochs that are left."""
         return self.curve.after(point.form.lost, point.epochs, self.purse.large)
 
-    def hopeful(self, point: Point) -> bool:
-        """Whether it keeps the floor, or would after more training."""
+    def hopeful(self, point: Point, share: float = SAFE) -> bool:
+        """Whether it keeps the floor, or this share of it after more training."""
         floor = self.plan.max_drop
-        return floor is None or self.plan.holds(point) or self.foreseen(point) <= SAFE * floor
+        return floor is None or self.plan.holds(point) or self.foreseen(point) <= share * floor
 
     def _full(self, point: Point) -> bool:
         """Whether what is foreseen of it leaves no room for a lighter one: what a further visit takes, it needs."""
-        floor = None if self.plan.stated else self.plan.max_drop
+        floor = self.plan.max_drop
         return floor is not None and not self.plan.holds(point) and self.foreseen(point) > ROOM * floor
 
     def stages(self, dense: Point) -> tuple[Point, Point | None]:
@@ -172,7 +172,7 @@ class _Way:
                 break  # no lighter in anything that is missed
             small = bool(gains) and min(gains) > STUCK
             good = point
-            if (small and slow) or self._full(good):
+            if (small and slow) or (not plan.stated and self._full(good)):
                 break
             slow = small
         return good, None
@@ -196,6 +196,8 @@ class _Way:
                 break
             if holds:
                 good, low = point, part
+                if self._full(good):
+                    break
             else:
                 broken, high = point, min(high, part)
 
@@ -221,7 +223,25 @@ class _Way:
                 break
             if self.plan.holds(made) and self.plan.order(made) < self.plan.order(best):
                 best = made
-        return self.polished(best)
+        return self.polished(best if best.number else self._backed_off(best))
+
+    def _backed_off(self, dense: Point) -> Point:
+        """Where training saved none of the points that were thought to hold: one nearer to the dense network, with what
+        epochs are left, or as it is; the dense one where that loses too much, too.
+        """
+        made = [self.plan.tried(p) for p in self.visits.points if p.number]
+        start = self.plan.part(dense)
+        part = min(made, default=start)
+        for _ in range(HALVINGS):
+            part = start + ASIDE[0] * (part - start)
+            if min(self.plan.goal.values()) ** (start - part) < LIGHTER:
+                break
+            point = self.lighten(dense, self.plan.target(part), self.purse.left)
+            if point is None or not point.chosen:
+                break
+            if self.plan.holds(point) and self.plan.order(point) < self.plan.order(dense):
+                return point
+        return dense
 
     def _held(self) -> list[Point]:
         """The points that hold; of a network that was trained on, with success, the last. That the clock has the same
@@ -242,7 +262,8 @@ class _Way:
             return None
         quantities = list(self.plan.goal)
         lighter = cost(best, quantities) / LIGHTER
-        hopeful = [p for p in latest(self.visits.points) if cost(p, quantities) < lighter and self.hopeful(p)]
+        share = SAFE if best.number else 1.0  # where nothing holds, the epochs have no better use
+        hopeful = [p for p in latest(self.visits.points) if cost(p, quantities) < lighter and self.hopeful(p, share)]
         return min((p for p in hopeful if not self.plan.holds(p)), key=self.plan.order, default=None)
 
     def _roomy(self, best: Point) -> bool:
