@@ -120,6 +120,15 @@ def test_what_is_no_pair_stays_as_it_is(net: nn.Module, shape: tuple[int, ...]):
     assert light is form
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_weights_that_are_not_finite_stay_as_they_are(value: float):
+    net = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 16))
+    with torch.no_grad():
+        net[0].weight[1, 2] = value
+    _, form, light = rebalanced(net, 2, 16)
+    assert [t.raw_data for t in whole(light)] == [t.raw_data for t in whole(form)]
+
+
 def test_factors_of_zeros_stay_zero():
     one, other = balanced(np.zeros((4, 9)), np.ones((8, 4)))
     assert np.isfinite(one).all()

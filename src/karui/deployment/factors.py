@@ -106,8 +106,13 @@ class _Side:
 
     def write(self, matrix: Float[np.ndarray, "other last"], last: int, shape: tuple[int, ...]) -> None:
         """Put a matrix, as `read` gave it, back."""
-        values = np.moveaxis(matrix.reshape(shape), -1, last)
-        self.weight.raw_data = np.ascontiguousarray(values, dtype=np.float32).tobytes()
+        _put(self.weight, np.moveaxis(matrix.reshape(shape), -1, last))
+
+
+def _put(tensor: onnx.TensorProto, values: np.ndarray) -> None:
+    """Give a constant other values."""
+    del tensor.float_data[:]
+    tensor.raw_data = np.ascontiguousarray(values, dtype=np.float32).tobytes()
 
 
 @dataclass(frozen=True)
@@ -124,10 +129,12 @@ class _Pair:
         bias = self.first.bias
         if bias is not None:  # weighs an input that is always one
             one = np.vstack([one, numpy_helper.to_array(bias)])
+        if not (np.isfinite(one).all() and np.isfinite(other).all()):
+            return  # the network is broken, and says so where it is run
         light_one, light_other = balanced(one.T, other)
         if bias is not None:
             light_one, moved = light_one[:, :-1], light_one[:, -1]
-            bias.raw_data = moved.astype(np.float32).tobytes()
+            _put(bias, moved)
         self.first.write(light_one.T, self.first.outputs, shape)
         self.second.write(light_other, self.second.inputs, form)
 
