@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -85,6 +85,10 @@ class Problem:
         """What the harms add up to."""
         return float(sum(self.harms[place][setting] for place, setting in chosen.items()))
 
+    def raised(self, power: float) -> Problem:
+        """The same problem with each harm to a power: below 1, few large changes count less than many small ones."""
+        return replace(self, harms={place: [harm**power for harm in harms] for place, harms in self.harms.items()})
+
 
 def choose(problem: Problem) -> dict[str, int] | None:
     """The settings of least harm within the limits; None where no choice keeps them.
@@ -125,6 +129,23 @@ def frugal(problem: Problem, quantity: str) -> dict[str, int] | None:
         return None
     found = _Program(problem, aim=quantity, harm=(1 + ALIKE) * problem.harm(least)).solve()
     return least if found is None else found
+
+
+def farthest(problem: Problem) -> tuple[dict[str, int], dict[str, float]]:
+    """Where no choice keeps all limits: the one nearest to them, along the way that is possible; and how far the menu
+    goes in each quantity by itself.
+    """
+    free = replace(problem, limits={})
+    ends = {q: free.total(cheapest(free, q), q) for q in problem.limits}
+    low, high, found = 0.0, 1.0, dict.fromkeys(problem.harms, 0)
+    for _ in range(6):
+        middle = (low + high) / 2
+        tried = choose(replace(problem, limits={q: max(problem.limits[q], middle * ends[q]) for q in ends}))
+        if tried is None:
+            high = middle
+        else:
+            low, found = middle, tried
+    return found, ends
 
 
 def cheapest(problem: Problem, quantity: str) -> dict[str, int]:

@@ -56,11 +56,23 @@ def settled(model: Model, dense: Model, bench: Bench) -> Model:
         dense: what its outputs are held against.
         bench: calibration data.
     """
-    fresh = model.copy()
-    norms = [n for n in fresh.module.modules() if isinstance(n, _BatchNorm) and n.track_running_stats]
-    if not norms or bench.train is None:
+    if bench.train is None or not norms_of(model):
         return model
-    with inference(fresh.module) as module:
+    fresh = model.copy()
+    see_anew(fresh, bench)
+    nearer = distance(fresh, dense, bench) < distance(model, dense, bench)
+    return fresh.evolve(fresh.module, Note("batch normalisations seen anew", {"samples": SEEN})) if nearer else model
+
+
+def norms_of(model: Model) -> list[_BatchNorm]:
+    """The batch normalisations that keep what they have seen."""
+    return [n for n in model.module.modules() if isinstance(n, _BatchNorm) and n.track_running_stats]
+
+
+def see_anew(model: Model, bench: Bench) -> None:
+    """Normalisations forget what they have seen, and see calibration data, in place."""
+    norms = norms_of(model)
+    with inference(model.module) as module:
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
@@ -71,11 +83,9 @@ def settled(model: Model, dense: Model, bench: Bench) -> Model:
                 module(*inputs)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    nearer = _apart(fresh, dense, bench) < _apart(model, dense, bench)
-    return fresh.evolve(fresh.module, Note("batch normalisations seen anew", {"samples": SEEN})) if nearer else model
 
 
-def _apart(model: Model, dense: Model, bench: Bench) -> float:
+def distance(model: Model, dense: Model, bench: Bench) -> float:
     """How far the outputs of a model are from those of the dense one, for a batch of calibration data."""
     inputs = next(iter(bench.calibration(BATCH, BATCH)))
 

@@ -15,12 +15,13 @@ from karui.measuring import onnx_form
 from karui.measuring.values import from_json, to_json
 from karui.model import Model
 from karui.recipes.budget.aims import Aims, Scale
-from karui.recipes.budget.choice import Problem, cheapest, choose, frugal
+from karui.recipes.budget.choice import Problem, choose, farthest, frugal
 from karui.recipes.budget.deployments import NARROW, Forms, lost
 from karui.recipes.budget.front import Point
 from karui.recipes.budget.menu import Menu, menu
 from karui.recipes.budget.recover import rate_for, recover, settled
 from karui.recipes.budget.tables import EXPECTED
+from karui.recipes.budget.together import best_power, harm_together
 from karui.recipes.keeping import POINTS, Tell, digest_of, read_record, replayable, write_record
 from karui.train import with_rate
 
@@ -321,12 +322,15 @@ class Visitor:
         made: list[dict[str, int]] = []
         tried: list[dict[str, str]] = []
         refused = 0
+        power: float | None = None
         while len(tried) < TRIES and refused < REFUSED:
             limits = {q: share * scale.whole[q] - scale.now[q] for q, share in aims.next.items()}
-            chosen = self._choice(offers.problem(limits))
+            if power is None:
+                power = best_power(offers.problem(limits), self._choice, lambda some: self._together(offers, some))
+            chosen = self._choice(offers.problem(limits).raised(power))
             exhausted = chosen is None
             if chosen is None:
-                chosen, ends = self._farthest(offers, limits)
+                chosen, ends = farthest(offers.problem(limits))
                 least = {q: (scale.now[q] + end) / scale.whole[q] * aims.off[q] for q, end in ends.items()}
                 self._note_reach(parent, target, {q: share * scale.factors[q] for q, share in least.items()})
             problem = offers.problem(limits)
@@ -338,11 +342,8 @@ class Visitor:
             if told in tried:
                 break
             best = None if best is None else replace(best, light=[])  # one model at a time: they may be large
-            before = set(offers.failed)
-            try:
-                light = offers.carry_out(chosen)
-            except SurgeryError as error:
-                self.notes.append(f"left out, as it was refused: {', '.join(sorted(offers.failed - before))}. {error}")
+            light = self._carried_out(offers, chosen)
+            if light is None:
                 refused += 1
                 continue
             time = self.watch.ratio(self.dense, self.forms.file(light, scale.timed), onnx_form(self.dense)).value
@@ -358,6 +359,20 @@ class Visitor:
             best = replace(best, light=[offers.carry_out(made[aims.nearest], again=True)])
         return best
 
+    def _carried_out(self, offers: Menu, chosen: Mapping[str, int], *, again: bool = False) -> Model | None:
+        """A choice carried out; a note where that is refused."""
+        before = set(offers.failed)
+        try:
+            return offers.carry_out(chosen, again=again)
+        except SurgeryError as error:
+            self.notes.append(f"left out, as it was refused: {', '.join(sorted(offers.failed - before))}. {error}")
+            return None
+
+    def _together(self, offers: Menu, chosen: Mapping[str, int]) -> float | None:
+        """The harm that a choice does as a whole."""
+        light = self._carried_out(offers, chosen, again=True)
+        return None if light is None else harm_together(light, self.dense, self.bench)
+
     @staticmethod
     def _choice(problem: Problem) -> dict[str, int] | None:
         """The choice within the limits; time or bytes without one are spared where that costs hardly any harm."""
@@ -369,22 +384,6 @@ class Visitor:
         found = Reach(parent=parent.number, target=dict(target), shares=dict(shares))
         others = [r for r in self.reach if (r.parent, r.target) != (found.parent, found.target)]
         self.reach = [*others, found]
-
-    @staticmethod
-    def _farthest(offers: Menu, limits: Mapping[str, float]) -> tuple[dict[str, int], dict[str, float]]:
-        """Where no choice keeps all limits: the one nearest to them, along the way that is possible; and how far the
-        menu goes in each quantity by itself.
-        """
-        ends = {q: offers.problem({}).total(cheapest(offers.problem({}), q), q) for q in limits}
-        low, high, found = 0.0, 1.0, dict.fromkeys(offers.offers, 0)
-        for _ in range(6):
-            middle = (low + high) / 2
-            tried = choose(offers.problem({q: max(limits[q], middle * ends[q]) for q in limits}))
-            if tried is None:
-                high = middle
-            else:
-                low, found = middle, tried
-        return found, ends
 
 
 def _told(target: Mapping[str, float]) -> str:
