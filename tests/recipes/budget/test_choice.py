@@ -60,7 +60,22 @@ def presolved() -> Problem:
     return Problem(harms=harms, tables=[shared, own], limits={"time": 11.0, "bytes": 0.0})
 
 
+def overshadowed() -> Problem:
+    """A problem with a harm that has to be, beside which the solver does not see another that need not."""
+    shared = Table(
+        ("one", "two"),
+        {
+            "time": np.array([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+            "bytes": np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+        },
+    )
+    own = Table(("two",), {"time": np.array([0.0, 1.0, 0.0])})
+    harms = {"one": [0.0, 2.0, 20.0], "two": [0.0, 0.0, 1.0]}
+    return Problem(harms=harms, tables=[shared, own], limits={"time": 0.0, "bytes": 0.0})
+
+
 @settings(max_examples=150, deadline=None)
+@example(overshadowed(), 1e6)
 @example(presolved(), 1.0)
 @given(problems(), st.sampled_from([1.0, 1e6]))
 def test_the_choice_equals_brute_force(problem: Problem, scale: float):

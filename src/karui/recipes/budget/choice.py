@@ -109,6 +109,25 @@ def choose(problem: Problem) -> dict[str, int] | None:
         if nearer is None or problem.harm(nearer) >= most:
             break
         found = nearer
+    return None if found is None else _descended(problem, found)
+
+
+def _descended(problem: Problem, chosen: Mapping[str, int]) -> dict[str, int]:
+    """The choice without harm that a single place can be spared: beside a harm that has to be, a millionth of it is
+    nothing to the solver.
+    """
+    held = [_Held(q, [t for t in problem.tables if q in t.amounts], limit) for q, limit in problem.limits.items()]
+    quantities = {quantity for table in problem.tables for quantity in table.amounts}
+
+    def fits(tried: Mapping[str, int]) -> bool:
+        possible = all(np.isfinite(problem.total(tried, quantity)) for quantity in quantities)
+        return possible and not any(limit.broken(tried) for limit in held)
+
+    found = dict(chosen)
+    for place, harms in problem.harms.items():
+        less = sorted((k for k, harm in enumerate(harms) if harm < harms[found[place]]), key=harms.__getitem__)
+        spared = next((k for k in less if fits({**found, place: k})), None)
+        found[place] = found[place] if spared is None else spared
     return found
 
 
