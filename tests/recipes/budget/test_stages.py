@@ -128,6 +128,15 @@ def test_the_way_ends_at_a_point_that_needs_the_epochs():
     assert min(visited.form.time for visited in stated.points) < point.form.time
 
 
+def test_the_way_to_a_stated_goal_is_not_given_up_by_a_hair():
+    """The first step is thought to lose 0.98 of a floor of 1 in the end: the next ones show that it recovers faster."""
+    visits = Law(loses=lambda time, epochs: 4.8 * (1 - time) / max(epochs, 1) ** 1.2, start=0.72)
+    plan = replace(FAR, goal={"time": 0.25}, stated=True, epochs=8)
+    point = travel(visits, visits.dense(), plan)
+    assert plan.met(point)
+    assert 0.97 < visits.points[1].form.lost / 6**0.5 < 1.0
+
+
 @pytest.mark.parametrize("stated", [False, True])
 def test_a_bisection_ends_at_a_point_that_needs_the_epochs(stated: bool):
     """The first step breaks the floor for good; what lies between needs all that is left, and gets it."""

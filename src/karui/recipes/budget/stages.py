@@ -31,7 +31,8 @@ MORE = 2
 ASIDE = (0.3, 0.7)
 """How near to its ends a bisection may cut."""
 SAFE = 0.9
-"""Share of the floor that may be foreseen of a point that gets the epochs: what is foreseen is not certain."""
+"""Share of the floor that may be foreseen of a point that gets the epochs: what is foreseen is not certain. On the way
+to a goal that was asked for the whole of it may be: the next step says more, and a bisection follows where it fails."""
 ROOM, PUSH = 0.6, 0.92
 """A final point that loses less than this share of the floor is made lighter once more: towards the next one that
 broke the floor, or to this share of its cost where none did. Nor does the way go on, unless a goal was stated, from a
@@ -165,7 +166,7 @@ class _Way:
             point = self.lighten(good, target)
             if point is None:
                 break
-            if not self.hopeful(point):
+            if not self.hopeful(point, 1.0 if plan.stated else SAFE):
                 return good, point
             gains = [point.share(q) / good.share(q) for q in point.beyond(target)]
             if gains and min(gains) >= 1:
