@@ -60,9 +60,11 @@ def forms(dense: Model, bench: Bench, cache: Path, **given: Any) -> Forms:
         ([form("int8", 1.1, 0.3)], {}, 0),  # slower
         ([form("int8", 0.995, 0.3)], {}, 0),  # no faster than the clock can tell
         ([form("int8", 0.6, 0.3)], {"wanted": ("bytes",)}, 1),
-        ([form("int8", 1.0, 0.3)], {"wanted": ("bytes",)}, 0),  # smaller, and no faster
-        ([form("int8", 1.1, 0.3)], {"wanted": ("bytes",)}, 0),  # smaller, and slower
-        ([form("int8", 1.01, 0.3)], {"wanted": ("time", "bytes")}, 0),
+        ([form("int8", 1.01, 0.3)], {"wanted": ("bytes",)}, 1),  # smaller, and no slower that the clock could tell
+        ([form("int8", 1.03, 0.3)], {"wanted": ("bytes",)}, 0),  # smaller, and slower
+        ([form("int8", 1.01, 0.3)], {"wanted": ("time", "bytes")}, 1),
+        ([form("int8", 1.03, 0.3)], {"wanted": ("time", "bytes")}, 0),
+        ([form("int8", 1.01, 0.3)], {"wanted": ("time",)}, 0),
         ([form("fp32, openvino", 1.1, 0.9)], {"wanted": ("bytes",)}, 0),
         ([form("int8", 1.1, 0.2), form("int8, openvino", 0.9, 0.3)], {"wanted": ("bytes",)}, 2),
         ([form("int8", 0.6, 0.3, 1.5)], {"max_drop": 1.0}, 0),  # breaks the floor
@@ -77,7 +79,7 @@ def test_the_best_form(  # noqa: PLR0917
     assert forms(dense, bench, cache, **given).best([PLAIN, *others]) == best
 
 
-def test_for_bytes_too_a_form_has_to_beat_its_own_network(dense: Model, bench: Bench, cache: Path):
+def test_for_bytes_too_a_form_may_be_no_slower_than_its_own_network(dense: Model, bench: Bench, cache: Path):
     """That it beats the dense one is not enough: cuts may have won that, and it takes some of it back."""
     plain, narrow = form("fp32", 0.5, 0.4), form("int8", 0.7, 0.12)
     for wanted in ("bytes",), ("time", "bytes"), ("time",):
@@ -89,7 +91,7 @@ def test_a_smaller_form_that_was_left_for_its_time_is_told_to_who_asked_for_byte
 ):
     found = (form("fp32", 0.5, 0.4), form("int8", 0.7, 0.12), form("int8, openvino", 0.45, 0.13, 9.0))
     point = Point(number=1, forms=found)
-    told = "int8 was left, as it is not measured faster than fp32: it would weigh 0.12 of the dense model instead of "
+    told = "int8 was left, as it is measured slower than fp32: it would weigh 0.12 of the dense model instead of "
     maker = forms(dense, bench, cache, wanted=("bytes",), max_drop=1.0)
     assert maker.passed_over(point) == f"{told}0.40, and takes 1.40 times as long"
     assert not forms(dense, bench, cache, max_drop=1.0).passed_over(point), "who asked for time did not ask for this"

@@ -2,13 +2,13 @@
 
 8 bits are tried at every point, so that they compose with all that was done to the network: static ones, and dynamic
 ones where linear layers and embeddings weigh most. A form counts only where it is measured faster than the one in 32
-bits in ONNX Runtime, also where bytes were asked for, and where the floor holds. Where static 8 bits alone break the
-floor, the layers that they harm most are given back their 32 bits.
+bits in ONNX Runtime (where bytes were asked for: not measured slower), and where the floor holds. Where static 8 bits
+alone break the floor, the layers that they harm most are given back their 32 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -115,27 +115,30 @@ class Forms:
         return tuple(found), self.best(found)
 
     def best(self, forms: Sequence[Form]) -> int:
-        """The lightest of the forms that are faster than the first and keep the floor, and of the first itself; without
-        a floor, of those that lose little more.
+        """The lightest of the forms that count against the first and keep the floor, and of the first itself; without a
+        floor, of those that lose little more.
         """
         plain, allowed = forms[0], self._bearable(forms[0])
-        within = [k for k, form in enumerate(forms) if form.lost <= allowed and (k == 0 or faster(form, plain))]
+        within = [k for k, form in enumerate(forms) if form.lost <= allowed and (k == 0 or self._counts(form, plain))]
         fit = [k for k in within if not Point(number=0, forms=tuple(forms), best=k).beyond(self.goal)]
         within = fit or within
         return min(within, key=lambda k: (_weight(forms[k], self.wanted), k))
 
+    def _counts(self, form: Form, plain: Form) -> bool:
+        return counts(form, plain, self.wanted)
+
     def passed_over(self, point: Point) -> str:
-        """A note on the smallest form that keeps the floor, where it was left because it is not faster; else empty.
+        """A note on the smallest form that keeps the floor, where it was left because it is slower; else empty.
 
         Only for those who asked for bytes: to them it may be worth its time.
         """
         plain, allowed = point.fp32, self._bearable(point.fp32)
-        slow = [form for form in point.forms[1:] if form.lost <= allowed and not faster(form, plain)]
+        slow = [form for form in point.forms[1:] if form.lost <= allowed and not self._counts(form, plain)]
         small = min(slow, key=lambda form: form.bytes, default=point.form)
         if "bytes" not in self.wanted or small.bytes >= point.form.bytes:
             return ""
         return (
-            f"{small.told} was left, as it is not measured faster than {plain.told}: "
+            f"{small.told} was left, as it is measured slower than {plain.told}: "
             f"it would weigh {small.bytes:.2f} of the dense model instead of {point.form.bytes:.2f}, "
             f"and takes {small.time / plain.time:.2f} times as long"
         )
@@ -238,7 +241,7 @@ class Forms:
             return []
         found = self._judged(model, calibrated.form, int8, first)
         allowed = self._allowed(plain)
-        broken = [f for f in found if f.lost > allowed and faster(f, plain)]
+        broken = [f for f in found if f.lost > allowed and self._counts(f, plain)]
         if not broken or plain.lost > allowed:
             return found
         narrow = next(d for d in named(calibrated.form, int8) if d.name == broken[0].name)
@@ -280,9 +283,17 @@ class Forms:
         return [self._timed(d, score, first, left) for d, score in zip(made, scores, strict=True)]
 
 
-def faster(form: Form, plain: Form) -> bool:
-    """Whether a form is faster than the one in 32 bits in ONNX Runtime, beyond what the clock cannot tell."""
-    return form.time * SLOWER < plain.time
+def counts(form: Form, plain: Form, wanted: Collection[str]) -> bool:
+    """Whether a form may be taken instead of the one in 32 bits in ONNX Runtime: where it is measured faster, beyond
+    what the clock cannot tell; where bytes were asked for, also where the clock cannot tell the two apart. Else the
+    same network would weigh a third at one time, and at another not.
+
+    Args:
+        form: another form of a network.
+        plain: the network's form in 32 bits in ONNX Runtime.
+        wanted: what was asked for: "time", "bytes".
+    """
+    return form.time < plain.time * (SLOWER if "bytes" in wanted else 1 / SLOWER)
 
 
 def _weight(form: Form, wanted: Sequence[str]) -> float:

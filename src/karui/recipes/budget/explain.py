@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from karui.measuring import OnnxRuntime, layer_times
 from karui.measuring.values import bytes_text
 from karui.recipes.budget.cache import SURE
-from karui.recipes.budget.deployments import faster
+from karui.recipes.budget.deployments import counts
 from karui.recipes.budget.front import cost, exceeded, latest
 from karui.recipes.budget.stages import STUCK
 
@@ -223,7 +223,7 @@ def _too_narrow(point: Point, plan: Plan, points: Sequence[Point], missed: Seque
         (p, f)
         for p in latest(points)
         for f in p.forms
-        if missed and f.lost > plan.max_drop and lighter(f) and faster(f, p.fp32)
+        if missed and f.lost > plan.max_drop and lighter(f) and counts(f, p.fp32, plan.goal)
     ]
     return min(found, key=lambda pair: pair[1].lost, default=None)
 
