@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from karui.artifact import load, save
+from karui.artifact import export, load, save
 from karui.artifact.export import rounding
 from karui.artifact.files import sealed
 from karui.errors import ArtifactError
+from karui.measuring.inference import tensors_of
 from karui.model import Model, resolve
 
 NETS = Path(__file__).with_name("nets.py")
@@ -137,3 +138,16 @@ def test_rounding_counts_what_last_digits_decide_between_two_levels() -> None:
     assert rounding(model, (x,), [model.module(x).detach()]) == 1
     smooth = Model(nn.Linear(1, 1), example=(x,))
     assert rounding(smooth, (x,), [smooth.module(x).detach()]) < 1e-4
+
+
+def test_rounding_takes_no_copy_in_64_bits_unless_a_forward_minds(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[nn.Module] = []
+    whole = export.doubled
+    monkeypatch.setattr(export, "doubled", lambda module: (copies.append(module), whole(module))[1])
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    for net, count in (nn.Linear(8, 8), 0), (nn.LSTM(8, 8), 1):
+        model = Model(net, example=(x,))
+        with torch.no_grad():
+            ours = tensors_of(net(x))
+        assert 0 < rounding(model, (x,), ours) < 1e-5
+        assert len(copies) == count

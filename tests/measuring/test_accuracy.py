@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from karui.errors import DataError, NeedError
@@ -146,3 +146,21 @@ def test_a_model_without_a_task_cannot_be_judged(digits_like):
     model = Model(nn.Linear(6, 3), example=(torch.zeros(1, 6),))
     with pytest.raises(NeedError, match="no task"):
         evaluate(model, TensorDataset(*digits_like))
+
+
+def test_classes_that_come_last_are_told_to_come_second():
+    class Words(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x, -x, x], -1)
+
+    rows = TensorDataset(torch.randn(6, 5), torch.zeros(6, 5).long())
+    model = Model(Words(), example=(torch.zeros(1, 5),), task=Classification())
+    with pytest.raises(DataError, match=r"dimension 1\. Logits are .*: end its forward with logits\.movedim\(-1, 1\)"):
+        evaluate(model, rows)
+
+
+def test_outputs_that_the_task_does_not_take_are_told():
+    rows = TensorDataset(torch.randn(6, 5), torch.zeros(6, 3))
+    model = Model(nn.Linear(5, 2), example=(torch.zeros(1, 5),), task=Regression())
+    with pytest.raises(DataError, match=r"Its outputs are \[6, 2\]; see Regression for the form that it takes"):
+        evaluate(model, rows)

@@ -17,7 +17,7 @@ from karui.errors import DataError, NeedError, require
 from karui.measuring import values
 from karui.measuring.bar import bar
 from karui.measuring.inference import inference, tensors_of
-from karui.model import Model
+from karui.model import Classification, Model
 from karui.model.task import judged, split_sample
 
 Z95 = 1.959963984540054
@@ -92,19 +92,31 @@ def sample_scores(
     with inference(model.module) as module, bar("evaluate", len(dataset), progress) as advance:
         for pair in _batches(dataset, batch_size):
             inputs, targets = tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, pair)
+            outputs = None
             try:
-                scores = task.scores(module(*inputs), targets).detach().double().cpu()
+                outputs = module(*inputs)
+                scores = task.scores(outputs, targets).detach().double().cpu()
                 found.append(scores[judged(targets, len(scores), task).cpu()])
             except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
-                line = str(error).strip().partition("\n")[0]
+                line = str(error).strip().partition("\n")[0].rstrip(".")
                 raise DataError(
-                    f"The model cannot be evaluated on inputs {_shapes(inputs)}, targets {_shapes(targets)}: {line}",
-                    f"Its example inputs are {_shapes(model.example)}; give data of that form.",
+                    f"The model cannot be evaluated on inputs {_shapes(inputs)}, targets {_shapes(targets)}: {line}.",
+                    _remedy(model, outputs, targets),
                 ) from error
             advance(len(scores))
     told = torch.cat(found)
     require(len(told) > 0, "No sample of the data set has a label.", "Give labelled ones to judge by.", DataError)
     return told
+
+
+def _remedy(model: Model, outputs: Any, targets: Any) -> str:
+    """What to do about data or outputs that do not fit."""
+    if outputs is None:
+        return f"Its example inputs are {_shapes(model.example)}; give data of that form."
+    pair = isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.ndim > 2  # noqa: PLR2004  (positions)
+    if pair and isinstance(model.task, Classification) and outputs.shape[:-1] == targets.shape:
+        return "Logits are [batch, classes, ...]: end its forward with logits.movedim(-1, 1)."
+    return f"Its outputs are {_shapes(outputs)}; see {type(model.task).__name__} for the form that it takes."
 
 
 def _shapes(values: Any) -> str:

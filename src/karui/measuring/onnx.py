@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import inspect
 import io
@@ -27,6 +28,8 @@ from karui.model import Model
 if TYPE_CHECKING:
     import onnx
 
+LARGE = 2**22
+"""Bytes of a file whose capture is let go at once: a full collection takes some tenths of a second."""
 LIMIT = 2**31 - 1
 """Bytes that a protobuf message can hold; an ONNX file that carries its weights is one message."""
 
@@ -109,6 +112,8 @@ def _export(model: Model) -> OnnxForm:
     _check(proto)
     form = OnnxForm(data=proto.SerializeToString(deterministic=True), layers=layers)
     del proto, exported, program  # the checker reads the file, and makes copies of its own
+    if form.bytes > LARGE:
+        gc.collect()  # a captured program is a cycle that keeps its weights, and Python counts objects, not bytes
     _check_file(form)
     return form
 

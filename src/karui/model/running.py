@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from karui.model.trace import mode_of, plain_attention
 from karui.model.walking import lent, named_buffers
+
+CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d}) | frozenset(
+    {torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
+)
 
 
 @contextmanager
@@ -38,6 +43,52 @@ class Steady(TorchDispatchMode):
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         return func(*args, **(kwargs or {}))
+
+
+class Widened(TorchDispatchMode):
+    """Every operator computes in float64, and widens the parameters that it takes as it takes them.
+
+    A network in double precision so takes one layer's weights beside its own, where a copy takes twice its own.
+
+    Raises:
+        RuntimeError: an operator writes into a tensor of 32 bits: what it writes would be lost.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wide, named = double((args, kwargs or {}))
+        if func._schema.is_mutable and any(  # noqa: SLF001  (no public way tells)
+            given is not taken for given, taken in zip(tensors((args, kwargs)), tensors((wide, named)), strict=True)
+        ):
+            raise RuntimeError(f"{func} writes into a tensor that is not in double precision")
+        return double(func(*wide, **named))
+
+
+class _WidenedConvolutions(TorchFunctionMode):
+    """Convolutions look at the types of what they are given before any operator sees it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = args, kwargs or {}
+        wide, named = double(given) if func in CONVOLUTIONS else given
+        return func(*wide, **named)
+
+
+@contextmanager
+def widened(module: nn.Module) -> Iterator[None]:
+    """The module computes in double precision for a while, on inputs in that; its parameters stay where they are.
+
+    Raises:
+        RuntimeError, ValueError: in a forward that minds of what precision its parameters are.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> with torch.no_grad(), widened(layer):
+        ...     made = layer(torch.ones(1, 2, dtype=torch.float64))
+        >>> made.dtype, layer.weight.dtype
+        (torch.float64, torch.float32)
+    """
+    buffers = {id(b): b.double() for b in named_buffers(module).values() if b.is_floating_point()}
+    with lent(module, buffers), double_precision(), Widened(), _WidenedConvolutions():
+        yield
 
 
 def tensors(value: Any) -> list[Tensor]:

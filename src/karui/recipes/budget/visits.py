@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 from collections.abc import Mapping
@@ -207,6 +208,7 @@ class Visitor:
 
     def _finished(self, model: Model, point: Point) -> Point:
         """Measure a model in all its forms, and keep it."""
+        gc.collect()
         forms, best = self.forms.of(model, self.points[0].fp32.score if self.points else None)
         point = replace(point, forms=forms, best=best, folder=str(Path(POINTS) / f"{point.number:02d}"))
         self._save(model, point)
@@ -232,6 +234,7 @@ class Visitor:
         """The model trained, and the passes that are in it; not trained where that is better on validation data, as
         few samples are soon overfitted. What is held against it is what would be returned: settled.
         """
+        gc.collect()
         if not epochs or self.bench.validation is None or model.task is None:
             return self._trained(model, epochs, before), epochs
         untrained = self.bench.evaluate(self._untrained(model, before))  # not held: with the dense there are three then
@@ -361,6 +364,7 @@ class Visitor:
 
     def _carried_out(self, offers: Menu, chosen: Mapping[str, int], *, again: bool = False) -> Model | None:
         """A choice carried out; a note where that is refused."""
+        gc.collect()  # captured programs are cycles, and keep the weights of the networks that were made before
         before = set(offers.failed)
         try:
             return offers.carry_out(chosen, again=again)
