@@ -160,3 +160,19 @@ def test_8_bits_lose_less(dynamically: bool, kind: str, monkeypatch: pytest.Monk
         monkeypatch.setattr(module, "with_balanced_factors", lambda form, _: form)
     assert mended < 0.03
     assert 5 * mended < error()
+
+
+def test_a_bias_of_one_number_for_all_outputs_is_no_vector_of_them():
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(16, 8)), nn.Parameter(torch.randn(1))
+            self.last = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.addmm(self.bias, x, self.weight))
+
+    model, form, light = rebalanced(Product(), 3, 16)
+    assert light.data == form.data
+    assert quantise_dynamically(form).data
+    assert model.module(torch.zeros(2, 16)).shape == (2, 4)

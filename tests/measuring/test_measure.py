@@ -3,7 +3,7 @@ from functools import cache
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from karui.measuring import (
@@ -17,6 +17,7 @@ from karui.measuring import (
     compare,
     measure_model,
 )
+from karui.measuring.measure import tensor_bytes
 from karui.model import Classification, Model
 
 CLOCK = Clock(batches=(1, 4), threads=(1,), rounds=5, engines=(OnnxRuntime(), Torch()))
@@ -137,3 +138,17 @@ def test_one_race_tells_the_time(monkeypatch: pytest.MonkeyPatch):
         assert {m.engine for m in measured.memory} == {"onnxruntime", "torch"}
     times = [ratio for ratio in both.ratios if ratio.quantity == "time" and ratio.engine == "onnxruntime"]
     assert [round(ratio.value, 6) for ratio in times] == [2.0]
+
+
+def test_parts_of_one_storage_count_each_and_shared_ones_once():
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            whole = torch.randn(30, 10)
+            self.one, self.two = nn.Parameter(whole[:10]), nn.Parameter(whole[10:])
+            self.again = self.two
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.one.T
+
+    assert tensor_bytes(Model(Parts(), example=(torch.zeros(2, 10),))) == 1200

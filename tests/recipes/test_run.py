@@ -22,10 +22,10 @@ from karui.errors import KaruiError, NeedError, UsageError
 from karui.measuring import Clock, Comparison, OnnxRuntime
 from karui.model import Classification, Model, resolve
 from karui.recipes import Recipe
-from karui.recipes.keeping import contents_of
+from karui.recipes.keeping import contents_of, mark_of
 from karui.recipes.run import Asked, read_run, run_recipe
 from karui.technique import Bench
-from karui.train import Training
+from karui.train import Influence, Training
 
 CLOCK = Clock(batches=(1,), threads=(1,), engines=(OnnxRuntime(),), rounds=5, seconds=0.5)
 
@@ -339,3 +339,15 @@ def test_reading_what_is_no_run(content: bytes | None, message: str, tmp_path: P
         (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(KaruiError, match=message):
         read_run(tmp_path)
+
+
+def test_what_acts_in_every_training_is_part_of_the_mark(model: Model, bench: Bench):
+    class Slower(Influence):
+        def __init__(self, by: float) -> None:
+            self.by = by
+
+    marks = [
+        mark_of(model, bench if by is None else bench.under(Slower(by)), "a budget") for by in (None, 1.0, 2.0, 2.0)
+    ]
+    assert len(set(marks)) == 3
+    assert marks[2] == marks[3]

@@ -171,7 +171,9 @@ def _side(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto], read: Co
     plain = [told.get("alpha", 1.0), told.get("beta", 1.0), told.get("transA", 0)] == [1.0, 1.0, 0]
     linear = node.op_type == "MatMul" or (node.op_type == "Gemm" and plain)
     fits = len(weight.dims) == 2 if linear else node.op_type == "Conv" and told.get("group", 1) == 1
-    if not fits or (bias is not None and len(bias.dims) != 1):
-        return None
     turned = node.op_type == "Conv" or bool(told.get("transB", 0))
-    return _Side(weight=weight, bias=bias, outputs=0 if turned else 1, inputs=1 if turned else 0)
+    outputs = 0 if turned else 1
+    # The bias of a Gemm may be one number for all outputs.
+    if not fits or (bias is not None and list(bias.dims) != [weight.dims[outputs]]):
+        return None
+    return _Side(weight=weight, bias=bias, outputs=outputs, inputs=1 - outputs)

@@ -113,7 +113,7 @@ def _remedy(model: Model, outputs: Any, targets: Any) -> str:
     """What to do about data or outputs that do not fit."""
     if outputs is None:
         return f"Its example inputs are {_shapes(model.example)}; give data of that form."
-    pair = isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.ndim > 2  # noqa: PLR2004  (positions)
+    pair = isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.ndim > 2
     if pair and isinstance(model.task, Classification) and outputs.shape[:-1] == targets.shape:
         return "Logits are [batch, classes, ...]: end its forward with logits.movedim(-1, 1)."
     return f"Its outputs are {_shapes(outputs)}; see {type(model.task).__name__} for the form that it takes."

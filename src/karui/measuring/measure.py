@@ -310,5 +310,8 @@ def _change(model: Model, before: Tensor | None, after: Tensor | None) -> Change
 def tensor_bytes(model: Model) -> int:
     """Bytes of the parameters and buffers of a module; a shared one counts once."""
     module = model.module
-    tensors = {t.untyped_storage()._cdata: t for t in (*module.parameters(), *module.buffers())}  # noqa: SLF001
+    tensors = {
+        (t.untyped_storage()._cdata, t.storage_offset(), t.numel()): t  # noqa: SLF001  (no public name of a storage)
+        for t in (*module.parameters(), *module.buffers())
+    }
     return sum(t.numel() * t.element_size() for t in tensors.values())

@@ -141,8 +141,9 @@ def _files(named: str) -> list[Path]:
 
 
 def mark_of(model: Model, bench: Bench, asked: Any) -> str:
-    """The mark of a whole run: the model, the data, the seed, how is trained, and what was asked for."""
-    return digest_of(FORMAT, identity_of(model), told_data(bench), bench.seed, settings(bench.training), asked)
+    """The mark of a whole run: the model, the data, the seed, how is trained and under what, and what was asked for."""
+    acting = [] if bench.influence is None else [fingerprint(bench.influence)]
+    return digest_of(FORMAT, identity_of(model), told_data(bench), bench.seed, settings(bench.training), asked, *acting)
 
 
 def finished(out: Path, mark: str, tell: Tell) -> dict[str, Any] | None:

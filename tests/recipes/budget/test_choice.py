@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.optimize import milp
 
 from karui.recipes.budget import choice
-from karui.recipes.budget.choice import ALIKE, Problem, Table, cheapest, choose, frugal
+from karui.recipes.budget.choice import ALIKE, Problem, Table, cheapest, choose, farthest, frugal
 
 AMOUNT = st.integers(-20, 20).map(float)
 HARM = st.integers(0, 50).map(float)
@@ -212,3 +212,15 @@ def test_what_the_solver_prints_stays_out_of_the_output(capfd: pytest.CaptureFix
 def test_nothing_to_choose_from():
     assert choose(Problem(harms={}, tables=[])) == {}
     assert choose(Problem(harms={}, tables=[], limits={"time": -1.0})) is None
+
+
+def test_the_end_of_the_menu_is_tried_where_a_limit_is_out_of_reach():
+    """Its harm is no reason to stay above the limit by more than must be."""
+    problem = of_bytes(-79.0, -80.15, limit=-80.2)
+    assert choose(problem) is None
+    assert farthest(problem) == ({"a": 2}, {"bytes": -80.15})
+    table = Table(("a",), {"bytes": np.array([0.0, -5.0, -9.0]), "time": np.array([0.0, -9.0, 5.0])})
+    both = Problem(harms={"a": [0, 1, 2]}, tables=[table], limits={"bytes": -10.0, "time": -20.0})
+    chosen, ends = farthest(both)
+    assert chosen == {"a": 1}, "no choice is at both ends"
+    assert ends == {"bytes": -9.0, "time": -9.0}

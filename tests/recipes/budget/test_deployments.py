@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from karui.measuring.engines import OnnxRuntime, OpenVino
 from karui.model import Classification, Model
 from karui.recipes.budget import deployments
 from karui.recipes.budget.cache import Measured, TimingCache
-from karui.recipes.budget.deployments import Forms
+from karui.recipes.budget.deployments import ALL, Forms, lost
 from karui.recipes.budget.front import Form, Point
 from karui.recipes.budget.timing import Stopwatch
 from karui.technique import Bench
@@ -249,3 +250,12 @@ def test_a_form_that_does_not_run_is_left_out_and_told(bench: Bench, cache: Path
     found, _ = maker.of(dense, None)
     assert not [f for f in found if f.name.startswith(("int8, onnx", "dynamic int8, onnx"))]
     assert any("int8 in onnxruntime was not tried: [ONNXRuntimeError]" in note for note in maker.notes)
+
+
+def test_what_is_not_finite_has_lost_all():
+    def score(value: float, up: bool = False) -> Score:
+        return Score(value=value, low=value, high=value, count=1, metric="nats", higher_is_better=up)
+
+    assert lost(score(2.0), score(math.inf)) == ALL == lost(score(2.0, up=True), score(math.nan, up=True))
+    assert lost(score(math.inf), score(2.0)) == -ALL
+    assert lost(score(math.inf), score(math.inf)) == 0.0

@@ -14,11 +14,12 @@ from karui.measuring import LayerTimes, layer_times
 from karui.measuring.layers import LayerTime
 from karui.model import Model
 from karui.recipes.budget import explain
+from karui.recipes.budget.aims import Reach
 from karui.recipes.budget.explain import deployed, told
 from karui.recipes.budget.front import Form, Point
 from karui.recipes.budget.stages import Plan
 from karui.recipes.budget.timing import Stopwatch
-from karui.recipes.budget.visits import Reach, Visitor
+from karui.recipes.budget.visits import Visitor
 from karui.recipes.keeping import quiet
 from karui.technique import Bench
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from karui.model import Classification, Model
+from karui.recipes.budget import harm
 from karui.recipes.budget.harm import harms, seen_anew
 from karui.recipes.budget.recover import settled
 from karui.recipes.budget.skips import LeaveOut
@@ -85,3 +86,12 @@ def test_without_training_normalisations_are_seen_anew_where_that_helps(normalis
     norms = [model.module.get_submodule("1") for model in (normalised, mended)]
     assert norms[0].momentum == norms[1].momentum
     assert not norms[1].training
+
+
+def test_a_layer_that_is_held_twice_is_exchanged_in_both_places():
+    layer = nn.Linear(4, 4)
+    net = nn.Sequential(layer, nn.Tanh(), layer)
+    other = nn.Linear(4, 4)
+    with harm._swapped(net, {"0": other}):
+        assert net[0] is net[2] is other
+    assert net[0] is net[2] is layer

@@ -292,3 +292,21 @@ def test_a_training_that_broke_the_floor_does_not_take_what_held_away():
 @pytest.mark.parametrize("goal", [{"bytes": 1.0}, {"time": 1 - 1e-12}, {}])
 def test_a_goal_that_is_reached_already_takes_one_step(goal: dict[str, float]):
     assert Plan(goal=goal, stated=True, max_drop=None, epochs=1).stages == 1
+
+
+class Costly(Law):
+    """Training leaves a network that loses less, in the heavier of its forms: 8 bits break the floor now."""
+
+    def polish(self, parent: Point, epochs: int) -> Point:
+        self._visited(parent, 0.8, epochs, {})
+        self.points[-1] = replace(self.points[-1], forms=(replace(self.points[-1].form, lost=0.0),))
+        return self.points[-1]
+
+
+@pytest.mark.parametrize("max_drop", [1.0, None])
+def test_a_goal_that_is_met_is_not_trained_away(max_drop: float | None):
+    visits = Costly(loses=lambda *_: 0.5)
+    plan = replace(FAR, goal={"time": 0.5}, stated=True, max_drop=max_drop)
+    point = travel(visits, visits.dense(), plan)
+    assert visits.points[-1].form.time == 0.8
+    assert plan.met(point)

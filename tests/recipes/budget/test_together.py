@@ -44,13 +44,13 @@ def test_what_is_nearer_as_a_whole_is_chosen(few: float | None, many: float | No
         seen.append(chosen)
         return few if chosen == FEW else many
 
-    assert best_power(problem(), choose, harm) == power
+    assert best_power(problem, choose, harm) == power
     assert seen == [MANY, FEW]
 
 
 def test_one_choice_by_both_is_carried_out_once():
     seen: list[Mapping[str, int]] = []
-    assert best_power(problem(large=1.0), choose, seen.append) == 1.0
+    assert best_power(lambda: problem(large=1.0), choose, seen.append) == 1.0
     assert seen == [FEW]
 
 
@@ -58,7 +58,7 @@ def test_where_there_is_no_choice_nothing_is_carried_out():
     def refuse(_: Mapping[str, int]) -> float:
         raise AssertionError
 
-    assert best_power(problem(least=-9.0), choose, refuse) == 1.0
+    assert best_power(lambda: problem(least=-9.0), choose, refuse) == 1.0
 
 
 def nets(*between: nn.Module) -> tuple[Model, Model, Bench]:
@@ -95,8 +95,10 @@ def test_a_visit_goes_by_the_power_that_was_found(tmp_path: Path, training: Trai
     powers: list[float] = []
     raised = Problem.raised
 
-    def best(given: Problem, choice: Callable[..., dict[str, int]], harm: Callable[..., float | None]) -> float:
-        whole.append(harm(choice(given)))
+    def best(
+        given: Callable[[], Problem], choice: Callable[..., dict[str, int]], harm: Callable[..., float | None]
+    ) -> float:
+        whole.append(harm(choice(given())))
         return 0.5
 
     def spied(given: Problem, power: float) -> Problem:
@@ -113,3 +115,45 @@ def test_a_visit_goes_by_the_power_that_was_found(tmp_path: Path, training: Trai
     assert point is not None
     assert set(powers) == {0.5}
     assert whole == [distance(visitor.model_of(point), dense, bench)]
+
+
+def test_what_is_refused_makes_room_for_the_next_by_the_same_power():
+    """Without b, which fails, the harms choose c and d: they do less than a, which the roots choose."""
+    saved = {"a": 2.0, "b": 1.0, "c": 1.0, "d": 1.0}
+    tables = [Table((place,), {"time": np.array([0.0, -time])}) for place, time in saved.items()]
+    harms = {"a": [0, 7], "b": [0, 2], "c": [0, 2], "d": [0, 2.5]}
+    failed: list[Table] = []
+
+    def now() -> Problem:
+        return Problem(harms=harms, tables=[*tables, *failed], limits={"time": -2})
+
+    def harm(chosen: Mapping[str, int]) -> float | None:
+        if chosen["b"]:
+            failed.append(Table(("b",), {"time": np.array([0.0, np.inf])}))
+            return None
+        return 5.0 if chosen["a"] else 1.0
+
+    assert best_power(now, choose, harm) == 1.0
+    assert len(failed) == 1
+
+
+@pytest.mark.usefixtures("steady")
+def test_what_was_refused_is_known_to_a_run_that_goes_on(tmp_path: Path, training: Training):
+    dense, _, bench = nets(nn.ReLU())
+
+    def visitor() -> visits.Visitor:
+        return visits.Visitor(
+            dense=dense, bench=replace(bench, training=training), out=tmp_path, watch=Stopwatch(), mark="", int8=False,
+            max_drop=None, wanted=("bytes",), find_rate=False, tell=quiet,
+        )  # fmt: skip
+
+    first = visitor()
+    start = first.start()
+    menu = first._menu_of(start)
+    place = next(iter(menu.offers))
+    menu.failed.add(place)
+    first.lighten(start, {"bytes": 0.7}, 0)
+    again = visitor()
+    start = again.start()
+    assert again.lighten(start, {"bytes": 0.7}, 0) == first.points[1]
+    assert again._menu_of(start).failed == {place}

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from karui.model import Model, Note, Regression
+from karui.errors import NeedError
+from karui.model import CustomTask, Model, Note, Regression
 from karui.recipes.budget import visits
+from karui.recipes.budget.deployments import ALL
 from karui.recipes.budget.recover import settled
 from karui.recipes.budget.timing import Stopwatch
 from karui.recipes.keeping import quiet
@@ -70,3 +72,59 @@ def test_a_choice_that_comes_again_without_epochs_is_no_other_point(tmp_path: Pa
     third = visitor.lighten(start, {"bytes": 0.7}, 1)
     assert third is not None
     assert (third.number, third.parent, third.epochs) == (3, 1, 1)
+
+
+def test_a_training_that_has_to_stop_ends_no_run(tmp_path: Path):
+    torch.manual_seed(0)
+    dense = Model(nn.Linear(16, 4).eval(), example=(torch.zeros(2, 16),), task=Regression())
+    data = like(dense)
+    training = Training(epochs=1, batch_size=32, optimizer=SGD(lr=1e30))
+    for bench in (Bench(train=data, validation=data, training=training), Bench(train=data, training=training)):
+        visitor = visitor_of(dense, bench, tmp_path)
+        light = Model(nn.Linear(16, 4).eval(), example=dense.example, task=Regression())
+        kept, epochs = visitor._recovered(light, 3)
+        assert epochs == 0
+        assert torch.equal(kept.module.weight, light.module.weight)
+        assert "training had to stop" in visitor.notes[-1]
+
+
+def test_a_dense_model_without_a_finite_score_is_refused(tmp_path: Path):
+    dense = Model(nn.Linear(16, 4).eval(), example=(torch.zeros(2, 16),), task=overflowing())
+    data = TensorDataset(1e3 * torch.ones(8, 16), torch.zeros(8, 4))
+    with pytest.raises(NeedError, match="validation data is not finite"):
+        visitor_of(dense, Bench(train=data, validation=data), tmp_path).start()
+
+
+def overflowing() -> CustomTask:
+    """A perplexity, which overflows at 89 nats."""
+    return CustomTask(
+        loss=lambda outputs, targets: (outputs - targets).square().mean(),
+        scores=lambda outputs, targets: (outputs - targets).square().mean(1).exp(),
+        metric="perplexity",
+        higher_is_better=False,
+    )
+
+
+@pytest.mark.usefixtures("steady", "short_menu")
+def test_a_point_whose_metric_overflows_is_one_that_lost_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 96), nn.ReLU(), nn.Linear(96, 4)).eval()
+    dense = Model(net, example=(torch.zeros(2, 16),), task=overflowing())
+    data = like(dense)
+    large = TensorDataset(*data.tensors)
+    visitor = visitor_of(dense, Bench(train=data, validation=large), tmp_path / "light")
+    start = visitor.start()
+    monkeypatch.setattr(visits, "settled", lambda model, *_: blown_up(model))
+    point = visitor.lighten(start, {"bytes": 0.7}, 0)
+    assert point is not None
+    assert point.form.lost == ALL
+    assert point.form.score is not None
+    assert point.form.score["value"] is None
+
+
+def blown_up(model: Model) -> Model:
+    light = model.copy()
+    with torch.no_grad():
+        for parameter in light.module.parameters():
+            parameter.mul_(1e3)
+    return light

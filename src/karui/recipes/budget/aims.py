@@ -1,4 +1,4 @@
-"""What a choice aims at, corrected by what was measured of the choices before it."""
+"""What a choice aims at, corrected by what was measured of the choices before it; and what came of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from karui.recipes.budget.deployments import NARROW
 
 if TYPE_CHECKING:
+    from karui.model import Model
     from karui.recipes.budget.front import Form, Point
 
 MARGIN = {"time": 0.01, "bytes": 0.0}
@@ -105,3 +106,32 @@ class Aims:
         return (
             max(below, key=lambda k: self.seen[k]) if below else min(range(len(self.seen)), key=lambda k: self.seen[k])
         )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen: in words by place, what was predicted of it, and the model, until it is taken."""
+
+    told: dict[str, str]
+    predicted: dict[str, float]
+    light: list[Model]
+
+    def taken(self) -> Model:
+        """The model, which is not held here from then on."""
+        return self.light.pop()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """How far a menu goes, noted where it did not go to a target.
+
+    Settings:
+        parent: the point whose menu it is.
+        target: the shares that were aimed at.
+        shares: the least that would be left of each quantity, whatever the harm, as shares of the dense model: as
+            predicted, and corrected by what was measured of the choices before.
+    """
+
+    parent: int
+    target: dict[str, float]
+    shares: dict[str, float]

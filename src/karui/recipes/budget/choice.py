@@ -24,8 +24,11 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
-SECONDS = 60.0
-"""Most that the solver may take; what it then has is taken, and is a valid choice, if perhaps not the best."""
+NODES = 20_000
+"""Branches that the solver may look at; what it then has is taken, and is a valid choice, if perhaps not the best. They
+are counted, as seconds would make the choice depend on what else the machine does."""
+BISECTIONS = 7
+"""Tries of how far the way to limits that cannot be kept is possible, its end among them."""
 
 ROUNDING = 1e-10
 """Of the arithmetic by which a sum is held against a limit: a share of the limit, or of the largest amount."""
@@ -156,14 +159,16 @@ def farthest(problem: Problem) -> tuple[dict[str, int], dict[str, float]]:
     """
     free = replace(problem, limits={})
     ends = {q: free.total(cheapest(free, q), q) for q in problem.limits}
-    low, high, found = 0.0, 1.0, dict.fromkeys(problem.harms, 0)
-    for _ in range(6):
-        middle = (low + high) / 2
+    low, middle, high, found = 0.0, 1.0, 1.0, dict.fromkeys(problem.harms, 0)
+    for _ in range(BISECTIONS):
         tried = choose(replace(problem, limits={q: max(problem.limits[q], middle * ends[q]) for q in ends}))
         if tried is None:
             high = middle
         else:
             low, found = middle, tried
+        if low == high:
+            break  # the end of the menu itself keeps all of them
+        middle = (low + high) / 2
     return found, ends
 
 
@@ -324,7 +329,7 @@ class _Program:
                 bounds=Bounds(0, 1),
                 constraints=[LinearConstraint(matrix.tocsr(), low, high)],  # pyright: ignore[reportArgumentType]
                 # Presolve of HiGHS in SciPy 1.17 calls a choice optimal that is not; the tests hold such a problem.
-                options={"time_limit": SECONDS, "mip_rel_gap": 0.0, "presolve": False},
+                options={"node_limit": NODES, "mip_rel_gap": 0.0, "presolve": False},
             )
         if found.x is None:
             return None

@@ -32,7 +32,7 @@ from karui.measuring import OnnxForm, Score, evaluate, known_engine, onnx_form
 from karui.measuring.engines import OnnxRuntime
 from karui.measuring.filed import shared
 from karui.model import Model
-from karui.recipes.budget.front import Form, Point
+from karui.recipes.budget.front import ALL, Form, Point
 
 if TYPE_CHECKING:
     from karui.recipes.budget.timing import Stopwatch
@@ -165,7 +165,11 @@ class Forms:
         if calibrated is None:
             return plain
         left = tuple(path for path in form.left if path in calibrated.layers.paths)
-        return quantise(calibrated, Int8(leave=left)).form
+        try:
+            return quantise(calibrated, Int8(leave=left)).form
+        except KaruiError as error:
+            self._note(f"8 bits were not tried: {error.message}")
+            return plain
 
     def _allowed(self, plain: Form) -> float:
         return ROUNDING + (self.max_drop if self.max_drop is not None else plain.lost + SLACK)
@@ -306,6 +310,9 @@ def _weight(form: Form, wanted: Sequence[str]) -> float:
 def lost(dense: Score | Mapping[str, Any], light: Score | Mapping[str, Any]) -> float:
     """How much worse a score is: points of accuracy, or per cent of any other metric's value. Negative: better.
 
+    A score that is not finite, as of a network that overflows, has lost `ALL`: a number that records can hold. Two such
+    scores are alike.
+
     Example:
         >>> def score(value, metric="accuracy", up=True):
         ...     return Score(value=value, low=0, high=1, count=9, metric=metric, higher_is_better=up)
@@ -313,5 +320,7 @@ def lost(dense: Score | Mapping[str, Any], light: Score | Mapping[str, Any]) -> 
         (2.0, 50.0)
     """
     one, two = (s if isinstance(s, Mapping) else s.to_json() for s in (dense, light))
+    if None in (one["value"], two["value"]):
+        return ALL * ((two["value"] is None) - (one["value"] is None))
     gap = one["value"] - two["value"] if one["higher_is_better"] else two["value"] - one["value"]
     return 100 * gap if one["metric"] == "accuracy" else 100 * gap / max(abs(one["value"]), 1e-12)

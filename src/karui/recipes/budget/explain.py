@@ -14,10 +14,11 @@ from karui.recipes.budget.stages import STUCK
 
 if TYPE_CHECKING:
     from karui.model import Model
+    from karui.recipes.budget.aims import Reach
     from karui.recipes.budget.front import Form, Point
     from karui.recipes.budget.stages import Plan
     from karui.recipes.budget.timing import Stopwatch
-    from karui.recipes.budget.visits import Reach, Visitor
+    from karui.recipes.budget.visits import Visitor
 
 SHOWN = 3
 """Layers that are named."""
@@ -69,7 +70,8 @@ def deployed(forms: Sequence[Mapping[str, Any]], dense_bytes: int) -> str:
     ratio, score = form["ratio"], form["test"]
     judged = ""
     if score is not None:
-        value = f"{score['value']:.1%}" if score["metric"] == "accuracy" else f"{score['value']:.4g}"
+        value = "not finite" if score["value"] is None else f"{score['value']:.4g}"
+        value = f"{score['value']:.1%}" if score["metric"] == "accuracy" else value
         judged = f", test {score['metric']} {value}"
     return (
         f"model.onnx is the form in {form['precision']} for {form['engine']}: {ratio['value']:.2f}x the speed of the "
@@ -131,7 +133,7 @@ def _cause(point: Point, plan: Plan, visitor: Visitor) -> str:
     if floor := _floor(point, plan, visitor):
         return floor
     reach = _reach_of(point, visitor) or (_reach_to(point, visitor) if _stuck(point, points, missed) else None)
-    if ends := _end_of_menu(reach, missed, plan):
+    if ends := _end_of_menu(reach, missed, plan, point):
         return f"What stops it is the menu: {ends}"
     return (
         f"Nothing lighter than point {point.number} was made in the stages of this run. Ask for less, or compress the "
@@ -153,7 +155,8 @@ def _floor(point: Point, plan: Plan, visitor: Visitor) -> str:
     if broken:
         best = min(broken, key=short)
         reaches = (_reach_to(best, visitor), _reach_of(best, visitor))
-        ends = next(filter(None, (_end_of_menu(reach, best.beyond(plan.goal), plan) for reach in reaches)), "")
+        lacks = best.beyond(plan.goal)
+        ends = next(filter(None, (_end_of_menu(reach, lacks, plan, best) for reach in reaches)), "")
         stops = (
             f"What stops it is the floor: point {best.number} ({shares(best)}) loses {best.form.lost:.2f} where "
             f"{plan.max_drop:g} is allowed. {advice}"
@@ -198,14 +201,18 @@ def _stuck(point: Point, points: Sequence[Point], missed: Sequence[str]) -> bool
     return all(first.share(q) > STUCK * parent.share(q) for q in missed)
 
 
-def _end_of_menu(reach: Reach | None, missed: Sequence[str], plan: Plan) -> str:
-    """What a menu would leave, whatever the harm; empty where that is no reason for what is missed."""
+def _end_of_menu(reach: Reach | None, missed: Sequence[str], plan: Plan, point: Point) -> str:
+    """What a menu would leave, whatever the harm; empty where that is no reason for what is missed.
+
+    No more than a point has: the last race may have timed it faster than the menu was thought to lead.
+    """
     if reach is None or not missed:
         return ""
-    above = exceeded(reach.shares, {q: plan.goal[q] for q in missed})
-    if not above and len(reach.shares) == 1:
+    left = {q: min(share, point.share(q)) for q, share in reach.shares.items()}
+    above = exceeded(left, {q: plan.goal[q] for q in missed})
+    if not above and len(left) == 1:
         return ""
-    ends = " and ".join(f"{q} {reach.shares[q]:.2f}" for q in above or reach.shares)
+    ends = " and ".join(f"{q} {left[q]:.2f}" for q in above or left)
     told = f"with everything that can be done from point {reach.parent}, whatever the harm, {ends} would be left"
     told = told if above else f"{told}, each by itself, and no choice leaves all at once"
     return f"{told}. Ask for more than that, or for a lighter architecture."

@@ -10,6 +10,8 @@ import numpy as np
 
 from karui.recipes.budget.cache import SURE
 
+ALL = 1e9
+"""What is lost where nothing is left, as a score that is not finite tells: more than any floor allows."""
 SAME = 1e-9
 TOLERATED = 1.02
 """Times a limit that still count as kept: what the clock cannot tell apart at its best, and no more on a worse one."""
@@ -136,7 +138,7 @@ def knee(points: Sequence[Point]) -> Point:
         >>> knee([at(0, 1.0, 0.0), at(1, 0.5, 0.2), at(2, 0.4, 9.0)]).number
         1
     """
-    ends = sorted(points, key=cost)
+    ends = sorted((p for p in points if p.form.lost < ALL), key=cost) or list(points)
     costs = np.array([cost(point) for point in ends])
     losses = np.array([point.form.lost for point in ends])
     wide, high = np.ptp(costs), np.ptp(losses)

@@ -116,7 +116,7 @@ def _swapped(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[Non
     for path, layer in layers.items():
         old = module.get_submodule(path)
         for parent in module.modules():
-            places += [(parent, name, old, layer) for name, held in parent.named_children() if held is old]
+            places += [(parent, name, old, layer) for name, held in parent._modules.items() if held is old]  # noqa: SLF001  (`named_children` tells each once)
     try:
         for parent, name, _, layer in places:
             setattr(parent, name, layer.eval())

@@ -77,7 +77,7 @@ class Menu:
     def problem(self, limits: Mapping[str, float]) -> Problem:
         """What is to be chosen, within limits on the changes of "time" and "bytes"."""
         harm = {place: [0.0, *(min(offer.harm, CAP) for offer in offers)] for place, offers in self.offers.items()}
-        out = [Table((place,), {"time": _only_first(len(harm[place]))}) for place in self.failed]
+        out = [Table((place,), {"time": _only_first(len(harm[place]))}) for place in sorted(self.failed)]
         return Problem(harms=harm, tables=(*self.tables, *out), limits=limits)
 
     def taken(self, chosen: Mapping[str, int]) -> dict[str, Offer]:

@@ -9,15 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from karui.measuring import known_engine, onnx_form, time_ratio
-from karui.measuring.values import to_json
+from karui.measuring import Timing, known_engine, onnx_form, time_ratio
+from karui.measuring.values import from_json, to_json
 from karui.recipes.budget.cache import SURE
 from karui.recipes.budget.deployments import score_of
 from karui.recipes.budget.front import Form, Point
+from karui.recipes.keeping import POINTS, digest_of, read_record, write_record
 
 if TYPE_CHECKING:
     from karui.deployment import Deployment
-    from karui.measuring import Ratio, Timing
+    from karui.measuring import Ratio
     from karui.model import Model
     from karui.recipes.budget.stages import Plan
     from karui.recipes.budget.visits import Visitor
@@ -58,12 +59,25 @@ def confirmed(visitor: Visitor, point: Point, plan: Plan) -> Raced:
 
 def _race(visitor: Visitor, point: Point) -> Raced:
     made = visitor.forms.made(visitor.model_of(point), point.forms)
-    files = {form.name: (known_engine(form.engine), form) for form in made}
-    times = visitor.watch.side_by_side(visitor.dense, onnx_form(visitor.dense), files)
+    times = _times(visitor, point, made)
     forms = tuple(_timed(form, time_ratio(*times[form.name], across=True)) for form in point.forms)
     raced = replace(point, forms=forms)
     visitor.points[:] = [raced if p.number == raced.number else p for p in visitor.points]
     return Raced(raced, made, times)
+
+
+def _times(visitor: Visitor, point: Point, made: list[Deployment]) -> dict[str, tuple[Timing, Timing]]:
+    """Dense and light, by a form's name; kept, so that a run that is killed after the race has the same result."""
+    mark = digest_of("race", visitor.mark, point.number, [form.name for form in made])
+    file = visitor.out / POINTS / f"race-{point.number:02d}.json"
+    kept = read_record(file)
+    if kept is not None and kept.get("mark") == mark:
+        pairs = kept["times"].items()
+        return {name: (from_json(Timing, dense), from_json(Timing, light)) for name, (dense, light) in pairs}
+    files = {form.name: (known_engine(form.engine), form) for form in made}
+    times = visitor.watch.side_by_side(visitor.dense, onnx_form(visitor.dense), files)
+    write_record(file, {"mark": mark, "times": to_json(times)})
+    return times
 
 
 def _timed(form: Form, ratio: Ratio) -> Form:

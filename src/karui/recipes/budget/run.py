@@ -230,7 +230,7 @@ def _check_example(model: Model, bench: Bench) -> None:
 def _seen(start: Point, dense: Model, bench: Bench) -> str:
     """A word of warning where the dense model is far better on validation data than on test data."""
     held = start.fp32.score
-    if held is None or bench.test is None:
+    if held is None or bench.test is None or None in {held["low"], held["high"]}:  # one sample has no interval
         return ""
     test = bench.evaluate(dense, "test")
     apart = held["low"] > test.high if test.higher_is_better else held["high"] < test.low

@@ -283,8 +283,9 @@ class _Way:
         return {q: max(goal, share * best.share(q)) for q, goal in self.plan.goal.items()}
 
     def polished(self, good: Point) -> Point:
-        """The final point with the epochs that are left; as it was where they make it worse."""
+        """The final point with the epochs that are left; as it was where they make it worse, or miss what it met."""
         if not self.purse.left or not good.number:
             return good
         made = self.polish(good, self.purse.left)
-        return made if made.form.lost <= good.form.lost and self.plan.holds(made) else good
+        missed = self.plan.stated and self.plan.met(good) and not self.plan.met(made)
+        return made if made.form.lost <= good.form.lost and self.plan.holds(made) and not missed else good

@@ -177,9 +177,8 @@ class Coster:
         many = math.prod(len(menu[place]) + 1 for place in cut) > CELLS
         new = [place for place in places if place not in cut]
         if many:
-            groups = [[place] for place in cut]
-            pairs = [self._table(path, [*new, place], menu, exclusive=True) for [place] in groups for _ in new]
-            return [*(self._table(path, group, menu) for group in groups), *pairs, *self._new_only(path, new, menu)]
+            pairs = [self._table(path, [*new, place], menu, exclusive=True) for place in cut] if new else []
+            return [*(self._table(path, [place], menu) for place in cut), *pairs, *self._new_only(path, new, menu)]
         return [self._table(path, list(places), menu)]
 
     def _new_only(self, path: str, new: Sequence[str], menu: Mapping[str, Sequence[Candidate]]) -> list[Table]:

@@ -24,14 +24,16 @@ POWERS = (1.0, 0.5)
 
 
 def best_power(
-    problem: Problem,
+    problem: Callable[[], Problem],
     choose: Callable[[Problem], dict[str, int] | None],
     harm: Callable[[Mapping[str, int]], float | None],
 ) -> float:
     """The power of harms whose choice does least harm when it is carried out.
 
+    A choice that is refused makes room for the next by the same power, without the places that were at fault.
+
     Args:
-        problem: what is to be chosen from.
+        problem: what is to be chosen from now, without what was refused.
         choose: makes a choice; None where there is none.
         harm: of a choice that is carried out; None where that is refused.
 
@@ -40,18 +42,19 @@ def best_power(
         >>> from karui.recipes.budget.choice import Problem, Table, choose
         >>> saved = [Table((place,), {"time": np.array([0.0, -time])}) for place, time in zip("abc", (2.0, 1.0, 1.0))]
         >>> problem = Problem(harms={"a": [0, 5], "b": [0, 2], "c": [0, 2]}, tables=saved, limits={"time": -2})
-        >>> best_power(problem, choose, lambda chosen: 9.0 if chosen["b"] else 5.0)
+        >>> best_power(lambda: problem, choose, lambda chosen: 9.0 if chosen["b"] else 5.0)
         0.5
     """
     made: list[dict[str, int]] = []
     found: dict[float, float] = {}
     for power in POWERS:
-        chosen = choose(problem.raised(power))
-        if chosen is None or chosen in made:
-            continue
-        made.append(chosen)
-        if (done := harm(chosen)) is not None:
-            found[power] = done
+        while power not in found:
+            chosen = choose(problem().raised(power))
+            if chosen is None or chosen in made:
+                break
+            made.append(chosen)
+            if (done := harm(chosen)) is not None:
+                found[power] = done
     return min(found, key=lambda power: found[power], default=POWERS[0])
 
 

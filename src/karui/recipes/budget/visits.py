@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from karui.artifact import load, save
-from karui.errors import KaruiError, SurgeryError
+from karui.errors import KaruiError, NeedError, SurgeryError, TrainingError, require
 from karui.measuring import onnx_form
 from karui.measuring.values import from_json, to_json
 from karui.model import Model
-from karui.recipes.budget.aims import Aims, Scale
+from karui.recipes.budget.aims import Aims, Chosen, Reach, Scale
 from karui.recipes.budget.choice import Problem, choose, farthest, frugal
 from karui.recipes.budget.deployments import NARROW, Forms, lost
 from karui.recipes.budget.front import Point
@@ -35,35 +35,6 @@ TRIES = 4
 """Choices that are made for one target: where the measured model misses it, another with the correction."""
 REFUSED = 8
 """Choices for one target that may be refused besides, each without the places that were at fault before."""
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """What was chosen: in words by place, what was predicted of it, and the model, until it is taken."""
-
-    told: dict[str, str]
-    predicted: dict[str, float]
-    light: list[Model]
-
-    def taken(self) -> Model:
-        """The model, which is not held here from then on."""
-        return self.light.pop()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reach:
-    """How far a menu goes, noted where it did not go to a target.
-
-    Settings:
-        parent: the point whose menu it is.
-        target: the shares that were aimed at.
-        shares: the least that would be left of each quantity, whatever the harm, as shares of the dense model: as
-            predicted, and corrected by what was measured of the choices before.
-    """
-
-    parent: int
-    target: dict[str, float]
-    shares: dict[str, float]
 
 
 @dataclass(kw_only=True)
@@ -86,6 +57,7 @@ class Visitor:
         reach: how far menus went that could not reach a target.
         count: visits so far; the number of the next point.
         rate: the learning rate that was found; None before the first recovery.
+        failed: places of which something was refused when it was carried out, by the point whose menu offered it.
     """
 
     dense: Model
@@ -103,6 +75,7 @@ class Visitor:
     reach: list[Reach] = field(default_factory=list)
     count: int = 0
     rate: float | None = None
+    failed: dict[int, set[str]] = field(default_factory=dict)
     _held: tuple[int, Model] | None = None
     _menu: tuple[int, Menu] | None = None
     _harms: tuple[int, dict[str, float]] = field(default_factory=lambda: (-1, {}))
@@ -120,7 +93,15 @@ class Visitor:
             wanted=self.wanted,
             notes=self.notes,
         )
-        return self._visited("dense", lambda: self._finished(self.dense, Point(number=0)))
+        point = self._visited("dense", lambda: self._finished(self.dense, Point(number=0)))
+        score = point.fp32.score
+        require(
+            score is None or score["value"] is not None,
+            "The dense model's metric on validation data is not finite, so that no loss can be told from it.",
+            "Look for overflows in its outputs, or give a task with a metric that bears them.",
+            NeedError,
+        )
+        return point
 
     def heed(self, goal: Mapping[str, float]) -> Point:
         """From now on a form within these limits goes before others; the dense model in the form that then counts."""
@@ -185,6 +166,7 @@ class Visitor:
             self.notes += [note for note in kept["notes"] if note not in self.notes]
             self.reach = [from_json(Reach, each) for each in kept.get("reaches", [])]  # earlier versions kept no such
             self.rate = kept["rate"]
+            self.failed = {int(parent): set(places) for parent, places in kept.get("failed", {}).items()}
             if kept["point"] is None:
                 return None
             point = from_json(Point, kept["point"])
@@ -198,6 +180,7 @@ class Visitor:
                 "notes": self.notes,
                 "reaches": to_json(self.reach),
                 "rate": self.rate,
+                "failed": {parent: sorted(places) for parent, places in self.failed.items()},
             }
             if point is None:
                 write_record(folder.with_suffix(".json"), told)
@@ -215,7 +198,7 @@ class Visitor:
         if point.number:
             self._held = (point.number, model)
         form = point.form
-        score = "" if form.score is None else f", {form.score['metric']} {form.score['value']:.4g} on validation data"
+        score = "" if form.score is None else f", {_scored(form.score)} on validation data"
         self.tell(f"point {point.number}: {form.told}, time {form.time:.2f} and bytes {form.bytes:.2f} of dense{score}")
         return point
 
@@ -235,10 +218,16 @@ class Visitor:
         few samples are soon overfitted. What is held against it is what would be returned: settled.
         """
         gc.collect()
-        if not epochs or self.bench.validation is None or model.task is None:
-            return self._trained(model, epochs, before), epochs
-        untrained = self.bench.evaluate(self._untrained(model, before))  # not held: with the dense there are three then
-        trained = self._trained(model, epochs, before)
+        try:
+            if not epochs or self.bench.validation is None or model.task is None:
+                return self._trained(model, epochs, before), epochs
+            untrained = self.bench.evaluate(self._untrained(model, before))  # not held: dense and trained make three
+            trained = self._trained(model, epochs, before)
+        except TrainingError as error:
+            found = f"its training had to stop, and it was left as it was. {error}"
+            self.tell(f"  {found}")
+            self.notes.append(f"point {self.count - 1}: {found}")
+            return self._untrained(model, before), 0
         scores = [untrained, self.bench.evaluate(trained)]
         if lost(*scores) <= 0:
             return trained, epochs
@@ -307,6 +296,7 @@ class Visitor:
             scale, model = Scale.of(parent, self.seconds, self.bytes), self.model_of(parent)
             file = self.forms.file(model, scale.timed)
             made = menu(model, self.bench, watch, self._harms[1], file=file, seconds=scale.now["time"])
+            made = replace(made, failed=self.failed.setdefault(parent.number, set()))
             self._menu = (parent.number, made)
             for note in (note for note in made.notes if note not in self.notes):
                 self.tell(f"note: {note}")
@@ -315,13 +305,13 @@ class Visitor:
             self.tell(f"  {count} candidates at {len(made.offers)} places; {made.slower} more measured slower")
         return self._menu[1]
 
-    def _chosen(self, parent: Point, target: Mapping[str, float]) -> _Choice | None:
+    def _chosen(self, parent: Point, target: Mapping[str, float]) -> Chosen | None:
         """Choose, carry out and measure, until the measured model is at the target or as light as the menu can."""
         offers = self._menu_of(parent)
         scale = Scale.of(parent, self.seconds, self.bytes)
         wanted = {q: share / scale.factors[q] for q, share in target.items()}
         aims = Aims(wanted)
-        best: _Choice | None = None
+        best: Chosen | None = None
         made: list[dict[str, int]] = []
         tried: list[dict[str, str]] = []
         refused = 0
@@ -329,7 +319,11 @@ class Visitor:
         while len(tried) < TRIES and refused < REFUSED:
             limits = {q: share * scale.whole[q] - scale.now[q] for q, share in aims.next.items()}
             if power is None:
-                power = best_power(offers.problem(limits), self._choice, lambda some: self._together(offers, some))
+                power = best_power(
+                    lambda limits=limits: offers.problem(limits),
+                    self._choice,
+                    lambda some: self._together(offers, some),
+                )
             chosen = self._choice(offers.problem(limits).raised(power))
             exhausted = chosen is None
             if chosen is None:
@@ -354,7 +348,7 @@ class Visitor:
             made.append(chosen)
             aims.see(counted, {"time": time, "bytes": onnx_form(light).bytes / self.bytes})
             if aims.nearest == len(tried) - 1:
-                best = _Choice(told, {**counted, "time": seconds / scale.whole["time"]}, [light])
+                best = Chosen(told, {**counted, "time": seconds / scale.whole["time"]}, [light])
             del light
             if exhausted or aims.met:
                 break
@@ -369,7 +363,8 @@ class Visitor:
         try:
             return offers.carry_out(chosen, again=again)
         except SurgeryError as error:
-            self.notes.append(f"left out, as it was refused: {', '.join(sorted(offers.failed - before))}. {error}")
+            note = f"left out, as it was refused: {', '.join(sorted(offers.failed - before))}. {error}"
+            self.notes += [note] if note not in self.notes else []
             return None
 
     def _together(self, offers: Menu, chosen: Mapping[str, int]) -> float | None:
@@ -388,6 +383,11 @@ class Visitor:
         found = Reach(parent=parent.number, target=dict(target), shares=dict(shares))
         others = [r for r in self.reach if (r.parent, r.target) != (found.parent, found.target)]
         self.reach = [*others, found]
+
+
+def _scored(score: Mapping[str, Any]) -> str:
+    value = score["value"]
+    return f"{score['metric']} {'not finite' if value is None else f'{value:.4g}'}"
 
 
 def _told(target: Mapping[str, float]) -> str:
