@@ -42,6 +42,10 @@ class TrainingError(KaruiError):
     """A training had to stop."""
 
 
+class DivergedError(TrainingError):
+    """A training had to stop as its loss, or its network, is no longer finite."""
+
+
 class ArtifactError(KaruiError):
     """A saved model is damaged, incomplete, or does not compute what it should."""
 

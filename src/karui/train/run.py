@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from karui.data import Batches
-from karui.errors import TrainingError, require
+from karui.errors import DivergedError, TrainingError, require
 from karui.model import Task, taps
 from karui.train import checkpoint
 from karui.train.forward import Forward
@@ -251,7 +251,7 @@ class Run:
     def _stop(self, what: str, became: str, epoch: int) -> NoReturn:
         job, rate = self.job, self.rates[0]
         kept = f" The last good state is in {job.checkpoint}." if job.checkpoint else ""
-        raise TrainingError(
+        raise DivergedError(
             f"The {what} of '{job.label}' became {became} in epoch {epoch + 1} of {job.training.epochs}, step "
             f"{min(self.standing.step + 1, self.steps)} of {self.steps}.{kept}",
             f"Lower the learning rate (it is {rate}), set clip_norm, or check the data for values that are not finite.",

@@ -123,6 +123,8 @@ def test_the_end_of_a_networks_own_menu_is_what_stops_it():
     text = said(result, [DENSE, first, result], [own])
     assert "What stops it is the menu: with everything that can be done from point 1" in text
     assert "time 0.63 would be left" in text
+    raced = replace(own, shares={"time": 0.66})
+    assert "time 0.64 would be left" in said(result, [DENSE, first, result], [raced]), "no more than it has"
     inside = replace(own, shares={"time": 0.605})
     assert "the menu" not in said(result, [DENSE, first, result], [inside]), "that would be near enough"
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from karui.errors import NeedError
+from karui.errors import NeedError, TrainingError
 from karui.model import CustomTask, Model, Note, Regression
 from karui.recipes.budget import visits
 from karui.recipes.budget.deployments import ALL
@@ -74,7 +74,7 @@ def test_a_choice_that_comes_again_without_epochs_is_no_other_point(tmp_path: Pa
     assert (third.number, third.parent, third.epochs) == (3, 1, 1)
 
 
-def test_a_training_that_has_to_stop_ends_no_run(tmp_path: Path):
+def test_a_training_that_diverges_ends_no_run(tmp_path: Path):
     torch.manual_seed(0)
     dense = Model(nn.Linear(16, 4).eval(), example=(torch.zeros(2, 16),), task=Regression())
     data = like(dense)
@@ -85,7 +85,20 @@ def test_a_training_that_has_to_stop_ends_no_run(tmp_path: Path):
         kept, epochs = visitor._recovered(light, 3)
         assert epochs == 0
         assert torch.equal(kept.module.weight, light.module.weight)
-        assert "training had to stop" in visitor.notes[-1]
+        assert "training diverged" in visitor.notes[-1]
+
+
+def test_a_damaged_checkpoint_is_told_and_trained_on_from_by_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Left untrained, the point would be kept so, and a killed run end elsewhere than one that was not."""
+
+    def damaged(*_: object) -> Model:
+        raise TrainingError("The checkpoint cannot be read.", "Remove it to train from the beginning.")
+
+    dense = Model(nn.Linear(16, 4).eval(), example=(torch.zeros(2, 16),), task=Regression())
+    data = like(dense)
+    monkeypatch.setattr(visits, "recover", damaged)
+    with pytest.raises(TrainingError, match="Remove it"):
+        visitor_of(dense, Bench(train=data, validation=data), tmp_path)._recovered(dense, 3)
 
 
 def test_a_dense_model_without_a_finite_score_is_refused(tmp_path: Path):
@@ -111,8 +124,7 @@ def test_a_point_whose_metric_overflows_is_one_that_lost_all(tmp_path: Path, mon
     net = nn.Sequential(nn.Linear(16, 96), nn.ReLU(), nn.Linear(96, 4)).eval()
     dense = Model(net, example=(torch.zeros(2, 16),), task=overflowing())
     data = like(dense)
-    large = TensorDataset(*data.tensors)
-    visitor = visitor_of(dense, Bench(train=data, validation=large), tmp_path / "light")
+    visitor = visitor_of(dense, Bench(train=data, validation=data), tmp_path / "light")
     start = visitor.start()
     monkeypatch.setattr(visits, "settled", lambda model, *_: blown_up(model))
     point = visitor.lighten(start, {"bytes": 0.7}, 0)

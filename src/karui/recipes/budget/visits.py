@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from karui.artifact import load, save
-from karui.errors import KaruiError, NeedError, SurgeryError, TrainingError, require
+from karui.errors import DivergedError, KaruiError, NeedError, SurgeryError, require
 from karui.measuring import onnx_form
 from karui.measuring.values import from_json, to_json
 from karui.model import Model
@@ -223,8 +223,8 @@ class Visitor:
                 return self._trained(model, epochs, before), epochs
             untrained = self.bench.evaluate(self._untrained(model, before))  # not held: dense and trained make three
             trained = self._trained(model, epochs, before)
-        except TrainingError as error:
-            found = f"its training had to stop, and it was left as it was. {error}"
+        except DivergedError as error:
+            found = f"its training diverged, and it was left as it was. {error}"
             self.tell(f"  {found}")
             self.notes.append(f"point {self.count - 1}: {found}")
             return self._untrained(model, before), 0
